@@ -1,0 +1,388 @@
+"""From a composed config to a run: checks everything first, then wires what must know of each other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from cnnlab import rng
+from cnnlab.augment import Pipeline
+from cnnlab.check import bind_section, locate
+from cnnlab.config import Composed
+from cnnlab.data.loader import Loader
+from cnnlab.device import Placement, place
+from cnnlab.errors import UsageError
+from cnnlab.losses.penalty import l1, l2, max_norm_
+from cnnlab.observe.observer import Observer
+from cnnlab.observe.taps import Taps
+from cnnlab.optim.groups import parameter_groups
+from cnnlab.optim.traits import Traits
+from cnnlab.parts import make
+from cnnlab.protocols import Batch, ConvNet, DataSpec, Split, Task
+from cnnlab.ranks import Ranks
+from cnnlab.rundir import RunDir
+from cnnlab.schema import Groups, Layout, Precision, Regularization, Stats, StepKind, Trainer
+from cnnlab.tasks.classification import class_counts
+from cnnlab.train.checkpointer import Checkpointer
+from cnnlab.train.recorder import Evidence, Recorder
+from cnnlab.train.run import Run
+from cnnlab.train.state import Ema, Selection
+from cnnlab.train.step import CapturedStep, ClosureStep, CompiledStep, EagerStep, Forward, GraphClosureStep
+
+MIN_STATISTICS_BATCH = 2
+"""Samples that batch statistics need; an epoch's last batch with fewer is left out."""
+
+
+def make_network(
+    config: Mapping[str, Any], spec: DataSpec, task: Task, regularization: Regularization
+) -> nn.Module:
+    """The network of a config for such data, with the task's head in place. Raises `ValueError` if they do not
+    go together."""
+    model = make(
+        config["model"],
+        num_classes=spec.num_classes,
+        in_channels=spec.channels,
+        image_size=spec.size,
+        activation=make(config["activation"]),
+        norm=make(config["norm"]),
+        dropout=regularization.dropout,
+        stochastic_depth=regularization.stochastic_depth,
+    )
+    head = task.head(model)
+    if head is not None:
+        if not isinstance(model, ConvNet):
+            raise ValueError(f"this task replaces the head, which {type(model).__name__} does not let it")
+        model.replace_head(head)
+    return model
+
+
+def make_task(config: Mapping[str, Any], spec: DataSpec, counts: torch.Tensor | None) -> Task:
+    loss = make(config["loss"], num_classes=target_classes(config, spec), class_counts=counts)
+    return make(config["task"], loss=loss, spec=spec)
+
+
+def target_classes(config: Mapping[str, Any], spec: DataSpec) -> int:
+    """How many classes the loss sees: those of the mask where the task reads one."""
+    needs = getattr(locate(config["task"]["_target_"]), "needs", ("label",))
+    return len(spec.mask_classes) if "mask" in needs else spec.num_classes
+
+
+def make_pipeline(config: Mapping[str, Any], spec: DataSpec, seed: int) -> Pipeline:
+    parts = {name: make(node) for name, node in config["augment"].items() if node is not None}
+    return Pipeline(parts, make(config["normalize"]), spec=spec, seed=seed)
+
+
+def make_optimizer(config: Mapping[str, Any], model: nn.Module, groups: Groups) -> torch.optim.Optimizer:
+    """The optimizer over the parameter groups; each group states its `base_lr`."""
+    node = config["optim"]
+    traits = Traits.of(locate(node["_target_"]))
+    listed = parameter_groups(
+        model,
+        weight_decay=node.get("weight_decay") if traits.weight_decay else None,
+        decay_norm_and_bias=groups.decay_norm_and_bias,
+        layer_decay=groups.layer_decay,
+        head_lr=groups.head_lr,
+        freeze=groups.freeze,
+        single_group=traits.single_group,
+    )
+    first = next(iter(inspect.signature(locate(node["_target_"])).parameters))
+    optimizer = make(node, **{first: listed})
+    for group in optimizer.param_groups:
+        group["base_lr"] = group["lr"]
+    return optimizer
+
+
+def build(
+    composed: Composed, folder: RunDir | None = None, *, ranks: Ranks | None = None, resumed: bool = False
+) -> Run:
+    """Makes the run of a checked config: loads the data, initializes the network, chooses the step.
+
+    Raises:
+        DataError: the data is missing or unusable.
+        UsageError: the parts do not go together on this machine.
+    """
+    return _Builder(composed.config, folder, ranks or Ranks(), resumed).run()
+
+
+class _Builder:
+    def __init__(self, config: dict[str, Any], folder: RunDir | None, ranks: Ranks, resumed: bool):
+        self.config = config
+        self.folder = folder
+        self.ranks = ranks
+        self.resumed = resumed
+        self.seed = int(config["seed"])
+        self.trainer: Trainer = bind_section(Trainer, config["trainer"])
+        self.regularization: Regularization = bind_section(Regularization, config["regularization"])
+        self.groups: Groups = bind_section(Groups, config["groups"])
+        self.stats: Stats = bind_section(Stats, config["stats"])
+        self.traits = Traits.of(locate(config["optim"]["_target_"]))
+        self.notices: list[str] = []
+
+    def run(self) -> Run:
+        placement = self.place()
+        data = make(self.config["data"])
+        spec: DataSpec = data.spec()
+        splits: dict[str, Split] = data.load()
+        pipeline = make_pipeline(self.config, spec, self.seed)
+        pipeline.fit(splits["train"])
+        counts = class_counts(splits["train"].labels, spec.num_classes)
+        task = make_task(self.config, spec, counts)
+        loaders = self.loaders(splits, pipeline, task, placement)
+        model = self.network(spec, task, placement, loaders["train"])
+        total_steps = self.trainer.epochs * loaders["train"].steps
+        if self.trainer.max_steps is not None:
+            total_steps = min(total_steps, self.trainer.max_steps)
+        ema = Ema(model, self.regularization.ema) if self.regularization.ema else None
+        optimizer = make_optimizer(self.config, model, self.groups)
+        schedule = make(self.config["schedule"])
+        if hasattr(schedule, "resolve"):
+            schedule.resolve(loaders["train"].steps, total_steps, self.trainer.batch_size)
+        observer = self.observer(model, placement, total_steps)
+        forward = Forward(model, task, placement.device, placement.dtype)
+        step = self.step(forward, model, optimizer, placement, ema)
+        run = Run(
+            config=self.config,
+            trainer=self.trainer,
+            folder=self.folder,
+            model=model,
+            task=task,
+            forward=forward,
+            step=step,
+            optimizer=optimizer,
+            schedule=schedule,
+            loaders=loaders,
+            observer=observer,
+            device=placement.device,
+            ranks=self.ranks,
+            selection=Selection(*task.monitor),
+            total_steps=total_steps,
+            ema=ema,
+            patience=self.regularization.patience,
+            resumed=self.resumed,
+        )
+        self.wire(run, pipeline)
+        run.facts = self.facts(run, placement, pipeline, splits)
+        run.notices = [*placement.notices, *self.notices]
+        return run
+
+    # ---- the parts, each with what it must know ----
+
+    def place(self) -> Placement:
+        if self.trainer.threads is not None:
+            torch.set_num_threads(self.trainer.threads)
+        torch.use_deterministic_algorithms(self.trainer.deterministic)
+        placement = place(
+            self.trainer,
+            closure=self.traits.closure,
+            local_rank=self.ranks.local_rank,
+            world=self.ranks.world,
+        )
+        if placement.device.type == "cpu":
+            torch.set_flush_denormal(True)  # up to 100 times faster where gradients vanish
+        if self.traits.create_graph and (self.ranks.world > 1 or self.trainer.accumulate > 1):
+            raise UsageError(
+                "this optimizer differentiates the loss twice, which needs the whole batch in one piece; "
+                "type trainer.accumulate=1 and run it on one process"
+            )
+        return placement
+
+    def loaders(
+        self, splits: Mapping[str, Split], pipeline: Pipeline, task: Task, placement: Placement
+    ) -> dict[str, Loader]:
+        layout = _memory_format(placement.layout)
+
+        def transform(train: bool) -> Callable[[Batch, int], Batch]:
+            def apply(batch: Batch, epoch: int) -> Batch:
+                batch = task.prepare(pipeline(batch, epoch=epoch, train=train))
+                return {**batch, "image": batch["image"].contiguous(memory_format=layout)}
+
+            return apply
+
+        common: dict[str, Any] = {
+            "seed": self.seed,
+            "rank": self.ranks.rank,
+            "world": self.ranks.world,
+            "device": placement.device,
+        }
+        trainer = self.trainer
+        drop_last = trainer.drop_last
+        rest = len(splits["train"]) % trainer.batch_size
+        pieces = self.ranks.world * trainer.accumulate
+        if not drop_last and 0 < rest < MIN_STATISTICS_BATCH * pieces and len(splits["train"]) > rest:
+            drop_last = True
+            self.notices.append(
+                f"data: an epoch's last batch would have {rest} sample{'s' * (rest > 1)}, too few for batch "
+                "statistics; it is left out"
+            )
+        evaluation = trainer.eval_batch_size or max(trainer.batch_size, 256)
+        loaders = {
+            name: Loader(
+                split, min(evaluation, len(split)), shuffle=False, transform=transform(False), **common
+            )
+            for name, split in splits.items()
+            if name != "train"
+        }
+        train = splits["train"]
+        loaders["train"] = Loader(
+            train,
+            min(trainer.batch_size, len(train)),
+            shuffle=True,
+            drop_last=drop_last,
+            transform=transform(True),
+            **common,
+        )
+        return loaders
+
+    def network(self, spec: DataSpec, task: Task, placement: Placement, train: Loader) -> nn.Module:
+        with rng.seeded(self.seed, "init", "construction"):
+            model = make_network(self.config, spec, task, self.regularization)
+        init = make(self.config["init"])
+        init(model, self.seed)
+        model = model.to(placement.device)
+        if placement.layout is Layout.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if getattr(init, "needs_batch", False) and not self.resumed:
+            batch, _ = next(train.batches(0))
+            init.calibrate(model, batch["image"])
+        return model
+
+    def observer(self, model: nn.Module, placement: Placement, total_steps: int) -> Observer:
+        stats = self.stats
+        nodes = self.config["probe"] if stats.enabled else {}
+        probes = [make(node) for node in nodes.values() if node is not None]
+        needs = frozenset[str]().union(*(probe.needs for probe in probes))
+        taps = None
+        if needs & {"activations", "activation_gradients"}:
+            taps = Taps(
+                model,
+                stats.samples,
+                placement.device,
+                gradients="activation_gradients" in needs,
+                always=placement.step is not StepKind.eager,
+            )
+        return Observer(
+            model, probes, taps, every=stats.every, total_steps=total_steps, max_records=stats.max_records
+        )
+
+    def step(
+        self,
+        forward: Forward,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        placement: Placement,
+        ema: Ema | None,
+    ) -> EagerStep:
+        trainer, regularization = self.trainer, self.regularization
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        after: list[Callable[[], None]] = []
+        if regularization.max_norm is not None:
+            limit = regularization.max_norm
+            after.append(lambda: max_norm_(parameters, limit))
+        if ema is not None:
+            after.append(ema.update)
+        scaler = torch.amp.GradScaler(placement.device.type) if placement.precision is Precision.fp16 else None
+        arguments: dict[str, Any] = {
+            "seed": self.seed,
+            "ranks": self.ranks,
+            "penalty": self.penalty(parameters),
+            "after_update": after,
+            "scaler": scaler,
+            "accumulate": trainer.accumulate,
+            "clip_norm": trainer.clip_norm,
+        }
+        if self.traits.create_graph:
+            return GraphClosureStep(forward, optimizer, parameters, **arguments)
+        if self.traits.closure:
+            return ClosureStep(forward, optimizer, parameters, **arguments)
+        if placement.step is StepKind.compiled:
+            return CompiledStep(forward, optimizer, parameters, batch_size=trainer.batch_size, **arguments)
+        if placement.step is StepKind.captured:
+            return CapturedStep(forward, optimizer, parameters, batch_size=trainer.batch_size, **arguments)
+        return EagerStep(forward, optimizer, parameters, **arguments)
+
+    def penalty(self, parameters: list[nn.Parameter]) -> Callable[[], torch.Tensor] | None:
+        first, second = self.regularization.l1, self.regularization.l2
+        if not first and not second:
+            return None
+
+        def penalty() -> torch.Tensor:
+            terms = ([first * l1(parameters)] if first else []) + ([second * l2(parameters)] if second else [])
+            return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+        return penalty
+
+    # ---- state and listeners ----
+
+    def wire(self, run: Run, pipeline: Pipeline) -> None:
+        own = run.folder if run.is_main else None
+        recorder = Recorder(own)
+        evidence = Evidence(own, len(run.loaders["train"].split), run.device)
+        parts = {
+            "model": run.model,
+            "optimizer": run.optimizer,
+            "schedule": run.schedule,
+            "scaler": run.step.scaler,
+            "ema": run.ema,
+            "clock": run.clock,
+            "totals": run.totals,
+            "selection": run.selection,
+            "taps": run.observer.taps,
+            "normalize": pipeline,
+            "records": recorder,
+            "evidence": evidence,
+        }
+        for name, part in parts.items():
+            if part is not None and hasattr(part, "state_dict"):
+                run.state.register(name, part)
+        run.listeners = [
+            recorder,
+            evidence,
+            Checkpointer(enabled=self.trainer.checkpoint, minutes=self.trainer.checkpoint_minutes),
+        ]
+
+        def receive(record: dict[str, Any]) -> None:
+            epoch = record["step"] // run.steps_per_epoch
+            run.tell("on_stats", {"step": record["step"], "epoch": epoch, **record})
+
+        run.observer.receive = receive if run.is_main else None
+
+    def facts(
+        self, run: Run, placement: Placement, pipeline: Pipeline, splits: Mapping[str, Split]
+    ) -> dict[str, str]:
+        parameters = sum(p.numel() for p in run.model.parameters())
+        model = self.config["model"]["_target_"].rpartition(".")[2]
+        notes = getattr(run.model, "notes", [])
+        sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
+        layout = placement.layout.value.replace("_", "-")
+        ranks = f", {self.ranks.world} processes" if self.ranks.world > 1 else ""
+        accumulate = f", {run.trainer.accumulate} micro-batches" if run.trainer.accumulate > 1 else ""
+        return {
+            "model": "; ".join([f"{model}, {parameters:,} parameters", *notes]),
+            "data": f"{self.config['data']['_target_'].rpartition('.')[2]}: {sizes}",
+            "input": pipeline.describe(),
+            "device": f"{_device_name(placement.device)}{ranks}",
+            "step": f"{run.step.name}, {placement.precision.value}, {layout}{accumulate}, "
+            f"{type(run.optimizer).__name__}",
+        }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return str(device)
+
+
+def _memory_format(layout: Layout) -> torch.memory_format:
+    return torch.channels_last if layout is Layout.channels_last else torch.contiguous_format
+
+
+def with_overrides(composed: Composed, **config: Any) -> Composed:
+    """The same experiment with top-level keys of the config replaced."""
+    return replace(composed, config={**composed.config, **config})

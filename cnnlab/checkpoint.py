@@ -1,0 +1,85 @@
+"""Checkpoints: atomic, checksummed, and plain enough for `torch.load(weights_only=True)`.
+
+The SHA-256 of the file travels inside it, as the comment that ends a ZIP archive: so file and checksum are
+replaced by one rename, and torch, which ignores the comment, loads the file as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from cnnlab.errors import CheckpointError
+from cnnlab.rundir import write_atomically
+
+_MARK = b"sha256:"
+_COMMENT = len(_MARK) + 64
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+class State:
+    """Every stateful object of a run, by name. A checkpoint is the State, whole."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, Stateful] = {}
+
+    def register(self, name: str, part: Stateful) -> None:
+        assert name not in self._parts, f"{name} is registered twice"
+        self._parts[name] = part
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], only: tuple[str, ...] | None = None) -> None:
+        """Loads every part (or those in `only`). Raises `CheckpointError` for one that does not fit."""
+        names = self._parts if only is None else only
+        missing = [name for name in names if name not in state]
+        if missing:
+            raise CheckpointError(f"the checkpoint has no {', '.join(missing)}; it is of another kind of run")
+        for name in names:
+            try:
+                self._parts[name].load_state_dict(state[name])
+            except (RuntimeError, ValueError, KeyError, TypeError) as error:
+                reason = " ".join(str(error).split())[:400]
+                raise CheckpointError(f"the checkpoint's {name} does not fit this run: {reason}") from error
+
+
+def save(state: Mapping[str, Any], *paths: Path) -> None:
+    """Writes `state` to each path: the whole file, with its checksum, or none.
+
+    Raises `CheckpointError` when the disk refuses (full, read-only); what was there before stays.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    content = buffer.getvalue()
+    assert content[-2:] == b"\0\0", "torch.save ends its archive with an empty comment"
+    comment = _MARK + hashlib.sha256(content).hexdigest().encode()
+    for path in paths:
+        try:
+            write_atomically(path, content[:-2] + len(comment).to_bytes(2, "little") + comment)
+        except OSError as error:
+            raise CheckpointError(f"{path} could not be written: {error}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint to the CPU. Raises `CheckpointError` when it is missing, cut short or altered."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such checkpoint") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    comment, body = content[-_COMMENT:], content[: -_COMMENT - 2] + b"\0\0"
+    if not comment.startswith(_MARK) or hashlib.sha256(body).hexdigest().encode() != comment[len(_MARK) :]:
+        raise CheckpointError(f"{path} is damaged: its checksum does not match its content")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -1,0 +1,171 @@
+"""Images with masks, in two folder trees of equal names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cnnlab.data.cache import Store, decoded
+from cnnlab.data.decode import EXTENSIONS, Recipe
+from cnnlab.data.splits import Fraction, Limit, assemble, digest, partitioned, require_fractions
+from cnnlab.errors import DataError
+from cnnlab.protocols import VOID, DataSpec, Split
+from cnnlab.schema import NonNegativeInt, PositiveInt
+
+_LAYOUT = (
+    "ROOT/images/{train,val,test}/<image>, ROOT/masks/{train,val,test}/<same name>.png, ROOT/classes.txt"
+)
+
+
+class MaskFolder:
+    """Semantic segmentation of `root/images/<split>/` with `root/masks/<split>/`.
+
+    A mask is a greyscale or palette image whose values are class numbers, in the order of `root/classes.txt`
+    (one name a line), or 255 for void. There is no label: `classes` of the spec are the mask's.
+
+    Args:
+        root: the folder.
+        size: (height, width) of images and masks.
+        fit: `letterbox` keeps the aspect ratio and fills with black, in masks with void; `stretch` does not.
+        channels: 3 (colour) or 1 (grey).
+        val, test: fractions of the training images for a split that the folder does not have.
+        split_seed: seed of the split, apart from the run's.
+        limit: thins the training split (see `cnnlab.data.splits`).
+        on_error: whether an unreadable file ends the run or is left out.
+        cache, workers: see `cnnlab.data.cache.decoded`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        size: tuple[PositiveInt, ...] = (180, 240),
+        fit: Literal["letterbox", "stretch"] = "letterbox",
+        channels: Literal[1, 3] = 3,
+        val: Fraction = 0.1,
+        test: Fraction = 0.2,
+        split_seed: NonNegativeInt = 0,
+        limit: Limit = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        cache: str | None = None,
+        workers: NonNegativeInt | None = None,
+    ) -> None:
+        if len(size) != 2:
+            raise ValueError(f"expected data.size=[height,width], received {list(size)}")
+        require_fractions(val, test)
+        self.root = Path(root).expanduser()
+        self.recipe = Recipe(channels, size[0], size[1], fit)
+        self.val = val
+        self.test = test
+        self.split_seed = split_seed
+        self.limit = limit
+        self.on_error: Literal["raise", "skip"] = on_error
+        self.cache = cache
+        self.workers = workers
+
+    def spec(self) -> DataSpec:
+        """Reads classes.txt only. Raises `DataError`."""
+        classes = self._classes()
+        size = (self.recipe.height, self.recipe.width)
+        return DataSpec(self.recipe.channels, size, classes, frozenset({"mask"}), mask_classes=classes)
+
+    def load(self) -> dict[str, Split]:
+        classes = self._classes()
+        images, masks, given = self._pairs()
+        parts = partitioned(
+            given,
+            None,
+            len(classes),
+            val=self.val,
+            test=self.test,
+            limit=self.limit,
+            imbalance=None,
+            seed=self.split_seed,
+        )
+        mask_recipe = Recipe(1, self.recipe.height, self.recipe.width, self.recipe.fit, mask=True)
+        picture_store = self._decoded(images, self.recipe)
+        mask_store = self._decoded(masks, mask_recipe)
+        parts = mask_store.readable(picture_store.readable(parts))
+        for rows in parts.values():
+            _require_fit(rows, picture_store.sizes, mask_store.sizes, masks)
+            _require_known(rows, mask_store.images, classes, masks)
+        source = digest(picture_store.fingerprint, mask_store.fingerprint, classes)
+        return assemble(picture_store.images, {"mask": mask_store.images[:, 0]}, source, parts)
+
+    def _decoded(self, files: Sequence[str], recipe: Recipe) -> Store:
+        return decoded(
+            self.root, files, recipe, on_error=self.on_error, cache=self.cache, workers=self.workers
+        )
+
+    def _classes(self) -> tuple[str, ...]:
+        path = self.root / "classes.txt"
+        try:
+            names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+        except OSError as error:
+            raise DataError(
+                f"expected class names, one a line, in {path}, received: {error}; "
+                f"type data.root=FOLDER, laid out as {_LAYOUT}"
+            ) from error
+        if not 2 <= len(names) <= VOID:
+            raise DataError(f"expected 2 to {VOID} class names in {path}, received {len(names)}")
+        return names
+
+    def _pairs(self) -> tuple[list[str], list[str], dict[str, Tensor]]:
+        """Images and masks relative to the root, pair by pair, and the rows of each split that there is."""
+        images: list[str] = []
+        masks: list[str] = []
+        given = {}
+        for split in ("train", "val", "test"):
+            pictures, numbers = self._by_name("images", split), self._by_name("masks", split)
+            single = sorted(set(pictures) ^ set(numbers))
+            if single:
+                raise DataError(
+                    f"expected an image and a mask of every name in {self.root}, {split}, received only one "
+                    f"of them for {len(single)} names, the first {single[0]}; lay them out as {_LAYOUT}"
+                )
+            if pictures:
+                given[split] = torch.arange(len(images), len(images) + len(pictures))
+                images += [pictures[name] for name in sorted(pictures)]
+                masks += [numbers[name] for name in sorted(pictures)]
+        if "train" not in given:
+            raise DataError(
+                f"expected images in {self.root / 'images' / 'train'}, received none; "
+                f"lay them out as {_LAYOUT}"
+            )
+        return images, masks, given
+
+    def _by_name(self, kind: str, split: str) -> dict[str, str]:
+        folder = self.root / kind / split
+        if not folder.is_dir():
+            return {}
+        return {
+            path.stem: f"{kind}/{split}/{path.name}"
+            for path in sorted(folder.iterdir())
+            if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+        }
+
+
+def _require_fit(rows: Tensor, image_sizes: Tensor, mask_sizes: Tensor, masks: Sequence[str]) -> None:
+    """Raises `DataError` where a mask has another size than its image."""
+    other = rows[(image_sizes[rows] != mask_sizes[rows]).any(1)].tolist()
+    if other:
+        first = other[0]
+        raise DataError(
+            f"expected masks of their images' (height, width), received {len(other)} of another; "
+            f"{masks[first]} has {tuple(mask_sizes[first].tolist())}, "
+            f"its image {tuple(image_sizes[first].tolist())}; repair them"
+        )
+
+
+def _require_known(rows: Tensor, masks: Tensor, classes: Sequence[str], files: Sequence[str]) -> None:
+    """Raises `DataError` where a mask (M, 1, H, W) holds a number that is no class and not void."""
+    for row in rows.tolist():
+        unknown = masks[row][(masks[row] >= len(classes)) & (masks[row] != VOID)]
+        if len(unknown):
+            raise DataError(
+                f"expected class numbers 0..{len(classes) - 1} or {VOID} (void) in the masks, received "
+                f"{int(unknown[0])} in {files[row]}; add its name to classes.txt or repair the mask"
+            )

@@ -1,0 +1,194 @@
+"""Images with boxes in the layout of Pascal VOC (Everingham et al. 2010)."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+from xml.etree import ElementTree
+
+import torch
+from torch import Tensor
+
+from cnnlab.data.cache import decoded
+from cnnlab.data.decode import EXTENSIONS, Recipe, letterbox
+from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned, require_fractions
+from cnnlab.errors import DataError
+from cnnlab.protocols import DataSpec, Split
+from cnnlab.schema import NonNegativeInt, PositiveInt
+
+_LAYOUT = "ROOT/JPEGImages/<id>.jpg, ROOT/Annotations/<id>.xml, ROOT/ImageSets/Main/{train,val,test}.txt"
+
+
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
+
+
+class VocBoxes:
+    """Classification and localization: each image's largest object, its class and its box.
+
+    The files' boxes are pixels counted from 1, both ends included, as VOC's are: a box over the whole of a W
+    x H image is (1, 1, W, H) there and (0, 0, 1, 1) here.
+
+    Args:
+        root: the folder.
+        size: side of the images.
+        fit: `letterbox` keeps the aspect ratio and fills with black; `stretch` does not.
+        val, test: fractions of the training images for a split without a list in ImageSets/Main, by class.
+        split_seed: seed of the split, apart from the run's.
+        limit, imbalance: thin the training split (see `cnnlab.data.splits`).
+        on_error: whether an unreadable image ends the run or is left out.
+        cache, workers: see `cnnlab.data.cache.decoded`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        size: PositiveInt = 128,
+        fit: Literal["letterbox", "stretch"] = "letterbox",
+        val: Fraction = 0.1,
+        test: Fraction = 0.2,
+        split_seed: NonNegativeInt = 0,
+        limit: Limit = None,
+        imbalance: Imbalance = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        cache: str | None = None,
+        workers: NonNegativeInt | None = None,
+    ) -> None:
+        require_fractions(val, test)
+        self.root = Path(root).expanduser()
+        self.recipe = Recipe(3, size, size, fit)
+        self.val = val
+        self.test = test
+        self.split_seed = split_seed
+        self.limit = limit
+        self.imbalance = imbalance
+        self.on_error: Literal["raise", "skip"] = on_error
+        self.cache = cache
+        self.workers = workers
+
+    def spec(self) -> DataSpec:
+        """Reads the annotations (which alone name the classes), no image. Raises `DataError`."""
+        size = (self.recipe.height, self.recipe.width)
+        return DataSpec(3, size, self._classes, targets=frozenset({"label", "box"}))
+
+    def load(self) -> dict[str, Split]:
+        ids = [name for names in self._lists.values() for name in names]
+        labels = torch.tensor([self._classes.index(self._objects[name][0]) for name in ids])
+        given, start = {}, 0
+        for split, names in self._lists.items():
+            given[split] = torch.arange(start, start + len(names))
+            start += len(names)
+        parts = partitioned(
+            given,
+            labels,
+            len(self._classes),
+            val=self.val,
+            test=self.test,
+            limit=self.limit,
+            imbalance=self.imbalance,
+            seed=self.split_seed,
+        )
+        files = self._files(ids)
+        store = decoded(
+            self.root, files, self.recipe, on_error=self.on_error, cache=self.cache, workers=self.workers
+        )
+        pixels = torch.tensor([self._objects[name][1] for name in ids])
+        boxes = fitted_boxes(pixels, store.sizes, self.recipe)
+        parts = store.readable(parts)
+        for rows in parts.values():
+            outside = rows[(boxes[rows, 2:] <= boxes[rows, :2]).any(1)].tolist()
+            if outside:
+                raise DataError(
+                    f"expected boxes that lie in their images, received {len(outside)} that do not, "
+                    f"the first {pixels[outside[0]].tolist()} of {ids[outside[0]]}; repair its annotation"
+                )
+        source = digest(store.fingerprint, labels, boxes)
+        return assemble(store.images, {"label": labels, "box": boxes}, source, parts)
+
+    @cached_property
+    def _lists(self) -> dict[str, list[str]]:
+        """Image ids by split, from ImageSets/Main."""
+        folder = self.root / "ImageSets" / "Main"
+        lists = {}
+        for split in ("train", "val", "test"):
+            path = folder / f"{split}.txt"
+            if path.is_file():
+                lists[split] = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        if not lists.get("train"):
+            what = "an empty list" if "train" in lists else "nothing"
+            raise DataError(
+                f"expected the ids of the training images in {folder / 'train.txt'}, received {what}; "
+                f"type data.root=FOLDER, laid out as {_LAYOUT}"
+            )
+        return lists
+
+    @cached_property
+    def _objects(self) -> dict[str, tuple[str, tuple[float, float, float, float]]]:
+        """Class and box (x1, y1, x2, y2; pixels from 0) of each listed image's largest object."""
+        folder = self.root / "Annotations"
+        return {name: _largest(folder / f"{name}.xml") for names in self._lists.values() for name in names}
+
+    @cached_property
+    def _classes(self) -> tuple[str, ...]:
+        return tuple(sorted({kind for kind, _ in self._objects.values()}))
+
+    def _files(self, ids: list[str]) -> list[str]:
+        """The image of each id, relative to the root."""
+        folder = self.root / "JPEGImages"
+        if not folder.is_dir():
+            raise DataError(
+                f"expected images in {folder}, received no such folder; lay them out as {_LAYOUT}"
+            )
+        by_id = {
+            path.stem: f"JPEGImages/{path.name}"
+            for path in sorted(folder.iterdir())
+            if path.suffix.lower() in EXTENSIONS
+        }
+        missing = [name for name in ids if name not in by_id]
+        if missing:
+            raise DataError(
+                f"expected an image of every listed id in {folder}, received none for {len(missing)} of "
+                f"{len(ids)}, the first {missing[0]}; remove those ids from ImageSets/Main"
+            )
+        return [by_id[name] for name in ids]
+
+
+def _largest(path: Path) -> tuple[str, tuple[float, float, float, float]]:
+    """Class and box of the annotation's object with the largest box."""
+    try:
+        objects = ElementTree.parse(path).getroot().findall("object")
+        found = []
+        for item in objects:
+            xmin, ymin, xmax, ymax = (float(item.findtext(f"bndbox/{side}", "nan")) for side in _SIDES)
+            box = (xmin - 1, ymin - 1, xmax, ymax)
+            area = max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+            found.append((area, item.findtext("name", "").strip(), box))
+    except (OSError, ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"expected a VOC annotation in {path}, received: {error}; repair it") from error
+    whole = [entry for entry in found if entry[0] > 0 and entry[1]]
+    if not whole:
+        raise DataError(
+            f"expected an object with a name and a box in {path}, received {len(found)} objects "
+            f"and none such; remove the image from ImageSets/Main or repair the annotation"
+        )
+    _, kind, box = max(whole, key=lambda entry: entry[0])
+    return kind, box
+
+
+def fitted_boxes(boxes: Tensor, sizes: Tensor, recipe: Recipe) -> Tensor:
+    """Boxes in [0, 1] of the fitted image.
+
+    Args:
+        boxes: (N, 4), (x1, y1, x2, y2) in pixels of the original.
+        sizes: (N, 2) its height and width; (0, 0) where it could not be read.
+    """
+    fitted = []
+    for (x1, y1, x2, y2), (height, width) in zip(boxes.tolist(), sizes.tolist()):
+        height, width = max(1, height), max(1, width)
+        left, top, new_width, new_height = 0, 0, recipe.width, recipe.height
+        if recipe.fit == "letterbox":
+            left, top, new_width, new_height = letterbox(height, width, recipe.height, recipe.width)
+        xs = [(left + min(max(x / width, 0), 1) * new_width) / recipe.width for x in (x1, x2)]
+        ys = [(top + min(max(y / height, 0), 1) * new_height) / recipe.height for y in (y1, y2)]
+        fitted.append([xs[0], ys[0], xs[1], ys[1]])
+    return torch.tensor(fitted, dtype=torch.float32).reshape(-1, 4)

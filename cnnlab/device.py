@@ -1,0 +1,113 @@
+"""The device a run uses: chosen automatically, printed, forced by `trainer.device`; and what it cannot do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cnnlab.errors import UsageError
+from cnnlab.schema import Device, Layout, Precision, StepKind, Trainer
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a run computes; no field is `auto` any more. `notices` say what was changed, and why."""
+
+    device: torch.device
+    precision: Precision
+    step: StepKind
+    layout: Layout
+    notices: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+
+def available(device: Device) -> bool:
+    if device is Device.cuda:
+        return torch.cuda.is_available()
+    if device is Device.mps:
+        return torch.backends.mps.is_available()
+    return True
+
+
+def choose_device(wanted: Device, local_rank: int = 0) -> torch.device:
+    """The best device there is, or the wanted one. Raises `UsageError` when it is not there."""
+    if wanted is Device.auto:
+        wanted = next(d for d in (Device.cuda, Device.mps, Device.cpu) if available(d))
+    elif not available(wanted):
+        there = [d.value for d in (Device.cuda, Device.mps, Device.cpu) if available(d)]
+        raise UsageError(
+            f"`trainer.device={wanted.value}`: this machine has none that torch can use; "
+            f"it has: {', '.join(there)}. Type trainer.device=auto"
+        )
+    return torch.device(wanted.value, local_rank) if wanted is Device.cuda else torch.device(wanted.value)
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Whether bf16 matrix products run in hardware, where they beat fp32 (AMX, AVX512-BF16)."""
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    named = any(flags.get(name, False) for name in ("amx_tile", "amx_bf16", "avx512_bf16"))
+    return named or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def place(trainer: Trainer, *, closure: bool, local_rank: int = 0, world: int = 1) -> Placement:
+    """Resolves device, precision, step and layout of a run.
+
+    Args:
+        closure: whether the optimizer evaluates the loss itself (L-BFGS, Newton-CG).
+
+    Raises:
+        UsageError: for a device that is not there, or a step that this device or optimizer cannot take.
+    """
+    device = choose_device(trainer.device, local_rank)
+    notices: list[str] = []
+    precision = _precision(trainer.precision, device, closure, notices)
+    step = _step(trainer.step, device, closure, world)
+    layout = trainer.layout
+    if layout is Layout.auto:
+        layout = Layout.contiguous if device.type == "mps" else Layout.channels_last
+    return Placement(device, precision, step, layout, tuple(notices))
+
+
+def _precision(wanted: Precision, device: torch.device, closure: bool, notices: list[str]) -> Precision:
+    if closure:
+        if wanted in (Precision.bf16, Precision.fp16):
+            raise UsageError(
+                f"`trainer.precision={wanted.value}`: a line search or Hessian-vector product needs exact losses; "
+                "type trainer.precision=fp32"
+            )
+        return Precision.fp32
+    if wanted is Precision.auto:
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = device.type == "cpu" and cpu_has_fast_bf16()
+        return Precision.bf16 if fast else Precision.fp32
+    if wanted is Precision.bf16 and device.type == "cpu" and not cpu_has_fast_bf16():
+        notices.append("precision: bf16 is emulated on this CPU and slower than fp32")
+    if wanted is Precision.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        notices.append("precision: this GPU has no bf16 units; fp16 is the fast one here")
+    return wanted
+
+
+def _step(wanted: StepKind, device: torch.device, closure: bool, world: int) -> StepKind:
+    if wanted is StepKind.auto:
+        return StepKind.eager
+    if closure and wanted is not StepKind.eager:
+        raise UsageError(
+            f"`trainer.step={wanted.value}`: this optimizer evaluates the loss several times a step, which only "
+            "the eager step does; type trainer.step=eager"
+        )
+    if wanted is StepKind.captured and device.type != "cuda":
+        raise UsageError(
+            f"`trainer.step=captured`: CUDA graphs need a CUDA device, this run is on {device.type}; "
+            "type trainer.step=eager or trainer.step=compiled"
+        )
+    if wanted is StepKind.captured and world > 1:
+        raise UsageError("`trainer.step=captured` runs on one process; type trainer.step=eager under torchrun")
+    return wanted

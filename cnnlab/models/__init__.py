@@ -1,0 +1,1 @@
+"""The networks, each written from its paper, with torchvision's `state_dict` keys where it has them."""

@@ -1,0 +1,70 @@
+"""Activation checkpointing that leaves the network's numbers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+@contextmanager
+def frozen_statistics(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Batch norm inside normalizes by the batch as before, but its running moments stay what they are."""
+    norms = [m for block in blocks for m in block.modules() if isinstance(m, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    counters = [norm.num_batches_tracked for norm in norms]
+    counts = [None if counter is None else counter.clone() for counter in counters]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for norm, momentum, counter, count in zip(norms, momenta, counters, counts, strict=True):
+                norm.momentum = momentum
+                if counter is not None and count is not None:
+                    counter.copy_(count)
+
+
+def _contexts(
+    blocks: Sequence[nn.Module],
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), frozen_statistics(blocks)
+
+
+def _chain(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+class CheckpointedSequential(nn.Sequential):
+    """A sequence of n blocks that holds O(sqrt(n)) activations at a time (Chen et al. 2016, section 4.1).
+
+    It is cut into segments of sqrt(n) blocks; only a segment's input is kept, and the backward pass computes
+    the rest again. Losses, gradients, random numbers and the running moments of batch norm are those of the
+    plain sequence, bit for bit. Forward hooks inside run a second time, during the backward pass.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = list(self.children())
+        if not torch.is_grad_enabled() or not blocks:
+            return _chain(blocks, x)
+        length = math.isqrt(len(blocks) - 1) + 1
+        for start in range(0, len(blocks), length):
+            segment = blocks[start : start + length]
+            if (
+                torch.compiler.is_compiling()
+            ):  # the compiler recomputes values only, never the buffers' updates
+                x = checkpoint(_chain, segment, x, use_reentrant=False)
+            else:
+                x = checkpoint(
+                    _chain, segment, x, use_reentrant=False, context_fn=partial(_contexts, segment)
+                )
+        return x

@@ -1,0 +1,113 @@
+"""The laboratory's own probes. A user's probe is a class like these, named by a YAML in a `probe/` folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnnlab import measure
+from cnnlab.observe.taps import COLUMNS
+from cnnlab.observe.view import View
+from cnnlab.protocols import Need
+from cnnlab.schema import PositiveInt
+
+
+class Probe:
+    """Base: a cadence, a name, needs. Subclasses implement `read`.
+
+    Tags that start with `activation` hold one value a tapped layer, the others of length `len(view.tensors)` one
+    a weight tensor; a scalar is a scalar.
+    """
+
+    needs: frozenset[Need] = frozenset()
+
+    def __init__(self, every: PositiveInt | None = None):
+        self.every = every
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def supports(self, run: Any) -> str | None:
+        return None
+
+    def read(self, view: View) -> dict[str, Tensor]:
+        raise NotImplementedError(f"{self.name} implements read")
+
+
+class Activations(Probe):
+    """Mean, std, zeros, saturation and dead channels of each layer's activations, over a few samples."""
+
+    needs = frozenset({"activations"})
+
+    def read(self, view: View) -> dict[str, Tensor]:
+        assert view.taps is not None
+        columns = {f"activation/{name}": view.taps.values[:, i].clone() for i, name in enumerate(COLUMNS)}
+        return {**columns, "activation/dead": view.taps.dead()}
+
+
+class ActivationGradients(Probe):
+    """Std of the gradient of a sample's loss at each layer's activations.
+
+    The loss is the mean over the batch; times the batch size the figure depends on neither batch, accumulation
+    nor ranks. Its profile over depth is what shows vanishing: weight-gradient norms are blind to it, because in
+    a bias-free ReLU net ⟨W_l, ∂L/∂W_l⟩ is the same for every layer.
+    """
+
+    needs = frozenset({"activation_gradients"})
+
+    def read(self, view: View) -> dict[str, Tensor]:
+        assert view.taps is not None
+        return {"activation_gradient/std": view.taps.gradient_std() * view.count / view.scale}
+
+
+class Gradients(Probe):
+    """L2 norm of each weight tensor's gradient and of the whole."""
+
+    needs = frozenset({"gradients"})
+
+    def read(self, view: View) -> dict[str, Tensor]:
+        each = measure.norms(measure.gradients_of(view.parameters))
+        return {"gradient/norm": each, "gradient/global_norm": torch.linalg.vector_norm(each)}
+
+
+class Updates(Probe):
+    """Norm of each weight tensor, and ‖Δw‖/‖w‖ from the true change, whatever the optimizer (NaN where w is 0)."""
+
+    needs = frozenset({"updates"})
+
+    def read(self, view: View) -> dict[str, Tensor]:
+        assert view.previous is not None
+        return {
+            "weight/norm": measure.norms(view.previous),
+            "update/ratio": measure.update_ratios(view.previous, view.parameters),
+        }
+
+
+class Histograms(Probe):
+    """Histograms of every weight tensor and its gradient: rows of (low, high, counts...)."""
+
+    needs = frozenset({"gradients"})
+
+    def __init__(self, every: PositiveInt | None = None, bins: PositiveInt = 64):
+        super().__init__(every)
+        self.bins = bins
+
+    def read(self, view: View) -> dict[str, Tensor]:
+        return {
+            "histogram/weight": self._rows([p.detach() for p in view.parameters]),
+            "histogram/gradient": self._rows(measure.gradients_of(view.parameters)),
+        }
+
+    def _rows(self, tensors: list[Tensor]) -> Tensor:
+        rows = []
+        for tensor in tensors:
+            flat = tensor.detach().float().flatten()
+            low, high = flat.aminmax()
+            width = torch.where(high > low, high - low, torch.ones_like(low))
+            bucket = ((flat - low) / width * self.bins).long().clamp(0, self.bins - 1)
+            counts = torch.zeros(self.bins, device=flat.device).scatter_add_(0, bucket, torch.ones_like(flat))
+            rows.append(torch.cat([torch.stack([low, high]), counts]))
+        return torch.stack(rows)

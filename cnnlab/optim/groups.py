@@ -1,0 +1,171 @@
+"""Parameter groups: what decays, which layers learn more slowly, what does not train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from cnnlab.errors import did_you_mean, listing
+
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float | None,
+    decay_norm_and_bias: bool = False,
+    layer_decay: float = 1.0,
+    head_lr: float = 1.0,
+    freeze: Iterable[str] = (),
+    single_group: bool = False,
+) -> list[dict[str, Any]]:
+    """The parameters that train, as groups for an optimizer.
+
+    The group's rate at a step is `base rate · lr_scale · schedule.factor(step, total)`; whoever runs the
+    schedule sets `lr` so. `lr_scale` is `head_lr` for the head and `layer_decay ** d` for a layer d places
+    before it (see `layers`). Frozen parameters are in no group and get `requires_grad = False`; frozen norm
+    layers still update their running statistics in training mode.
+
+    Args:
+        model: the network, its head in place.
+        weight_decay: the optimizer's; `None` where it has none, and then groups have none.
+        decay_norm_and_bias: whether it also acts on vectors (biases, scale and shift, PReLU slopes) and on
+            norm layers of any shape.
+        layer_decay: rate of each layer as a multiple of the next deeper one's.
+        head_lr: rate of the head as a multiple of the base rate.
+        freeze: prefixes of parameter names, whole components of them: `layer1` is not in `layer10.weight`.
+        single_group: for an optimizer that takes one group only (L-BFGS).
+
+    Returns:
+        Groups with `params`, `name` (such as `head, no decay`), `lr_scale` and, unless it is `None`,
+        `weight_decay`; in the order of the model's parameters.
+
+    Raises:
+        ValueError: an unknown prefix, a network without a known head where `head_lr` asks for one, nothing
+        left to
+            train, or different groups for an optimizer that takes one.
+    """
+    freeze_parameters(model, freeze)
+    no_decay = set() if decay_norm_and_bias or weight_decay is None else set(_norm_and_bias(model))
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for label, scale, names in _scaled_layers(model, layer_decay, head_lr):
+        for name in names:
+            parameter = model.get_parameter(name)
+            if not parameter.requires_grad:
+                continue
+            decay = 0.0 if name in no_decay else weight_decay
+            title = f"{label}, no decay" if weight_decay and name in no_decay else label
+            group = groups.setdefault((title, scale, decay), {"params": [], "name": title, "lr_scale": scale})
+            group["params"].append(parameter)
+            if decay is not None:
+                group["weight_decay"] = decay
+    if not groups:
+        raise ValueError("expected a parameter that trains, received a network that is frozen as a whole")
+    if single_group and len(groups) > 1:
+        raise ValueError(
+            "expected equal rates for an optimizer that takes one parameter group, received "
+            f"layer_decay={layer_decay:g}, head_lr={head_lr:g}; use layer_decay=1 and head_lr=1"
+        )
+    return list(groups.values())
+
+
+def layers(model: nn.Module) -> list[list[str]]:
+    """Names of the parameters of each layer, from the input on, as `layer_decay` counts them.
+
+    A layer is a child of the model, in the order of registration, which the lab's and torchvision's
+    networks share with the forward pass. A `Sequential` of plain convolutions and linear layers (the
+    `features` of VGG) is opened into its items, one of blocks (a stage of ResNet) is one layer. A child
+    without a weight of its own (a norm layer) belongs to the layer before it. The whole head is the last
+    layer.
+    """
+    head = head_parameters(model)
+    by_key: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        by_key.setdefault("head" if name in head else _layer_of(model, name), []).append(name)
+    last = by_key.pop("head", None)
+    found: list[list[str]] = []
+    for names in by_key.values():
+        if found and all(model.get_parameter(name).ndim < 2 for name in names):
+            found[-1] += names
+        else:
+            found.append(names)
+    return found if last is None else [*found, last]
+
+
+def head_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters of the task's head, or else of the model's own classifier (empty if
+    unknown)."""
+    modules = [getattr(model, "head", None)]
+    if not isinstance(modules[0], nn.Module):
+        modules = [getattr(model, name, None) for name in getattr(model, "classifier_modules", ())]
+    own = {id(p) for module in modules if isinstance(module, nn.Module) for p in module.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
+
+
+def freeze_parameters(model: nn.Module, prefixes: Iterable[str]) -> list[str]:
+    """Sets `requires_grad = False` under each prefix, and returns the names.
+
+    Raises:
+        ValueError: a prefix that is in no name, with the nearest one that is.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    frozen = []
+    for prefix in prefixes:
+        wanted = prefix.rstrip(".")
+        matches = [name for name in names if name == wanted or name.startswith(f"{wanted}.")]
+        if not matches:
+            parts = [name.split(".") for name in names]
+            known = {".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)}
+            raise ValueError(
+                f"expected prefixes of parameter names in freeze, received {prefix!r}"
+                f"{did_you_mean(wanted, known)}; names begin with {listing({part[0] for part in parts})}"
+            )
+        frozen += matches
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    return list(dict.fromkeys(frozen))
+
+
+def _layer_of(model: nn.Module, name: str) -> str:
+    child, _, rest = name.partition(".")
+    module = getattr(model, child)
+    if isinstance(module, nn.Sequential) and any(
+        parameter.ndim >= 2 for item in module for parameter in item.parameters(recurse=False)
+    ):
+        return f"{child}.{rest.partition('.')[0]}"
+    return child if rest else "(own)"
+
+
+def _scaled_layers(
+    model: nn.Module, layer_decay: float, head_lr: float
+) -> Iterator[tuple[str, float, list[str]]]:
+    """Label, rate as a multiple of the base rate, and parameter names of each layer."""
+    head = head_parameters(model)
+    if head_lr != 1 and not head:
+        raise ValueError(
+            f"expected a network that names its head for head_lr={head_lr:g}, received "
+            f"{type(model).__name__} without `head` or `classifier_modules`; use head_lr=1"
+        )
+    found = layers(model)
+    for place, names in enumerate(found):
+        is_head = names[0] in head
+        scale = head_lr if is_head else layer_decay ** (len(found) - 1 - place)
+        if layer_decay == 1 == head_lr:
+            label = "all"
+        elif is_head:
+            label = "head"
+        else:
+            label = "backbone" if layer_decay == 1 else f"layer {place}"
+        yield label, scale, names
+
+
+def _norm_and_bias(model: nn.Module) -> Iterator[str]:
+    """Names of vectors and scalars, and of norm layers' parameters of any shape."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2 or isinstance(module, _NORMS):
+                yield f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,161 @@
+"""Muon for networks with convolutions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cnnlab.optim.common import Batched, by_shape, evaluate
+from cnnlab.schema import Momentum, NonNegative, Positive, PositiveInt
+
+# Jordan et al. 2024: the quintic whose slope at 0 is largest while five steps keep [0, 1] within [0.7, 1.2].
+QUINTIC = (3.4445, -4.7750, 2.0315)
+_FLOOR = 1e-7
+
+
+class Muon(Optimizer):
+    """Momentum whose matrices are made orthogonal before the step (Jordan et al. 2024, "Muon: An optimizer
+    for hidden layers in neural networks").
+
+    A weight of two axes or more is a matrix (rows = first axis, columns = all others, so a convolution is its
+    kernel flattened); its momentum M = USVᵀ is replaced by about UVᵀ, so that every direction of the matrix
+    moves alike. Weights of equal shape are stacked and go through Newton-Schulz together. Vectors (biases,
+    norm layers) have no such directions and take AdamW steps at `vector_lr` times the rate.
+
+    `torch.optim.Muon` takes matrices only. The groups of a grouped convolution are orthogonalized together.
+
+    Args:
+        params: parameters or parameter groups, of any shape.
+        lr: rate, a number or a scalar tensor.
+        momentum: β of the moving average of gradients.
+        nesterov: looks ahead along the average, (1-β)g + βm.
+        ns_steps: Newton-Schulz iterations.
+        scale: how a matrix's rate depends on its shape: `spectral`, √max(1, rows/columns) (Jordan et al.), or
+            `match_rms`, 0.2·√max(rows, columns), the length of an AdamW step, so that AdamW's rate and
+            decay can be used unchanged (Liu et al. 2025, "Muon is Scalable for LLM Training", equation 4).
+        weight_decay: decoupled, w = w - lr·λw, for matrices and vectors.
+        vector_lr: rate of vectors as a multiple of `lr`.
+        betas: AdamW's, for vectors.
+        eps: AdamW's ε.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: Positive = 0.02,
+        momentum: Momentum = 0.95,
+        nesterov: bool = True,
+        ns_steps: PositiveInt = 5,
+        scale: Literal["spectral", "match_rms"] = "spectral",
+        weight_decay: NonNegative = 0.01,
+        vector_lr: Positive = 0.1,
+        betas: tuple[Momentum, Momentum] = (0.9, 0.95),
+        eps: Positive = 1e-8,
+    ):
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "scale": scale,
+            "weight_decay": weight_decay,
+            "vector_lr": vector_lr,
+            "betas": tuple(betas),
+            "eps": eps,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One update from the gradients; returns the closure's loss, if there is a closure."""
+        loss = evaluate(closure)
+        for group in self.param_groups:
+            for batch in Batched.of(p for p in group["params"] if p.ndim >= 2):
+                self._update_matrices(group, batch)
+            for batch in Batched.of(p for p in group["params"] if p.ndim < 2):
+                self._update_vectors(group, batch)
+        return loss
+
+    def _update_matrices(self, group: dict[str, Any], batch: Batched) -> None:
+        averages = batch.state(self, "momentum")
+        torch._foreach_lerp_(averages, batch.grads, 1 - group["momentum"])
+        directions = averages
+        if group["nesterov"]:
+            directions = list(torch._foreach_lerp(batch.grads, averages, group["momentum"]))
+        if group["weight_decay"]:
+            torch._foreach_mul_(batch.params, 1 - group["lr"] * group["weight_decay"])
+        # `reshape`, so that channels-last kernels come in the order of their axes.
+        matrices = [direction.reshape(len(direction), -1) for direction in directions]
+        for places in by_shape(matrices):
+            stack = torch.stack([matrices[place] for place in places])
+            steps = orthogonalize(stack, group["ns_steps"]) * shape_scale(stack, group["scale"])
+            params = [batch.params[place] for place in places]
+            moves = [step.reshape(param.shape) for step, param in zip(steps.to(params[0].dtype), params)]
+            torch._foreach_mul_(moves, group["lr"])
+            torch._foreach_sub_(params, moves)
+
+    def _update_vectors(self, group: dict[str, Any], batch: Batched) -> None:
+        first, second = group["betas"]
+        means, squares = batch.state(self, "exp_avg"), batch.state(self, "exp_avg_sq")
+        rate = group["lr"] * group["vector_lr"]
+        if group["weight_decay"]:
+            torch._foreach_mul_(batch.params, 1 - rate * group["weight_decay"])
+        torch._foreach_lerp_(means, batch.grads, 1 - first)
+        torch._foreach_mul_(squares, second)
+        torch._foreach_addcmul_(squares, batch.grads, batch.grads, 1 - second)
+        # The count is on the device, so that a captured step goes on counting.
+        counts = self._counts(batch)
+        torch._foreach_add_(counts, 1)
+        moves = torch._foreach_div(means, [1 - first**count for count in counts])
+        roots = torch._foreach_div(squares, [1 - second**count for count in counts])
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_div_(moves, roots)
+        torch._foreach_mul_(moves, rate)
+        torch._foreach_sub_(batch.params, moves)
+
+    def _counts(self, batch: Batched) -> list[Tensor]:
+        for param in batch.params:
+            if "step" not in self.state[param]:
+                self.state[param]["step"] = torch.zeros((), device=param.device)
+        return [self.state[param]["step"] for param in batch.params]
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """About UVᵀ of each matrix USVᵀ, by Newton-Schulz: X ← aX + b(XXᵀ)X + c(XXᵀ)²X.
+
+    The singular values come out between about 0.7 and 1.2, but for those under about 1e-3 of the matrix's
+    norm, which five steps do not lift that far.
+
+    Args:
+        matrices: (K, rows, columns). A zero matrix stays zero.
+        steps: iterations.
+
+    Returns:
+        (K, rows, columns), in bfloat16 on CUDA, whose tensor cores the iteration was made for, else in
+        float32.
+    """
+    a, b, c = QUINTIC
+    # The norm in float32: bfloat16's sum of a thousand squares is off by percents.
+    x = matrices.float()
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=_FLOOR)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x  # XXᵀ is then the smaller of the two products
+    x = x.bfloat16() if x.is_cuda else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def shape_scale(matrices: Tensor, scale: str) -> float:
+    """The factor on the rate of matrices (K, rows, columns); see `Muon`."""
+    rows, columns = matrices.shape[1:]
+    if scale == "match_rms":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))

@@ -1,0 +1,249 @@
+"""What the parts of the laboratory owe each other. The loop, the observer and the builder know only these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from cnnlab.observe.view import View
+
+Batch = dict[str, Tensor]
+"""`image` (N, C, H, W), `index` (N,) int64 positions in the split, and the targets that the data has:
+`label` (N,) int64 or (N, classes) float after mixing, `mask` (N, H, W) int64 with 255 as void,
+`box` (N, 4) float, (x1, y1, x2, y2) in [0, 1] of width and height."""
+
+Outputs = Mapping[str, Tensor]
+"""What a network returns: `logits` (N, classes) or (N, classes, H, W), and optionally `aux`, `box`."""
+
+VOID = 255
+"""The mask value that counts in no loss and no metric."""
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a network must know of the data, known before an image is read.
+
+    `size` is (height, width) as the network gets the images; `mask_classes` names the mask's values.
+    """
+
+    channels: int
+    size: tuple[int, int]
+    classes: tuple[str, ...]
+    targets: frozenset[str] = frozenset({"label"})
+    mask_classes: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+class Split(Protocol):
+    """A part of a data set, reached by index."""
+
+    fingerprint: str
+    labels: Tensor | None
+    """(N,) int64 on the CPU, where the data has labels."""
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, index: Tensor) -> Batch:
+        """The samples at `index` (n,) int64, `image` as uint8, with `index` itself in the batch."""
+        ...
+
+
+class Data(Protocol):
+    """A data set. `spec` must be cheap (no image is read); `load` may take long."""
+
+    def spec(self) -> DataSpec: ...
+
+    def load(self) -> dict[str, Split]:
+        """The splits `train`, `val` and `test`. Raises `DataError`."""
+        ...
+
+
+@dataclass
+class Features:
+    """What a backbone computes, for whichever head reads it.
+
+    `stages`: feature maps (N, C_i, H_i, W_i), highest resolution first, the last one feeding the classifier.
+    `indices`, `sizes`: for each max-pooling, in order, its argmax indices (as `max_unpool2d` takes them) and the
+    (H, W) of its input; empty where the backbone has none to hand on.
+    """
+
+    stages: tuple[Tensor, ...]
+    indices: tuple[Tensor, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+
+
+class ConvNet(nn.Module):
+    """Base of the laboratory's own networks: a backbone with stages, and a classifier that a task may replace.
+
+    A subclass implements `features` and `classify` and states `stage_channels` (one a stage) and
+    `classifier_modules` (the names of the submodules that `classify` owns).
+    """
+
+    stage_channels: tuple[int, ...]
+    pool_channels: tuple[int, ...] = ()
+    """Channels of the map that each entry of `Features.indices` was pooled from."""
+    classifier_modules: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head: nn.Module | None = None
+
+    def features(self, x: Tensor) -> Features:
+        raise NotImplementedError(f"{type(self).__name__} implements features")
+
+    def classify(self, features: Features) -> dict[str, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} implements classify")
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(N, C, H, W) -> a mapping with `logits` (and `aux` where there is a second output in training)."""
+        features = self.features(x)
+        return self.classify(features) if self.head is None else self.head(features)
+
+    def replace_head(self, head: nn.Module) -> None:
+        """Puts a task's head in the place of the classifier, whose parameters go."""
+        for name in self.classifier_modules:
+            setattr(self, name, None)
+        self.head = head
+
+
+def as_outputs(returned: Any) -> Outputs:
+    """A plain module's tensor as a mapping; a mapping stays what it is."""
+    return {"logits": returned} if isinstance(returned, Tensor) else returned
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What is learned: which targets, which head, which loss, which metrics."""
+
+    needs: tuple[str, ...]
+    """The targets that the data must have."""
+    monitor: tuple[str, Literal["max", "min"]]
+    """The metric (as named by `metrics`, or `loss`) that chooses the best checkpoint, and its direction."""
+
+    def head(self, model: nn.Module) -> nn.Module | None:
+        """The head that replaces the model's classifier; `None` keeps it."""
+        ...
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch with the targets in the form that `loss` reads."""
+        ...
+
+    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """`loss` (N,), one a sample, and any named parts of it (N,)."""
+        ...
+
+    def measure(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Tensors that add up over batches and ranks (counts, sums, confusion matrices)."""
+        ...
+
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """The metrics of the summed measures; rates in [0, 1]."""
+        ...
+
+    def pictures(self, batch: Batch, outputs: Outputs | None) -> dict[str, Tensor]:
+        """Pictures (3, H, W) uint8 by name, of a batch as the network gets it."""
+        ...
+
+
+class Loss(Protocol):
+    """`(logits, target) -> (N,)`: one value a sample; the mean over samples is what is minimized.
+
+    `logits` (N, classes, ...); `target` (N, ...) int64 or (N, classes, ...) float. `VOID` counts nowhere.
+    """
+
+    def __call__(self, logits: Tensor, target: Tensor) -> Tensor: ...
+
+
+class Init(Protocol):
+    """Fills a network's parameters in place, each from its own stream (seed, "init", name)."""
+
+    def __call__(self, model: nn.Module, seed: int) -> None: ...
+
+
+class Schedule(Protocol):
+    """The learning rate as a multiple of the base rate."""
+
+    def factor(self, step: int, total: int) -> float:
+        """For update `step` (from 0) of `total`."""
+        ...
+
+
+Need = Literal["activations", "activation_gradients", "gradients", "updates"]
+
+
+class Probe(Protocol):
+    """One measurement on a running network. The observer unions the needs of what is due and pays once."""
+
+    name: str
+    every: int | None
+    """Steps between readings; `None` follows `stats.every`."""
+    needs: frozenset[str]
+
+    def supports(self, run: Any) -> str | None:
+        """Why this run cannot be measured so, or `None`. Asked once, at the start."""
+        ...
+
+    def read(self, view: View) -> dict[str, Tensor]:
+        """Tag to tensor (a scalar or one value a layer), on the device; must not change the run."""
+        ...
+
+
+@dataclass
+class StepResult:
+    """What one update leaves behind: tensors on the device; whoever reads them synchronizes.
+
+    `sums` adds up over steps: `count` (samples), `data_loss` (sum over samples), `penalty` (times samples),
+    and whatever the task measures.
+    """
+
+    sums: dict[str, Tensor]
+    sample_loss: Tensor
+    """(N,) loss of each sample of this rank's part of the batch."""
+    index: Tensor
+    """(N,) their positions in the split."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Listener:
+    """Told what happens; overrides what it cares about. Listeners never change a run's numbers."""
+
+    def on_start(self, run: Any) -> None:
+        """Before the first step, and again after a resume."""
+
+    def on_step(self, run: Any, result: StepResult) -> None:
+        """After each update. Must not synchronize with the device on every call."""
+
+    def on_record(self, run: Any, record: dict[str, Any]) -> None:
+        """A record for `metrics.jsonl`: `step`, `epoch`, `split`, `loss`, `data_loss`, `penalty`, `lr`, metrics."""
+
+    def on_stats(self, run: Any, record: dict[str, Any]) -> None:
+        """A record for `stats.jsonl`: `step`, `epoch` and the probes' tags."""
+
+    def on_epoch(self, run: Any, figures: dict[str, float]) -> None:
+        """After an epoch and its evaluation, whose metrics are `figures` (empty when none was due)."""
+
+    def on_save(self, run: Any) -> None:
+        """On every rank, before rank 0 writes a checkpoint: bring together what is spread over the ranks."""
+
+    def on_trained(self, run: Any) -> None:
+        """After the last epoch, before the test split is evaluated."""
+
+    def on_end(self, run: Any, error: BaseException | None) -> None:
+        """Once, whatever ended the run."""
+
+
+def clone_batch(batch: Batch) -> Batch:
+    return {name: tensor.clone() for name, tensor in batch.items()}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`, without waiting for the copy where the memory is pinned."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

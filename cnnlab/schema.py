@@ -1,0 +1,179 @@
+"""The fixed sections of a config, as dataclasses, and the markers that state a field's range. Loads no torch.
+
+Open parts (model, optimizer, loss, ...) have no section here: they are bound to their constructor's signature
+(see `cnnlab.check`). Both kinds use the same markers, `Annotated[float, Range(0, 1)]`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated
+
+
+@dataclass(frozen=True)
+class Range:
+    """Closed bounds of a number; `above`/`below` are the open ones. `None` leaves a side free."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def allows(self, value: float) -> bool:
+        return (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        words = [
+            f"{sign} {bound:g}"
+            for sign, bound in ((">=", self.low), (">", self.above), ("<=", self.high), ("<", self.below))
+            if bound is not None
+        ]
+        return " and ".join(words)
+
+
+PositiveInt = Annotated[int, Range(low=1)]
+NonNegativeInt = Annotated[int, Range(low=0)]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(low=0)]
+Probability = Annotated[float, Range(low=0, high=1)]
+Momentum = Annotated[float, Range(low=0, below=1)]
+
+
+class Device(Enum):
+    auto = "auto"
+    cuda = "cuda"
+    mps = "mps"
+    cpu = "cpu"
+
+
+class Precision(Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class StepKind(Enum):
+    auto = "auto"
+    eager = "eager"
+    compiled = "compiled"
+    captured = "captured"
+
+
+class Layout(Enum):
+    auto = "auto"
+    channels_last = "channels_last"
+    contiguous = "contiguous"
+
+
+_DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(steps?|epochs?|examples?|%)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training: `"500 steps"`, `"2 epochs"`, `"10 %"` (of the whole run) or `"1e5 examples"`."""
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> Duration:
+        match = _DURATION.fullmatch(str(text))
+        if match is None:
+            raise ValueError(f'expected a duration such as "500 steps", "2 epochs" or "10 %", received {text!r}')
+        return cls(float(match[1]), match[2].lower().rstrip("s"))
+
+    def steps(self, *, steps_per_epoch: int, total_steps: int, batch_size: int) -> int:
+        scale = {"step": 1.0, "epoch": steps_per_epoch, "%": total_steps / 100, "example": 1 / batch_size}
+        return round(self.amount * scale[self.unit])
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How the loop runs; what is trained is elsewhere."""
+
+    epochs: PositiveInt = 10
+    """Passes over the training set."""
+    max_steps: PositiveInt | None = None
+    """Stops earlier, after this many updates."""
+    batch_size: PositiveInt = 64
+    """Samples an update, over all ranks and micro-batches together."""
+    accumulate: PositiveInt = 1
+    """Micro-batches an update: the batch is cut into this many pieces, so memory falls and the update stays."""
+    eval_batch_size: PositiveInt | None = None
+    """Samples an evaluation batch; `null` takes the larger of `batch_size` and 256."""
+    drop_last: bool = False
+    """Leaves out an epoch's uneven last batch."""
+    clip_norm: Positive | None = None
+    """Scales the whole gradient down to this L2 norm when it is larger."""
+    device: Device = Device.auto
+    precision: Precision = Precision.auto
+    step: StepKind = StepKind.auto
+    layout: Layout = Layout.auto
+    threads: PositiveInt | None = None
+    """CPU threads; `null` leaves torch's choice."""
+    deterministic: bool = False
+    """Asks torch for deterministic kernels only (slower on CUDA)."""
+    log_every: PositiveInt = 50
+    """Steps between training records."""
+    eval_every: PositiveInt = 1
+    """Epochs between evaluations on val."""
+    checkpoint: bool = True
+    checkpoint_minutes: NonNegative = 5.0
+    """A checkpoint inside an epoch at least this often; one is written at every epoch's end besides. 0: each step."""
+    progress: bool = True
+    """Live display on a terminal; plain lines otherwise."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How parameters are grouped for the optimizer."""
+
+    decay_norm_and_bias: bool = False
+    """Whether weight decay also acts on biases and on norm layers' scale and shift."""
+    layer_decay: Annotated[float, Range(above=0, high=1)] = 1.0
+    """Rate of each stage as a multiple of the next deeper one's (1: equal rates)."""
+    head_lr: Positive = 1.0
+    """Rate of the head as a multiple of the base rate."""
+    freeze: tuple[str, ...] = ()
+    """Prefixes of parameter names that do not train."""
+
+
+@dataclass(frozen=True)
+class Regularization:
+    """What keeps the fit from following the noise. `null` leaves a choice to the model."""
+
+    dropout: Annotated[float, Range(low=0, below=1)] | None = None
+    stochastic_depth: Annotated[float, Range(low=0, below=1)] | None = None
+    l1: NonNegative = 0.0
+    """λ of λ·Σ|w|, part of the reported loss."""
+    l2: NonNegative = 0.0
+    """λ of λ/2·Σw², part of the reported loss."""
+    max_norm: Positive | None = None
+    """Largest L2 norm of a unit's incoming weights, enforced after each update."""
+    ema: Annotated[float, Range(low=0, below=1)] = 0.0
+    """Decay of an exponential moving average of the weights, used in evaluation (0: off)."""
+    patience: PositiveInt | None = None
+    """Early stopping: evaluations without a better monitored metric before the run ends."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Cadence and bounds of the statistics; which ones are taken is the group `probe`."""
+
+    enabled: bool = True
+    every: PositiveInt = 50
+    """Steps between samples of a probe that states no cadence of its own."""
+    samples: PositiveInt = 8
+    """Samples of the batch that activation statistics look at."""
+    max_records: PositiveInt = 2000
+    """Upper bound on sampled steps of a run; a long run samples more rarely."""
+    pictures: bool = True
+    """Sample pictures, as the network gets them, to TensorBoard."""

@@ -1,0 +1,1 @@
+"""Where a run's records go: lines of JSON, TensorBoard, and the console."""

@@ -1,0 +1,238 @@
+"""The console: a live display on a terminal, plain lines anywhere else. Loads no torch; rich only for a terminal."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from cnnlab.errors import DivergedError, InterruptedRun
+from cnnlab.protocols import Listener
+from cnnlab.sinks.health import Strip, Verdict, health
+from cnnlab.sinks.jsonl import read_records
+from cnnlab.sinks.records import LOSS_PARTS, figures
+
+if TYPE_CHECKING:
+    from cnnlab.protocols import StepResult
+    from cnnlab.sinks.live import Display
+
+REDRAW_SECONDS = 0.25
+
+
+@dataclass
+class Snapshot:
+    """What the console shows of a run, in plain numbers."""
+
+    title: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
+    step: int = 0
+    total_steps: int = 0
+    epoch: int = 0
+    """Counts from 1; 0 before the first step."""
+    epochs: int = 0
+    lr: float | None = None
+    images_per_second: float | None = None
+    seconds_left: float | None = None
+    splits: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The latest figures of each split."""
+    health: list[Strip] = field(default_factory=list)
+    stats_step: int = 0
+
+
+class Console(Listener):
+    """Shows a run to the person who waits for it.
+
+    It reads figures that others have brought to the host: it never waits for the device. Images a second are
+    measured from one training record to the next, evaluation left out; the time left counts evaluation in.
+
+    Args:
+        stream: where to write; `None` is stdout. A verb with `--json` passes stderr.
+        live: whether a terminal gets the live display (`trainer.progress`); other streams never do.
+        now: a clock in seconds.
+    """
+
+    def __init__(
+        self, stream: TextIO | None = None, *, live: bool = True, now: Callable[[], float] = time.perf_counter
+    ):
+        self._stream = sys.stdout if stream is None else stream
+        terminal = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        self._live = live and terminal
+        self._now = now
+        self._display: Display | None = None
+        self._shown = Snapshot()
+        self._best: tuple[float, int] | None = None
+        self._tested: dict[str, float] = {}
+        self._start: tuple[float, int] = (0.0, 0)
+        self._mark: tuple[float, int] | None = None
+        self._drawn = -math.inf
+
+    def notice(self, text: str) -> None:
+        """One line of text, above the live display where there is one."""
+        if self._display is not None:
+            self._display.print(text)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def on_start(self, run: Any) -> None:
+        facts = dict(run.facts)
+        facts.setdefault("model", type(run.model).__name__)
+        title = _shown_path(run.dir) if run.dir else "cnnlab"
+        self._shown = Snapshot(title=title, facts=facts, total_steps=run.total_steps, epochs=run.epochs)
+        self._shown.lr = run.lr()
+        self._start, self._mark = (self._now(), run.clock.step), None
+        self._best, self._tested = None, {}
+        if run.resumed and run.dir:
+            for record in read_records(run.dir / "metrics.jsonl"):
+                if record.get("step", 0) <= run.clock.step:
+                    self._note_best(run, record)
+        self._count(run)
+        if self._live:
+            from cnnlab.sinks.live import Display
+
+            self._display = self._display or Display(self._stream)
+            self._draw(force=True)
+        else:
+            self.notice("\n".join(f"{name:<12} {value}" for name, value in facts.items()))
+
+    def on_step(self, run: Any, result: StepResult) -> None:
+        if self._mark is None:  # the first step compiles and warms up: speed is measured from its end
+            self._mark = (self._now(), run.clock.step)
+        if self._display is not None:
+            self._count(run)
+            self._draw()
+
+    def on_record(self, run: Any, record: dict[str, Any]) -> None:
+        split, found = record["split"], figures(record)
+        self._count(run)
+        if split == "train":
+            self._measure_speed(run)
+            self._shown.lr = record.get("lr", self._shown.lr)
+        self._mark = (self._now(), run.clock.step)
+        self._shown.splits[split] = found
+        self._note_best(run, record)
+        if split == "test":
+            self._tested = found
+        if self._display is None:
+            self.notice(self._line(run, record, found))
+        elif split != "train":  # the display forgets, the scrolled lines are the history of the evaluations
+            self._display.print(self._line(run, record, found))
+        self._draw(force=True)
+
+    def on_stats(self, run: Any, record: dict[str, Any]) -> None:
+        self._shown.health, self._shown.stats_step = health(record), record["step"]
+        self._draw()
+
+    def on_epoch(self, run: Any, figures: dict[str, float]) -> None:
+        self._count(run)
+        self._mark = (self._now(), run.clock.step)
+        self._draw(force=True)
+
+    def on_end(self, run: Any, error: BaseException | None) -> None:
+        self._count(run)
+        if self._display is not None:
+            self._draw(force=True)
+            self._display.stop()
+            self._display = None
+        self.notice("\n".join(self._last_words(run, error)))
+
+    def _count(self, run: Any) -> None:
+        shown = self._shown
+        shown.step = run.clock.step
+        shown.epoch = min(_epoch_of(shown.step, run), run.epochs)
+        elapsed, steps = self._now() - self._start[0], shown.step - self._start[1]
+        if steps > 0:
+            shown.seconds_left = elapsed / steps * max(run.total_steps - shown.step, 0)
+
+    def _measure_speed(self, run: Any) -> None:
+        if self._mark is None:
+            return
+        seconds, steps = self._now() - self._mark[0], run.clock.step - self._mark[1]
+        if steps > 0 and seconds > 0:
+            self._shown.images_per_second = steps * run.batch_size / seconds
+
+    def _note_best(self, run: Any, record: Mapping[str, Any]) -> None:
+        metric, direction = run.task.monitor
+        value = figures(record).get(metric, math.nan)
+        if record.get("split") != "val" or math.isnan(value):
+            return
+        sign = 1 if direction == "max" else -1
+        if self._best is None or sign * value > sign * self._best[0]:
+            self._best = (value, _epoch_of(record["step"], run))
+
+    def _draw(self, force: bool = False) -> None:
+        if self._display is None:
+            return
+        now = self._now()
+        if force or now - self._drawn >= REDRAW_SECONDS:
+            self._drawn = now
+            self._display.update(self._shown)
+
+    def _line(self, run: Any, record: Mapping[str, Any], found: Mapping[str, float]) -> str:
+        width = len(str(run.total_steps))
+        words = [
+            f"epoch {_epoch_of(record['step'], run)}/{run.epochs}",
+            f"step {record['step']:>{width}}/{run.total_steps}",
+            f"{record['split']:<5}",
+            *(f"{name} {value:.4g}" for name, value in found.items() if name not in LOSS_PARTS),
+        ]
+        if record["split"] == "train":
+            if record.get("lr") is not None:
+                words.append(f"lr {record['lr']:.3g}")
+            if self._shown.images_per_second is not None:
+                words.append(f"{self._shown.images_per_second:,.0f} images/s")
+        return "  ".join(words)
+
+    def _last_words(self, run: Any, error: BaseException | None) -> list[str]:
+        """The closing block: how it ended, what came of it, what to type next."""
+        seconds = self._now() - self._start[0]
+        lines = [f"{_status(error)} after {run.clock.step:,} of {run.total_steps:,} steps, {duration(seconds)}"]
+        if self._best is not None:
+            lines.append(f"  best   val/{run.task.monitor[0]} {self._best[0]:.4g} in epoch {self._best[1]}")
+        if self._tested:
+            kept = {name: value for name, value in self._tested.items() if name not in LOSS_PARTS}
+            lines.append("  test   " + "  ".join(f"{name} {value:.4g}" for name, value in kept.items()))
+        for strip in self._shown.health:
+            if strip.verdict is Verdict.BAD:
+                lines.append(f"  layers {strip.title}, {strip.words}")
+        if run.dir:
+            path = _shown_path(run.dir)
+            lines += [
+                f"  run    {path}",
+                f"  next   tensorboard --logdir {shlex.quote(_shown_path(run.dir.parent))}",
+                f"         cnnlab eval {shlex.quote(path)}",
+            ]
+            if isinstance(error, InterruptedRun):
+                lines.append(f"         cnnlab train resume={shlex.quote(path)}")
+        return lines
+
+
+def _epoch_of(step: int, run: Any) -> int:
+    """The epoch, from 1, that update `step` (updates done) belongs to."""
+    return math.ceil(step / run.steps_per_epoch)
+
+
+def _status(error: BaseException | None) -> str:
+    if error is None:
+        return "completed"
+    if isinstance(error, InterruptedRun | KeyboardInterrupt):
+        return "interrupted"
+    return "diverged" if isinstance(error, DivergedError) else "failed"
+
+
+def _shown_path(path: Path) -> str:
+    """Relative to the current folder where it lies inside."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
+
+
+def duration(seconds: float) -> str:
+    """`0:07`, `12:34`, `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,62 @@
+"""The loop. What watches, measures, saves or shows it listens from outside."""
+
+from __future__ import annotations
+
+import torch
+
+from cnnlab.data.loader import Loader
+from cnnlab.train.run import Run, describe_sums
+from cnnlab.train.state import Totals
+
+
+def fit(run: Run) -> dict[str, float]:
+    """Trains from where the run's clock stands to its end and evaluates the test split once.
+
+    Returns the final metrics, named `test/accuracy` and so on.
+
+    Raises:
+        DivergedError: the loss became non-finite.
+        InterruptedRun: SIGINT or SIGTERM arrived; the run was saved and `resume=RUN` goes on with it.
+    """
+    with run.session():
+        while not run.finished():
+            train_epoch(run)
+            close_epoch(run)
+        run.tell("on_trained")
+        run.metrics = evaluate(run, "test")
+    return run.metrics
+
+
+def train_epoch(run: Run) -> None:
+    """One pass over the training set, or the rest of one."""
+    run.model.train()
+    for batch, count in run.batches():
+        with run.observer(run.clock.step) as look:
+            result = run.step(batch, count, run.clock.step, look)
+        run.clock.advance(count)
+        run.tell("on_step", result)
+
+
+def close_epoch(run: Run) -> None:
+    """Evaluates on val when it is due or the run is over, and lets the listeners select, save and stop."""
+    run.clock.next_epoch()
+    due = run.clock.epoch % run.trainer.eval_every == 0 or run.finished()
+    figures = evaluate(run, "val") if due else {}
+    run.tell("on_epoch", figures)
+
+
+@torch.no_grad()
+def evaluate(run: Run, name: str, loader: Loader | None = None) -> dict[str, float]:
+    """The metrics of the split `name` (or of a loader of it) over all ranks, as `val/accuracy`; the network as
+    it is evaluated."""
+    totals = Totals()
+    run.model.eval()
+    run.share_buffers()
+    with run.averaged():
+        for batch, _ in (loader or run.loaders[name]).batches(0):
+            if len(batch["index"]):
+                totals.add(run.forward(batch)[1])
+    figures = describe_sums(run.task, totals.take(run.ranks))
+    run.model.train()
+    run.tell("on_record", {"step": run.clock.step, "epoch": run.clock.epoch, "split": name, **figures})
+    return {f"{name}/{metric}": value for metric, value in figures.items()}

@@ -1,0 +1,216 @@
+"""A run: the parts, wired, and the messages between them."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from cnnlab.checkpoint import State
+from cnnlab.data.loader import Loader
+from cnnlab.errors import CnnlabError, DivergedError, InterruptedRun
+from cnnlab.observe.observer import Observer
+from cnnlab.protocols import Batch, Listener, Schedule, StepResult, Task
+from cnnlab.ranks import Ranks
+from cnnlab.rundir import RunDir
+from cnnlab.schema import Trainer
+from cnnlab.train.state import Clock, Ema, Selection, Totals
+from cnnlab.train.step import EagerStep, Forward
+
+
+@dataclass
+class Run:
+    """Everything that one training needs. `cnnlab.builder.build` makes it from a config."""
+
+    config: dict[str, Any]
+    trainer: Trainer
+    folder: RunDir | None
+    model: nn.Module
+    task: Task
+    forward: Forward
+    step: EagerStep
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    loaders: dict[str, Loader]
+    observer: Observer
+    device: torch.device
+    ranks: Ranks
+    selection: Selection
+    total_steps: int
+    ema: Ema | None = None
+    patience: int | None = None
+    listeners: list[Listener] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    state: State = field(default_factory=State)
+    clock: Clock = field(default_factory=Clock)
+    totals: Totals = field(default_factory=Totals)
+    metrics: dict[str, float] = field(default_factory=dict)
+    resumed: bool = False
+    interrupted_by: int = 0
+
+    # ---- what listeners ask ----
+
+    @property
+    def dir(self) -> Any:
+        return None if self.folder is None else self.folder.path
+
+    @property
+    def is_main(self) -> bool:
+        return self.ranks.is_main
+
+    @property
+    def epochs(self) -> int:
+        return self.trainer.epochs
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.loaders["train"].steps
+
+    @property
+    def batch_size(self) -> int:
+        return self.trainer.batch_size
+
+    @property
+    def val_size(self) -> int:
+        return len(self.loaders["val"].split)
+
+    def lr(self) -> float:
+        """The base learning rate of the coming update."""
+        base = float(self.optimizer.param_groups[0]["base_lr"])
+        return base * self.schedule.factor(min(self.clock.step, self.total_steps - 1), self.total_steps)
+
+    # ---- what the loop asks ----
+
+    def finished(self) -> bool:
+        return self.clock.step >= self.total_steps or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        return self.patience is not None and self.selection.waited >= self.patience
+
+    def batches(self) -> Iterator[tuple[Batch, int]]:
+        """The rest of this epoch from where the clock stands, with each batch's size over all ranks; the
+        learning rate of the coming update is set on the way."""
+        for batch, count in self.loaders["train"].batches(self.clock.epoch, start=self.clock.batch):
+            if self.finished():
+                return
+            self._set_lr()
+            yield batch, count
+
+    def _set_lr(self) -> None:
+        factor = self.schedule.factor(self.clock.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            rate = group["base_lr"] * group.get("lr_scale", 1.0) * factor
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def tell(self, event: str, *arguments: Any) -> None:
+        for listener in self.listeners:
+            getattr(listener, event)(self, *arguments)
+
+    def averaged(self) -> Any:
+        """The network as it is evaluated: with the moving averages where there are any."""
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    def share_buffers(self) -> None:
+        """Rank 0's buffers on every rank: each has seen other samples, and one network is evaluated."""
+        if self.ranks.world == 1:
+            return
+        buffers = list(self.model.buffers())
+        if not self.is_main:
+            for buffer in buffers:
+                buffer.zero_()
+        self.ranks.sum_(buffers)
+
+    # ---- the session around the loop ----
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Signals are heard, the status is kept, and the listeners learn how it ended, whatever happens."""
+        self.clock.start()
+        self._record_status("running")
+        error: BaseException | None = None
+        try:
+            with self._signals():
+                self.tell("on_start")
+                yield
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            self.clock.stop()
+            self._finish(error)
+
+    def _finish(self, error: BaseException | None) -> None:
+        status, reason = _status_of(error)
+        if status == "failed" and self.folder is not None and self.is_main and not isinstance(error, CnnlabError):
+            text = "".join(traceback.format_exception(error))
+            (self.folder.path / "error.txt").write_text(text)
+        self._record_status(status, reason)
+        self.tell("on_end", error)
+
+    def _record_status(self, status: str, reason: str | None = None) -> None:
+        if self.folder is None or not self.is_main:
+            return
+        clock = self.clock
+        self.folder.update(
+            status=status,
+            reason="early stopping" if status == "completed" and self.stopped_early else reason,
+            steps=clock.step,
+            epochs=clock.epoch,
+            seconds=round(clock.seconds, 3),
+            images_per_second=round(clock.samples / clock.seconds, 1) if clock.seconds > 0 else None,
+            metrics=self.metrics,
+            best=self.selection.as_record(),
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks the run to stop at the next step; a second Ctrl-C stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            if self.interrupted_by and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.interrupted_by = number
+
+        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _status_of(error: BaseException | None) -> tuple[str, str | None]:
+    if error is None:
+        return "completed", None
+    if isinstance(error, InterruptedRun | KeyboardInterrupt):
+        return "interrupted", str(error) or "stopped at once; the last checkpoint stands"
+    if isinstance(error, DivergedError):
+        return "diverged", str(error)
+    return "failed", f"{type(error).__name__}: {error}" if not isinstance(error, CnnlabError) else str(error)
+
+
+def describe_sums(task: Task, sums: dict[str, Any]) -> dict[str, float]:
+    """A record's figures from summed measures: `loss`, `data_loss`, `penalty` and the task's metrics."""
+    count = sums.pop("count").item()
+    data_loss = (sums.pop("data_loss") / count).item()
+    penalty = (sums.pop("penalty") / count).item() if "penalty" in sums else 0.0
+    figures = {"loss": data_loss + penalty, "data_loss": data_loss, "penalty": penalty}
+    return {**figures, **task.metrics(sums)}
+
+
+__all__: Sequence[str] = ("Run", "StepResult", "describe_sums")

@@ -1,0 +1,325 @@
+"""The step: forward, backward, unscale, clip, update. One class a way of running it; the loop cannot tell them
+apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnnlab import rng
+from cnnlab.observe.observer import Look
+from cnnlab.protocols import Batch, StepResult, Task, as_outputs
+from cnnlab.ranks import Ranks
+
+
+class Forward:
+    """A micro-batch through network, loss and measures; the part that is compiled.
+
+    Returns the samples' losses (N,) with their graph, and the sums `count`, `data_loss` and the task's measures.
+    Under autocast the network's outputs come back in float32, so the loss is always computed there.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, device: torch.device, dtype: torch.dtype):
+        self.model = model
+        self.task = task
+        self._device = device.type
+        self._dtype = dtype
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._dtype is torch.float32 else torch.autocast(self._device, self._dtype)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with self.autocast():
+            returned = as_outputs(self.model(batch["image"]))
+        outputs = {name: tensor.float() for name, tensor in returned.items()}
+        losses = self.task.loss(outputs, batch)["loss"]
+        with torch.no_grad():
+            sums = {
+                "count": torch.full((), float(len(losses)), device=losses.device),
+                "data_loss": losses.detach().sum(),
+                **self.task.measure({name: t.detach() for name, t in outputs.items()}, batch),
+            }
+        return losses, sums
+
+
+Update = Callable[[], None]
+
+
+class EagerStep:
+    """The phases one after the other. The other steps replace how a phase runs, not what it does.
+
+    Args:
+        forward: network, loss and measures of one micro-batch.
+        optimizer: any `torch.optim.Optimizer`; its groups state `base_lr`.
+        parameters: those that train.
+        penalty: a term of the loss that depends on the weights alone, or `None`.
+        after_update: projections and averages of the weights, in order (max-norm, EMA).
+        scaler: for fp16.
+        accumulate: micro-batches an update.
+    """
+
+    name = "eager"
+
+    def __init__(
+        self,
+        forward: Forward,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        *,
+        seed: int,
+        ranks: Ranks,
+        penalty: Callable[[], Tensor] | None = None,
+        after_update: Sequence[Update] = (),
+        scaler: torch.amp.GradScaler | None = None,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+    ):
+        self.forward: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]] = forward
+        self.optimizer = optimizer
+        self.parameters = list(parameters)
+        self.seed = seed
+        self.ranks = ranks
+        self.penalty = penalty
+        self.after_update = tuple(after_update)
+        self.scaler = scaler
+        self.accumulate = accumulate
+        self.clip_norm = clip_norm
+
+    def __call__(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
+        """Update `number` from this rank's part of a batch of `count` samples."""
+        self.zero_grad()
+        result = self.backward(batch, count, number, look)
+        self.reduce(count, look)
+        look.before_update()
+        self.update()
+        look.updated()
+        return result
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def backward(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
+        """Adds up the gradients of all micro-batches; the loss is the mean over `count`, plus the penalty."""
+        sums: dict[str, Tensor] = {}
+        losses = []
+        for index, piece in enumerate(self.pieces(batch)):
+            self.reseed(number, index)
+            loss, piece_sums = self.forward(piece)
+            total = loss.sum() / count
+            if index == 0 and self.penalty is not None:
+                penalty = self.penalty()
+                total = total + penalty / self.ranks.world
+                piece_sums["penalty"] = penalty.detach() * len(batch["index"])
+            (total if self.scaler is None else self.scaler.scale(total)).backward()
+            look.forward_done()
+            losses.append(loss.detach())
+            for name, value in piece_sums.items():
+                sums[name] = sums[name] + value if name in sums else value
+        return StepResult(sums, torch.cat(losses), batch["index"])
+
+    def pieces(self, batch: Batch) -> list[Batch]:
+        """The micro-batches, as even as they can be."""
+        if self.accumulate == 1:
+            return [batch]
+        cut = {name: tensor.tensor_split(self.accumulate) for name, tensor in batch.items()}
+        count = min(self.accumulate, len(batch["index"])) or 1
+        return [{name: parts[i] for name, parts in cut.items()} for i in range(count)]
+
+    def reseed(self, number: int, piece: int) -> None:
+        """Dropout and the like draw from their own stream, the same on a resume as in an unbroken run."""
+        torch.manual_seed(rng.derive(self.seed, "dropout", number, piece, self.ranks.rank))
+
+    def reduce(self, count: int, look: Look) -> None:
+        """Gradients over all ranks, unscaled; watched; clipped."""
+        if self.ranks.world > 1:
+            for p in self.parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            self.ranks.sum_([p.grad for p in self.parameters if p.grad is not None])
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        look.gradients(count, 1.0 if self.scaler is None else self.scaler._scale)  # a tensor: no sync
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+
+    def update(self) -> None:
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        for action in self.after_update:
+            action()
+
+
+class CompiledStep(EagerStep):
+    """Network, loss and measures through `torch.compile`; an uneven batch runs uncompiled, not recompiled."""
+
+    name = "compiled"
+
+    def __init__(self, forward: Forward, *args: Any, batch_size: int, **kwargs: Any):
+        super().__init__(forward, *args, **kwargs)
+        compiled = torch.compile(forward.__call__, dynamic=False, fullgraph=True)
+        piece = batch_size // self.ranks.world // self.accumulate
+
+        def dispatch(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            return compiled(batch) if len(batch["index"]) == piece else forward(batch)
+
+        self.forward = dispatch
+
+
+class ClosureStep(EagerStep):
+    """For optimizers that evaluate the loss themselves, several times an update (L-BFGS, Newton-CG).
+
+    Every evaluation sees the same dropout; only the first one moves the running statistics of norm layers and is
+    the one observed and reported.
+    """
+
+    name = "closure"
+
+    def __call__(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
+        first: list[StepResult] = []
+
+        def closure() -> Tensor:
+            self.zero_grad()
+            with nullcontext() if not first else self.frozen_buffers():
+                result = self.backward(batch, count, number, look)
+            if not first:
+                self.reduce(count, look)
+                look.before_update()
+            else:
+                self.reduce(count, Look())
+            first.append(result)
+            loss = result.sums["data_loss"].clone()
+            self.ranks.sum_([loss])
+            penalty = result.sums.get("penalty")
+            return loss / count + (0.0 if penalty is None else penalty / len(batch["index"]))
+
+        self.optimizer.step(closure)
+        for action in self.after_update:
+            action()
+        look.updated()
+        return first[0]
+
+    def frozen_buffers(self) -> AbstractContextManager[None]:
+        return _Restored(list(self.model.buffers()))
+
+    @property
+    def model(self) -> nn.Module:
+        assert isinstance(self.forward, Forward)
+        return self.forward.model
+
+
+class GraphClosureStep(ClosureStep):
+    """For optimizers that differentiate the loss twice: the closure returns it with its graph."""
+
+    name = "closure (second order)"
+
+    def __call__(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
+        first: list[StepResult] = []
+
+        def closure() -> Tensor:
+            with nullcontext() if not first else self.frozen_buffers():
+                total, result = self.loss_with_graph(batch, count, number)
+            first.append(result)
+            return total
+
+        self.zero_grad()
+        look.before_update()
+        self.optimizer.step(closure)
+        look.forward_done()
+        look.gradients(count)
+        for action in self.after_update:
+            action()
+        look.updated()
+        return first[0]
+
+    def loss_with_graph(self, batch: Batch, count: int, number: int) -> tuple[Tensor, StepResult]:
+        self.reseed(number, 0)
+        losses, sums = self.forward(batch)
+        total = losses.sum() / count
+        if self.penalty is not None:
+            penalty = self.penalty()
+            total = total + penalty
+            sums["penalty"] = penalty.detach() * len(losses)
+        return total, StepResult(sums, losses.detach(), batch["index"])
+
+
+class CapturedStep(EagerStep):
+    """Forward and backward of all micro-batches as one CUDA graph; the (fused) update runs after it.
+
+    The graph is captured at the first full batch. An uneven last batch runs eagerly. Probes read between the
+    graph and the update, so sampled and other steps are the same program.
+    """
+
+    name = "captured"
+
+    def __init__(self, forward: Forward, *args: Any, batch_size: int, warmup: int = 3, **kwargs: Any):
+        super().__init__(forward, *args, **kwargs)
+        self.batch_size = batch_size
+        self.warmup = warmup
+        self._model = forward.model
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: Batch = {}
+        self._gradients: list[Tensor | None] = []
+        self._result: StepResult | None = None
+
+    def zero_grad(self) -> None:
+        """The graph overwrites its own gradients; `backward` puts them back in place."""
+
+    def backward(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
+        if len(batch["index"]) != self.batch_size:
+            super().zero_grad()
+            return super().backward(batch, count, number, look)
+        if self._graph is None:
+            self._capture(batch, count)
+        assert self._graph is not None and self._result is not None
+        for name, tensor in batch.items():
+            self._inputs[name].copy_(tensor, non_blocking=True)
+        for p, gradient in zip(self.parameters, self._gradients, strict=True):
+            p.grad = gradient
+        self.reseed(number, 0)
+        self._graph.replay()
+        return StepResult(dict(self._result.sums), self._result.sample_loss, self._inputs["index"])
+
+    def _capture(self, batch: Batch, count: int) -> None:
+        self._inputs = {name: tensor.clone() for name, tensor in batch.items()}
+        run = super().backward
+        with _Restored(list(self._model.buffers())):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(self.warmup):
+                    super().zero_grad()
+                    run(self._inputs, count, 0, Look())
+            torch.cuda.current_stream().wait_stream(stream)
+            super().zero_grad()
+            graph = torch.cuda.CUDAGraph()
+            reseed, self.reseed = self.reseed, lambda *_: None  # type: ignore[method-assign]
+            try:
+                with torch.cuda.graph(graph):
+                    self._result = run(self._inputs, count, 0, Look())
+            finally:
+                self.reseed = reseed  # type: ignore[method-assign]
+        self._gradients = [p.grad for p in self.parameters]
+        self._graph = graph
+
+
+class _Restored:
+    """Puts the tensors back to what they were when the block was entered."""
+
+    def __init__(self, tensors: list[Tensor]):
+        self._tensors = tensors
+        self._saved: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self._saved = [t.detach().clone() for t in self._tensors]
+
+    def __exit__(self, *exception: object) -> None:
+        with torch.no_grad():
+            for tensor, saved in zip(self._tensors, self._saved, strict=True):
+                tensor.copy_(saved)

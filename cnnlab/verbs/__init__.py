@@ -1,0 +1,1 @@
+"""The verbs: `main(arguments) -> exit code`, one module each."""

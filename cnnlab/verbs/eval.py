@@ -1,0 +1,75 @@
+"""`cnnlab eval RUN`: the metrics of a run's checkpoint on one of its splits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from cnnlab.config import Composed, make_importable
+from cnnlab.rundir import RunDir
+
+EXAMPLES = """examples:
+  cnnlab eval outputs/digits-resnet/2026-11-22_10-00-00-1a2b
+  cnnlab eval RUN --split val --checkpoint last
+  cnnlab eval RUN --json
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="cnnlab eval",
+        description="Evaluates a run's checkpoint; the run folder is left as it is.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", help="a run folder")
+    parser.add_argument("--split", choices=["train", "val", "test"], default="test")
+    parser.add_argument("--checkpoint", choices=["best", "last"], default="best")
+    parser.add_argument("--device", help="as trainer.device: auto, cuda, mps, cpu", default=None)
+    parser.add_argument("--config-dir", action="append", default=[], help="beside which your own parts lie")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    args = parser.parse_args(arguments)
+    make_importable([Path(folder) for folder in args.config_dir])
+    figures = evaluate_run(RunDir(args.run), args.split, args.checkpoint, args.device)
+    if args.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:<24} {value:.4f}")
+    return 0
+
+
+def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | None = None) -> dict[str, float]:
+    """The metrics of the checkpoint `which` of a run on `split`.
+
+    Raises:
+        UsageError: no run folder.
+        CheckpointError: its checkpoint is missing or damaged.
+    """
+    from cnnlab import checkpoint
+    from cnnlab.builder import build
+    from cnnlab.data.loader import Loader
+    from cnnlab.train.loop import evaluate
+    from cnnlab.validate import check
+
+    config = folder.config()
+    path = folder.best if which == "best" and folder.best.exists() else folder.last
+    state = checkpoint.load(path)
+    if device is not None:
+        config["trainer"] = {**config["trainer"], "device": device}
+    composed = Composed(config, folder.path, {}, ())
+    check(composed)
+    run = build(composed, resumed=True)
+    parts = ["model", "normalize", *(["ema"] if run.ema is not None else [])]
+    run.state.load_state_dict(state, only=tuple(parts))
+    run.listeners.clear()
+    loader = run.loaders["val"]
+    if split == "train":  # as the network is evaluated: neither augmented nor shuffled
+        source = run.loaders["train"].split
+        size = min(loader.batch_size, len(source))
+        loader = Loader(source, size, seed=0, shuffle=False, device=run.device, transform=loader.transform)
+    elif split == "test":
+        loader = run.loaders["test"]
+    return evaluate(run, split, loader)
