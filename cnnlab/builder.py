@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from cnnlab import rng
+from cnnlab import checkpoint, rng
 from cnnlab.augment import Pipeline
 from cnnlab.check import bind_section, locate
 from cnnlab.config import Composed
 from cnnlab.data.loader import Loader
-from cnnlab.device import Placement, place
-from cnnlab.errors import UsageError
+from cnnlab.device import Placement, as_recorded, place
+from cnnlab.errors import CheckpointError, UsageError
 from cnnlab.losses.penalty import l1, l2, max_norm_
 from cnnlab.observe.observer import Observer
 from cnnlab.observe.taps import Taps
@@ -25,13 +26,13 @@ from cnnlab.optim.traits import Traits
 from cnnlab.parts import make
 from cnnlab.protocols import Batch, ConvNet, DataSpec, Split, Task
 from cnnlab.ranks import Ranks
-from cnnlab.rundir import RunDir
+from cnnlab.rundir import RunDir, config_hash
 from cnnlab.schema import Groups, Layout, Precision, Regularization, Stats, StepKind, Trainer
 from cnnlab.tasks.classification import class_counts
 from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.recorder import Evidence, Recorder
 from cnnlab.train.run import Run
-from cnnlab.train.state import Ema, Selection
+from cnnlab.train.state import Ema, Origin, Selection
 from cnnlab.train.step import CapturedStep, ClosureStep, CompiledStep, EagerStep, Forward, GraphClosureStep
 
 MIN_STATISTICS_BATCH = 2
@@ -62,6 +63,9 @@ def make_network(
 
 
 def make_task(config: Mapping[str, Any], spec: DataSpec, counts: torch.Tensor | None) -> Task:
+    """The task with its loss; `counts` (classes,) are those of the images' labels."""
+    if "mask" in getattr(locate(config["task"]["_target_"]), "needs", ()):
+        counts = None  # of pixels, nobody has counted them
     loss = make(config["loss"], num_classes=target_classes(config, spec), class_counts=counts)
     return make(config["task"], loss=loss, spec=spec)
 
@@ -102,21 +106,52 @@ def build(
 ) -> Run:
     """Makes the run of a checked config: loads the data, initializes the network, chooses the step.
 
+    Args:
+        resumed: the run goes on from `folder`'s last checkpoint, with the choices recorded in it; without a
+            folder, weights are about to be loaded, and what only prepares fresh ones is left out.
+
     Raises:
+        CheckpointError: there is none to go on from, or it is damaged or another run's.
         DataError: the data is missing or unusable.
         UsageError: the parts do not go together on this machine.
     """
-    return _Builder(composed.config, folder, ranks or Ranks(), resumed).run()
+    ranks = ranks or Ranks()
+    state = None
+    if resumed and folder is not None:
+        state = ranks.share(_last_checkpoint(folder) if ranks.is_main else None)
+    run = _Builder(composed.config, folder, ranks, resumed, state["origin"]["choices"] if state else {}).run()
+    if state is not None:
+        run.restore(state)
+    return run
+
+
+def _last_checkpoint(folder: RunDir) -> dict[str, Any]:
+    if not folder.last.exists():
+        raise CheckpointError(
+            f"{folder.path} has no checkpoint to go on from (it ended before the first one, or ran with "
+            "trainer.checkpoint=false); start it again without resume="
+        )
+    state = checkpoint.load(folder.last)
+    if "origin" not in state:
+        raise CheckpointError(f"{folder.last} is no checkpoint of a run: it does not say which run it belongs to")
+    return state
 
 
 class _Builder:
-    def __init__(self, config: dict[str, Any], folder: RunDir | None, ranks: Ranks, resumed: bool):
+    def __init__(
+        self,
+        config: dict[str, Any],
+        folder: RunDir | None,
+        ranks: Ranks,
+        resumed: bool,
+        choices: Mapping[str, str],
+    ):
         self.config = config
         self.folder = folder
         self.ranks = ranks
         self.resumed = resumed
         self.seed = int(config["seed"])
-        self.trainer: Trainer = bind_section(Trainer, config["trainer"])
+        self.trainer: Trainer = as_recorded(bind_section(Trainer, config["trainer"]), choices)
         self.regularization: Regularization = bind_section(Regularization, config["regularization"])
         self.groups: Groups = bind_section(Groups, config["groups"])
         self.stats: Stats = bind_section(Stats, config["stats"])
@@ -132,8 +167,9 @@ class _Builder:
         pipeline.fit(splits["train"])
         counts = class_counts(splits["train"].labels, spec.num_classes)
         task = make_task(self.config, spec, counts)
-        loaders = self.loaders(splits, pipeline, task, placement)
-        model = self.network(spec, task, placement, loaders["train"])
+        model, init = self.network(spec, task, placement)
+        loaders = self.loaders(splits, pipeline, task, placement, model)
+        self.calibrate(model, init, loaders["train"])
         total_steps = self.trainer.epochs * loaders["train"].steps
         if self.trainer.max_steps is not None:
             total_steps = min(total_steps, self.trainer.max_steps)
@@ -144,7 +180,7 @@ class _Builder:
             schedule.resolve(loaders["train"].steps, total_steps, self.trainer.batch_size)
         observer = self.observer(model, placement, total_steps)
         forward = Forward(model, task, placement.device, placement.dtype)
-        step = self.step(forward, model, optimizer, placement, ema)
+        step = self.step(forward, model, optimizer, placement, ema, loaders["train"].batch_size)
         run = Run(
             config=self.config,
             trainer=self.trainer,
@@ -165,8 +201,9 @@ class _Builder:
             patience=self.regularization.patience,
             resumed=self.resumed,
         )
-        self.wire(run, pipeline)
+        self.wire(run, pipeline, placement)
         run.facts = self.facts(run, placement, pipeline, splits)
+        self.notices += observer.drop_unsupported(run)
         run.notices = [*placement.notices, *self.notices]
         return run
 
@@ -189,10 +226,20 @@ class _Builder:
                 "this optimizer differentiates the loss twice, which needs the whole batch in one piece; "
                 "type trainer.accumulate=1 and run it on one process"
             )
+        if self.traits.create_graph and self.trainer.clip_norm is not None:
+            raise UsageError(
+                "`trainer.clip_norm`: this optimizer bounds its step by a trust region and takes no clipped "
+                "gradients; type trainer.clip_norm=null"
+            )
         return placement
 
     def loaders(
-        self, splits: Mapping[str, Split], pipeline: Pipeline, task: Task, placement: Placement
+        self,
+        splits: Mapping[str, Split],
+        pipeline: Pipeline,
+        task: Task,
+        placement: Placement,
+        model: nn.Module,
     ) -> dict[str, Loader]:
         layout = _memory_format(placement.layout)
 
@@ -211,9 +258,16 @@ class _Builder:
         }
         trainer = self.trainer
         drop_last = trainer.drop_last
-        rest = len(splits["train"]) % trainer.batch_size
+        batch_size = min(trainer.batch_size, len(splits["train"]))
         pieces = self.ranks.world * trainer.accumulate
-        if not drop_last and 0 < rest < MIN_STATISTICS_BATCH * pieces and len(splits["train"]) > rest:
+        if batch_size < pieces:
+            raise UsageError(
+                f"expected a batch of at least {pieces} samples, one for each of {self.ranks.world} processes and "
+                f"{trainer.accumulate} micro-batches, received {batch_size}; type a larger trainer.batch_size"
+            )
+        rest = len(splits["train"]) % batch_size
+        batch_statistics = any(isinstance(m, _BatchNorm) for m in model.modules())
+        if not drop_last and batch_statistics and 0 < rest < MIN_STATISTICS_BATCH * pieces:
             drop_last = True
             self.notices.append(
                 f"data: an epoch's last batch would have {rest} sample{'s' * (rest > 1)}, too few for batch "
@@ -230,7 +284,7 @@ class _Builder:
         train = splits["train"]
         loaders["train"] = Loader(
             train,
-            min(trainer.batch_size, len(train)),
+            batch_size,
             shuffle=True,
             drop_last=drop_last,
             transform=transform(True),
@@ -238,7 +292,8 @@ class _Builder:
         )
         return loaders
 
-    def network(self, spec: DataSpec, task: Task, placement: Placement, train: Loader) -> nn.Module:
+    def network(self, spec: DataSpec, task: Task, placement: Placement) -> tuple[nn.Module, Any]:
+        """The network with its initial weights, and what gave it them."""
         with rng.seeded(self.seed, "init", "construction"):
             model = make_network(self.config, spec, task, self.regularization)
         init = make(self.config["init"])
@@ -246,10 +301,14 @@ class _Builder:
         model = model.to(placement.device)
         if placement.layout is Layout.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model, init
+
+    def calibrate(self, model: nn.Module, init: Any, train: Loader) -> None:
+        """Lets an init that looks at data (LSUV) see the first batch; all ranks then begin with rank 0's weights."""
         if getattr(init, "needs_batch", False) and not self.resumed:
             batch, _ = next(train.batches(0))
             init.calibrate(model, batch["image"])
-        return model
+        self.ranks.share_([*model.parameters(), *model.buffers()])
 
     def observer(self, model: nn.Module, placement: Placement, total_steps: int) -> Observer:
         stats = self.stats
@@ -264,6 +323,7 @@ class _Builder:
                 placement.device,
                 gradients="activation_gradients" in needs,
                 always=placement.step is not StepKind.eager,
+                ranks=self.ranks,
             )
         return Observer(
             model, probes, taps, every=stats.every, total_steps=total_steps, max_records=stats.max_records
@@ -276,6 +336,7 @@ class _Builder:
         optimizer: torch.optim.Optimizer,
         placement: Placement,
         ema: Ema | None,
+        batch_size: int,
     ) -> EagerStep:
         trainer, regularization = self.trainer, self.regularization
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -300,9 +361,9 @@ class _Builder:
         if self.traits.closure:
             return ClosureStep(forward, optimizer, parameters, **arguments)
         if placement.step is StepKind.compiled:
-            return CompiledStep(forward, optimizer, parameters, batch_size=trainer.batch_size, **arguments)
+            return CompiledStep(forward, optimizer, parameters, batch_size=batch_size, **arguments)
         if placement.step is StepKind.captured:
-            return CapturedStep(forward, optimizer, parameters, batch_size=trainer.batch_size, **arguments)
+            return CapturedStep(forward, optimizer, parameters, batch_size=batch_size, **arguments)
         return EagerStep(forward, optimizer, parameters, **arguments)
 
     def penalty(self, parameters: list[nn.Parameter]) -> Callable[[], torch.Tensor] | None:
@@ -318,11 +379,14 @@ class _Builder:
 
     # ---- state and listeners ----
 
-    def wire(self, run: Run, pipeline: Pipeline) -> None:
+    def wire(self, run: Run, pipeline: Pipeline, placement: Placement) -> None:
         own = run.folder if run.is_main else None
         recorder = Recorder(own)
-        evidence = Evidence(own, len(run.loaders["train"].split), run.device)
+        evidence = Evidence(own, len(run.loaders["train"].split), run.device, self.ranks)
+        fingerprints = " ".join(f"{name}:{loader.split.fingerprint}" for name, loader in run.loaders.items())
+        origin = Origin({"config": config_hash(self.config), "data": fingerprints}, placement.choices())
         parts = {
+            "origin": origin,
             "model": run.model,
             "optimizer": run.optimizer,
             "schedule": run.schedule,
@@ -332,6 +396,7 @@ class _Builder:
             "totals": run.totals,
             "selection": run.selection,
             "taps": run.observer.taps,
+            "observer": run.observer,
             "normalize": pipeline,
             "records": recorder,
             "evidence": evidence,

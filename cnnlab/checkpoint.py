@@ -45,11 +45,11 @@ class State:
         names = self._parts if only is None else only
         missing = [name for name in names if name not in state]
         if missing:
-            raise CheckpointError(f"the checkpoint has no {', '.join(missing)}; it is of another kind of run")
+            raise CheckpointError(f"the checkpoint has no {', '.join(missing)}: it is of another kind of run")
         for name in names:
             try:
                 self._parts[name].load_state_dict(state[name])
-            except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
                 reason = " ".join(str(error).split())[:400]
                 raise CheckpointError(f"the checkpoint's {name} does not fit this run: {reason}") from error
 
@@ -61,25 +61,38 @@ def save(state: Mapping[str, Any], *paths: Path) -> None:
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    content = buffer.getvalue()
+    content = buffer.getbuffer()
     assert content[-2:] == b"\0\0", "torch.save ends its archive with an empty comment"
     comment = _MARK + hashlib.sha256(content).hexdigest().encode()
+    content.release()
+    buffer.seek(-2, io.SEEK_END)
+    buffer.write(len(comment).to_bytes(2, "little") + comment)
     for path in paths:
         try:
-            write_atomically(path, content[:-2] + len(comment).to_bytes(2, "little") + comment)
+            write_atomically(path, buffer.getvalue())
         except OSError as error:
             raise CheckpointError(f"{path} could not be written: {error}") from error
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint to the CPU. Raises `CheckpointError` when it is missing, cut short or altered."""
+    """Reads a checkpoint to the CPU. Raises `CheckpointError` when it is missing, cut short, altered or foreign."""
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    comment, body = content[-_COMMENT:], content[: -_COMMENT - 2] + b"\0\0"
-    if not comment.startswith(_MARK) or hashlib.sha256(body).hexdigest().encode() != comment[len(_MARK) :]:
+    comment = content[-_COMMENT:]
+    if not comment.startswith(_MARK):
+        raise CheckpointError(f"{path} is cut short, or no checkpoint of cnnlab: it does not end with a checksum")
+    digest = hashlib.sha256(memoryview(content)[: -_COMMENT - 2])
+    digest.update(b"\0\0")  # the length of the comment, as torch wrote it
+    if digest.hexdigest().encode() != comment[len(_MARK) :]:
         raise CheckpointError(f"{path} is damaged: its checksum does not match its content")
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def remove_torn(path: Path) -> None:
+    """Removes what a process that was killed while it wrote `path`, or its neighbors, left behind."""
+    for torn in path.parent.glob(".*.tmp"):
+        torn.unlink(missing_ok=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from cnnlab import __version__
-from cnnlab.errors import CnnlabError, UsageError, did_you_mean
+from cnnlab.errors import CnnlabError, Terminated, UsageError, did_you_mean
 
 VERBS = {
     "train": "compose an experiment from parts and run it (-m sweeps, resume=RUN goes on)",
@@ -34,6 +37,9 @@ Examples
 Exit codes
   0 done   2 wrong usage or config   3 data unusable   4 diverged   5 checkpoint unusable
   130 / 143 interrupted, checkpoint saved   1 anything else
+
+Shell completion
+  eval "$(cnnlab -sc install=bash)"              in ~/.bashrc; fish: cnnlab -sc install=fish | source
 """
 
 
@@ -46,48 +52,85 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code. A user's mistake is one message, without a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _dispatch(arguments)
-    except CnnlabError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            traceback.print_exc()
-        print(f"cnnlab: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
+        with _sigterm_raises():
+            return _dispatch(arguments)
+    except KeyboardInterrupt as error:
         print("cnnlab: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `cnnlab ... | head`
-        sys.stderr.close()
+        return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+    except SystemExit as stop:  # argparse's --help, or a user's own module
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BrokenPipeError:  # `cnnlab ... | head`: nobody reads on, and Python must not try to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
-        print(
-            f"cnnlab: {type(error).__name__}: {error}\n"
-            "This is a fault of cnnlab or of a part from outside; HYDRA_FULL_ERROR=1 shows the traceback "
-            "(a run keeps it in error.txt).",
-            file=sys.stderr,
-        )
-        return 1
+        if _is_told_by_rank_0(error):
+            return error.exit_code
+        print(f"cnnlab: {_message(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, CnnlabError) else 1
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, CnnlabError):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        remedy = "type a smaller trainer.batch_size, or trainer.accumulate=2 for the same batch in two pieces"
+        return f"the device has not enough memory; {remedy}\n({error})"
+    notes = getattr(error, "__notes__", ["HYDRA_FULL_ERROR=1 shows the traceback"])
+    return (
+        f"{type(error).__name__}: {error}\nThis is a fault of cnnlab or of a part from outside. "
+        + "; ".join(notes)
+    )
+
+
+def _is_told_by_rank_0(error: Exception) -> bool:
+    """Under `torchrun` all processes find the same mistake; one tells it."""
+    return isinstance(error, UsageError) and os.environ.get("RANK", "0") != "0"
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that folders are left tidy; a run's own steps handle both themselves."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Terminated
+
+    try:
+        previous = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments:
+        print(help_text(), end="", file=sys.stderr)
+        return UsageError.exit_code
+    verb, rest = arguments[0], arguments[1:]
+    if verb in ("-h", "--help", "help"):
         print(help_text(), end="")
-        return 0 if arguments else 2
-    if arguments[0] in ("-V", "--version"):
+        return 0
+    if verb in ("-V", "--version"):
         print(__version__)
         return 0
-    if arguments[0] in ("-sc", "--shell-completion"):
+    if {"-sc", "--shell-completion"} & set(arguments[:2]):
         from cnnlab.completion import complete
 
         return complete(arguments)
-    verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
-        hint = "; a verb comes first: cnnlab train " + verb if "=" in verb or verb.startswith("-") else ""
-        raise UsageError(
-            f"no verb {verb!r}{did_you_mean(verb, VERBS)}; expected one of {', '.join(VERBS)}{hint}"
-        )
-    return import_module(f"cnnlab.verbs.{verb}").main(rest)
+        raise UsageError(_no_verb(verb, arguments))
+    return import_module(f"cnnlab.verbs.{verb.replace('-', '_')}").main(rest)
+
+
+def _no_verb(verb: str, arguments: Sequence[str]) -> str:
+    if "=" in verb or verb.startswith("-"):
+        return f"a verb comes first: cnnlab train {' '.join(arguments)}"
+    return f"no verb {verb!r}{did_you_mean(verb, VERBS)}; expected one of {', '.join(VERBS)}"
 
 
 if __name__ == "__main__":

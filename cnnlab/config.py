@@ -1,7 +1,8 @@
 """From command-line overrides to a composed config, with every problem found on the way reported at once.
 
-Hydra composes; it stops at the first wrong override, though, so the overrides are looked at one by one before
-it sees them. What the composed values mean to the parts they configure is checked in `cnnlab.check`.
+Hydra composes. It stops at the first wrong override, though, and what it says of it is meant for its own
+developers; so when it refuses, the overrides are looked at one by one. What the composed values mean to the parts
+that they configure is checked in `cnnlab.check`.
 """
 
 from __future__ import annotations
@@ -9,17 +10,40 @@ from __future__ import annotations
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra import version as hydra_version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from cnnlab.errors import ConfigError, UsageError, did_you_mean, listing
+from cnnlab.errors import ConfigError, UsageError
+from cnnlab.overrides import (
+    LISTS,
+    first_key,
+    is_choice,
+    is_plain,
+    line,
+    misuse,
+    quoted,
+    reason,
+    short,
+    swept,
+    wrong_key,
+    wrong_option,
+)
 
 CONFIG_NAME = "config"
 
@@ -38,13 +62,29 @@ class Composed:
     """A composed experiment.
 
     `config` holds plain values with all interpolations resolved; `run_dir` is where Hydra's settings put the
-    run; `choices` maps each group to the option taken; `overrides` are the command line's.
+    run, and `sweep_dir` the sweep that it is a cell of; `choices` maps each group to the option taken;
+    `overrides` are the command line's; `config_dirs` are the user's own folders.
     """
 
     config: dict[str, Any]
     run_dir: Path
     choices: dict[str, Any]
     overrides: tuple[str, ...]
+    config_dirs: tuple[str, ...] = ()
+    sweep_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What could be composed, and what could not.
+
+    `problems` has one sentence a wrong override. Those are left out of `composed` (`None` where nothing is left
+    to compose), and `doubtful` are the groups that they were meant for.
+    """
+
+    composed: Composed | None
+    problems: tuple[str, ...] = ()
+    doubtful: frozenset[str] = frozenset()
 
 
 def _stamp() -> str:
@@ -52,20 +92,17 @@ def _stamp() -> str:
 
 
 def _name(_root_: Any) -> str:
-    from hydra.core.hydra_config import HydraConfig
-
     hydra = _root_.get("hydra")
     choices = hydra.runtime.choices if hydra is not None else HydraConfig.get().runtime.choices
     return choices.get("experiment") or f"{choices.get('data')}-{choices.get('model')}"
 
 
-def register_resolvers() -> None:
-    """Names used in `configs/`: `${cnnlab.stamp:}` (time and a random id) and `${cnnlab.name:}`."""
-    OmegaConf.register_new_resolver("cnnlab.stamp", _stamp, use_cache=True, replace=True)
-    OmegaConf.register_new_resolver("cnnlab.name", _name, replace=True)
+# Names used in `configs/`. They are there as soon as this module is: a launcher's processes import it and no more.
+OmegaConf.register_new_resolver("cnnlab.stamp", _stamp, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("cnnlab.name", _name, replace=True)
 
 
-def make_importable(config_dirs: Sequence[Path]) -> None:
+def make_importable(config_dirs: Iterable[str | Path]) -> None:
     """Lets `_target_` name the user's own modules: beside their YAML folders, or in the current folder."""
     for folder in [*map(Path, config_dirs), Path.cwd()]:
         entry = str(folder.resolve())
@@ -73,150 +110,226 @@ def make_importable(config_dirs: Sequence[Path]) -> None:
             sys.path.append(entry)
 
 
-class Composer:
-    """Composes configs of `configs/` and of the user's own folders; use inside `composer(...)`."""
+class _Refused(Exception):
+    """Hydra would not compose. The cause is in `__cause__`, the message fit for the user."""
 
-    def __init__(self, hydra: Any, search_path: list[str]):
-        self._hydra = hydra
-        self._loader = hydra.config_loader
-        self._search_path = search_path
+
+class Composer:
+    """Composes configs of `configs/` and of the user's own folders.
+
+    Raises `UsageError` for a folder that does not exist.
+    """
+
+    def __init__(self, config_dirs: Sequence[str | Path] = (), config_name: str = CONFIG_NAME):
+        self.config_name = config_name
+        self.config_dirs = tuple(str(Path(folder).expanduser().resolve()) for folder in config_dirs)
+        search_path = create_config_search_path(str(config_root()))
+        assert isinstance(search_path, ConfigSearchPathImpl)
+        for folder in self.config_dirs:
+            if not Path(folder).is_dir():
+                raise UsageError(f"--config-dir: expected a folder, received {folder}, which is none")
+            last = SearchPathQuery(
+                provider="schema"
+            )  # after the shipped configs, as Hydra's own --config-dir
+            search_path.prepend(provider="command-line", path=f"file://{folder}", anchor=last)
+        make_importable(self.config_dirs)
+        hydra_version.setbase("1.3")
+        self.hydra = Hydra("cnnlab", ConfigLoaderImpl(search_path))
+
+    # ---- what there is ----
 
     def options(self, group: str) -> list[str]:
         """The names that `GROUP=` takes."""
-        return [str(option) for option in self._loader.get_group_options(group)]
+        return [str(option) for option in self.hydra.config_loader.get_group_options(group)]
 
     def groups(self) -> list[str]:
-        names = (self._loader.list_groups(""), ["probe"])
-        return sorted({name for part in names for name in part if name != "hydra" and self.options(name)})
+        return [name for name in self._folders() if self.options(name)]
 
-    def _load(self, overrides: Sequence[str]) -> DictConfig:
-        return self._hydra.compose_config(
-            config_name=CONFIG_NAME,
-            overrides=[*self._search_path, *overrides],
-            run_mode=_run_mode(),
-            from_shell=False,
-            with_log_configuration=False,
-        )
+    def _folders(self) -> list[str]:
+        return sorted(str(name) for name in self.hydra.config_loader.list_groups("") if name != "hydra")
 
-    def expand(self, overrides: Sequence[str]) -> list[list[str]]:
-        """Every cell of a sweep as its own list of overrides, in Hydra's order; one cell without sweeps."""
-        choices = []
-        for override in self._parse(overrides):
-            if override.is_sweep_override():
-                key = override.get_key_element()
-                choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-            else:
-                choices.append([override.input_line])
-        return [list(cell) for cell in product(*choices)]
+    # ---- overrides ----
 
-    def _parse(self, overrides: Sequence[str]) -> list[Any]:
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-        from hydra.errors import HydraException
-
-        parser = OverridesParser.create()
-        parsed, problems = [], []
-        for text in overrides:
-            try:
-                parsed.append(parser.parse_override(text))
-            except HydraException as error:
-                reason = str(error.__cause__ or error).strip().splitlines()[0]
-                problems.append(f"`{text}`: expected KEY=VALUE, received text that does not parse ({reason})")
+    def parse(self, overrides: Sequence[str]) -> list[Override]:
+        """Raises `ConfigError` with every override that does not parse."""
+        parsed, problems = self._parsed(overrides)
         if problems:
             raise ConfigError(problems)
         return parsed
 
-    def compose(self, overrides: Sequence[str] = ()) -> Composed:
-        """Composes one experiment. Raises `ConfigError` with all unknown groups, options and keys."""
-        from hydra.errors import HydraException
+    def _parsed(self, overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
+        parser = OverridesParser.create(config_loader=self.hydra.config_loader)
+        parsed, problems = [], []
+        for text in overrides:
+            try:
+                (override,) = parser.parse_overrides([text])
+                if (
+                    is_plain(override)
+                    and override.value() is None
+                    and override.key_or_group in self._folders()
+                ):
+                    (override,) = parser.parse_overrides(
+                        [f"~{override.get_key_element()}"]
+                    )  # Hydra's way to say so
+                parsed.append(override)
+            except (
+                Exception
+            ):  # the grammar's message counts tokens; a number too long for int() is a ValueError
+                problems.append(self._unreadable(text))
+        return parsed, problems
 
-        parsed = self._parse(overrides)
-        groups = set(self.groups())
-        is_group = [override.key_or_group in groups for override in parsed]
-        problems = [
-            problem
-            for override, group in zip(parsed, is_group, strict=True)
-            if group and not _is_plain_value(override)
-            for problem in self._check_option(override)
-        ]
-        good = [o.input_line for o, group in zip(parsed, is_group, strict=True) if group]
-        if problems:
-            good = []  # the keys can still be looked at, in the default composition
-        try:
-            base = self._load(good)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError([_reason(error)]) from error
-        values = [o for o, group in zip(parsed, is_group, strict=True) if not group]
-        for override in values:
-            problems += self._check_key(override, base, sorted(groups), certain=not problems)
+    def _unreadable(self, text: str) -> str:
+        if "=" in text:
+            remedy = f"for a text with special characters, quote it twice: {quoted(text)}"
+            return f"`{short(text)}`: cannot be read; {remedy}"
+        meant = [f"`{group}={text}`" for group in self._folders() if text in self.options(group)]
+        return f"`{short(text)}`: expected KEY=VALUE" + (
+            f" (did you mean {' or '.join(meant)}?)" if meant else ""
+        )
+
+    def lines(self, overrides: Sequence[str]) -> list[str]:
+        """The overrides as Hydra takes them: `experiment=null` is `~experiment` there. Raises `ConfigError`."""
+        return [line(override) for override in self.parse(overrides)]
+
+    def cells(self, overrides: Sequence[str]) -> list[list[str]]:
+        """Every cell of a sweep as its own list of overrides, in Hydra's order; one cell without sweeps.
+
+        A sweep may also be stated in a config, as `hydra.sweeper.params`. Raises `ConfigError`.
+        """
+        given = {override.get_key_element(): override for override in self.parse(overrides)}
+        stated = self.parse([f"{key}={value}" for key, value in self._sweeper_params(given.values()).items()])
+        choices, problems = [], []
+        for override in ({o.get_key_element(): o for o in stated} | given).values():
+            values = swept(override) if override.is_sweep_override() else [line(override)]
+            choices.append(values)
+            if not values:
+                key = override.get_key_element()
+                problems.append(f"`{short(line(override))}`: expected values to list; type {key}=A,B,C")
         if problems:
             raise ConfigError(problems)
+        return [list(cell) for cell in product(*choices)]
+
+    def _sweeper_params(self, given: Iterable[Override]) -> Mapping[str, Any]:
+        fixed = [line(override) for override in given if not override.is_sweep_override()]
         try:
-            composed = self._load([*good, *(override.input_line for override in values)])
-            return self._resolved(composed, overrides)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError([_reason(error)]) from error
+            return self.load(fixed, RunMode.MULTIRUN).hydra.sweeper.get("params") or {}
+        except _Refused:  # each cell will say why
+            return {}
 
-    def _resolved(self, composed: DictConfig, overrides: Sequence[str]) -> Composed:
-        choices = dict(composed.hydra.runtime.choices)
-        run_dir = Path(composed.hydra.run.dir)
-        config = {str(key): _plain(composed, key) for key in composed if key != "hydra"}
-        return Composed(config, run_dir, choices, tuple(overrides))
+    # ---- composing ----
 
-    def _check_option(self, override: Any) -> list[str]:
-        group = override.key_or_group
-        known = self.options(group)
-        value = override.value()
-        names = value if isinstance(value, list) else [value]
-        problems = []
-        for name in names:
-            text = "null" if name is None else str(name)
-            if text == "null" or text in known or override.is_delete():
-                continue
-            problems.append(
-                f"`{group}={text}`: {group} has no option {text!r}{did_you_mean(text, known)}; "
-                f"its options: {listing(known)}"
+    def compose(self, overrides: Sequence[str] = (), number: int | None = None) -> Composed:
+        """Composes one experiment, or cell `number` of a sweep. Raises `ConfigError` with all that is wrong."""
+        draft = self.draft(overrides, number)
+        if draft.problems:
+            raise ConfigError(draft.problems)
+        assert draft.composed is not None
+        return draft.composed
+
+    def draft(self, overrides: Sequence[str] = (), number: int | None = None) -> Draft:
+        """Composes what can be composed, and tells what cannot."""
+        parsed, problems = self._parsed(overrides)
+        misused = {line(o): problem for o in parsed if (problem := misuse(o, self._folders()))}
+        kept = [override for override in parsed if line(override) not in misused]
+        problems += misused.values()
+        try:
+            composed = self._composed(kept, overrides, number)
+        except _Refused:
+            try:
+                kept, more = self._sorted_out(kept)
+                problems += more
+                composed = self._composed(kept, overrides, number)
+            except _Refused as refusal:
+                return Draft(None, (*problems, str(refusal)))
+        left_out = {*overrides} - {*map(line, kept)}
+        return Draft(composed, tuple(problems), frozenset(map(first_key, left_out)))
+
+    def load(self, overrides: Iterable[str], mode: RunMode = RunMode.RUN) -> DictConfig:
+        """Hydra's composition, not resolved. Raises `_Refused`."""
+        try:
+            return self.hydra.compose_config(
+                config_name=self.config_name, overrides=list(overrides), run_mode=mode, from_shell=False
             )
-        return problems
+        except Exception as error:  # Hydra's own, OmegaConf's, YAML's, a file's encoding, ...
+            raise _Refused(reason(error)) from error
 
-    def _check_key(self, override: Any, base: DictConfig, groups: list[str], *, certain: bool) -> list[str]:
-        if override.is_add() or override.is_force_add() or override.is_hydra_override():
-            return []
-        key = override.key_or_group
-        node: Any = base
-        for depth, part in enumerate(parts := key.split(".")):
-            known = [str(name) for name in node] if isinstance(node, DictConfig) else []
-            if isinstance(node, DictConfig) and part in node:
-                node = node._get_node(part)
-                continue
-            if not certain and depth > 0 and parts[0] in groups:
-                return []  # the group's own option was wrong, so its keys are unknown
-            where = ".".join(parts[:depth])
-            if depth == 0:
-                known = [*known, *groups]
-                return [f"`{key}`: no such key or group{did_you_mean(part, known)}; known: {listing(known)}"]
-            return [
-                f"`{key}`: {where} has no {part!r}{_meant(where, part, known)}; "
-                f"it has: {listing(name for name in known if not name.startswith('_'))}"
-            ]
-        return []
+    def _composed(self, parsed: Sequence[Override], overrides: Sequence[str], number: int | None) -> Composed:
+        loaded = self.load(map(line, parsed))
+        try:
+            return self._resolved(loaded, overrides, number)
+        except Exception as error:  # an interpolation, or a resolver's own error
+            raise _Refused(reason(error)) from error
 
+    def _resolved(self, loaded: DictConfig, overrides: Sequence[str], number: int | None) -> Composed:
+        config = {str(key): _plain(loaded, key) for key in loaded if key != "hydra"}
+        hydra = loaded.hydra
+        choices = {str(group): option for group, option in hydra.runtime.choices.items()}
+        if number is None:
+            run_dir, sweep_dir = Path(str(hydra.run.dir)), None
+        else:
+            with open_dict(hydra.job):
+                hydra.job.num = hydra.job.id = number
+            sweep_dir = Path(str(hydra.sweep.dir))
+            run_dir = sweep_dir / str(hydra.sweep.subdir)
+        return Composed(config, run_dir, choices, tuple(overrides), self.config_dirs, sweep_dir)
 
-def _meant(where: str, part: str, known: Sequence[str]) -> str:
-    return did_you_mean(part, known).replace("`" + part, "`" + where) if known else ""
+    # ---- when Hydra refuses: which override, and what was meant ----
 
+    def _sorted_out(self, parsed: Sequence[Override]) -> tuple[list[Override], list[str]]:
+        """The overrides that compose, and what is wrong with each of the others."""
+        base = self.load([])
+        groups = {
+            *self._folders(),
+            *(str(name) for name in base.hydra.runtime.choices if "/" not in str(name)),
+        }
+        chosen = [override for override in parsed if is_choice(override, groups)]
+        wrong = {o.key_or_group: problem for o in chosen if (problem := self._wrong_option(o))}
+        kept, refused = self._one_by_one(
+            [override for override in chosen if override.key_or_group not in wrong]
+        )
+        problems = [*wrong.values(), *refused.values()]
+        if kept:
+            base = self.load(map(line, kept))
+        config, choices = OmegaConf.to_container(base), base.hydra.runtime.choices
+        assert isinstance(config, dict)
+        for override in parsed:
+            if is_choice(override, groups) or first_key(override.key_or_group) in {*wrong, *refused}:
+                continue  # the keys of a group whose option is not known cannot be told
+            problem = self._wrong_option(override) or wrong_key(override, config, choices, groups)
+            if problem:
+                problems.append(problem + self._remedy(override, config))
+            else:
+                kept.append(override)
+        kept, refused = self._one_by_one(kept)
+        return kept, [*problems, *refused.values()]
 
-def _is_plain_value(override: Any) -> bool:
-    """`augment={...}` sets a group's node outright."""
-    return isinstance(override.value(), dict)
+    def _one_by_one(self, parsed: Sequence[Override]) -> tuple[list[Override], dict[str, str]]:
+        """The overrides that compose together, in order, and why the others (by key) do not."""
+        kept: list[Override] = []
+        refused: dict[str, str] = {}
+        try:
+            self._composed(parsed, (), None)
+            return list(parsed), refused
+        except _Refused:
+            pass
+        for override in parsed:
+            try:
+                self._composed([*kept, override], (), None)
+                kept.append(override)
+            except _Refused as refusal:
+                refused[override.key_or_group] = f"`{short(line(override))}`: {refusal}"
+        return kept, refused
 
+    def _wrong_option(self, override: Override) -> str | None:
+        group = override.key_or_group
+        named = group in self._folders() or group.startswith("hydra/")
+        return wrong_option(override, self.options(group)) if named and is_choice(override, [group]) else None
 
-def _reason(error: BaseException) -> str:
-    """Hydra's message and the useful one that it hides in `__cause__`, as one line."""
-    texts = [str(error)]
-    if error.__cause__ is not None:
-        texts.append(str(error.__cause__))
-    lines = [line.strip() for text in texts for line in text.splitlines()]
-    return "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(("full_key", "object_type"))))
+    def _remedy(self, override: Override, config: Mapping[str, Any]) -> str:
+        """For a part that is not among those taken: how to take it."""
+        group, name, *_ = [*override.key_or_group.split("."), ""]
+        absent = group in LISTS and name in self.options(group) and name not in config[group]
+        return f"; to have it, type {group}=[{name}]" if absent else ""
 
 
 def _plain(config: DictConfig, key: Any) -> Any:
@@ -227,29 +340,15 @@ def _plain(config: DictConfig, key: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def _run_mode() -> Any:
-    from hydra.types import RunMode
-
-    return RunMode.RUN
-
-
 @contextmanager
-def composer(config_dirs: Sequence[str | Path] = ()):
-    """A `Composer` over the shipped configs and `config_dirs` (which come first)."""
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    register_resolvers()
-    folders = [Path(folder).resolve() for folder in config_dirs]
-    for folder in folders:
-        if not folder.is_dir():
-            raise UsageError(f"--config-dir: expected a folder, received {folder}, which does not exist")
-    make_importable(folders)
-    listed = ",".join(f"file://{folder}" for folder in folders)
-    search = [f"hydra.searchpath=[{listed}]"] if folders else []
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(config_root()), version_base="1.3", job_name="cnnlab"):
-        yield Composer(GlobalHydra.instance().hydra, search)
+def composer(config_dirs: Sequence[str | Path] = (), config_name: str = CONFIG_NAME) -> Iterator[Composer]:
+    """A `Composer`; Hydra's process-wide config is put back after the block."""
+    settings = HydraConfig.instance()
+    kept = settings.cfg
+    try:
+        yield Composer(config_dirs, config_name)
+    finally:
+        settings.cfg = kept
 
 
 def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str | Path] = ()) -> Composed:

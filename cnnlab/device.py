@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,6 +27,35 @@ class Placement:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.precision]
 
+    def choices(self) -> dict[str, str]:
+        """What a checkpoint records, for `as_recorded`."""
+        return {
+            "device": self.device.type,
+            "precision": self.precision.value,
+            "step": self.step.value,
+            "layout": self.layout.value,
+        }
+
+
+def as_recorded(trainer: Trainer, choices: Mapping[str, str]) -> Trainer:
+    """The settings with what `auto` chose when the run began, so that it goes on alike on another machine.
+
+    A run that goes on on another kind of device chooses anew.
+    """
+    if not choices:
+        return trainer
+    recorded = Device(choices["device"])
+    if trainer.device is Device.auto and available(recorded):
+        trainer = replace(trainer, device=recorded)
+    if trainer.device is not recorded:
+        return trainer
+    return replace(
+        trainer,
+        precision=Precision(choices["precision"]),
+        step=StepKind(choices["step"]),
+        layout=Layout(choices["layout"]),
+    )
+
 
 def available(device: Device) -> bool:
     if device is Device.cuda:
@@ -45,7 +75,15 @@ def choose_device(wanted: Device, local_rank: int = 0) -> torch.device:
             f"`trainer.device={wanted.value}`: this machine has none that torch can use; "
             f"it has: {', '.join(there)}. Type trainer.device=auto"
         )
-    return torch.device(wanted.value, local_rank) if wanted is Device.cuda else torch.device(wanted.value)
+    if wanted is not Device.cuda:
+        return torch.device(wanted.value)
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"expected one GPU a process, received process {local_rank + 1} on a machine with "
+            f"{torch.cuda.device_count()}; type torchrun --nproc-per-node={torch.cuda.device_count()}, or "
+            "trainer.device=cpu"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def cpu_has_fast_bf16() -> bool:

@@ -30,9 +30,11 @@ class ConfigError(UsageError):
 
     def __init__(self, problems: Iterable[str]):
         self.problems = list(dict.fromkeys(problems))
-        count = len(self.problems)
-        head = "1 problem in the config:" if count == 1 else f"{count} problems in the config:"
-        super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
+        if len(self.problems) == 1:
+            super().__init__(self.problems[0])
+        else:
+            lines = [f"  - {problem}" for problem in self.problems]
+            super().__init__("\n".join([f"{len(lines)} problems in the config:", *lines]))
 
 
 class DataError(CnnlabError):
@@ -61,10 +63,21 @@ class InterruptedRun(CnnlabError):
         self.exit_code = 128 + signal_number
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, outside of a run's own steps; Ctrl-C there is a plain `KeyboardInterrupt`."""
+
+
+def closest(wrong: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that `wrong` was probably meant to be; case and `-` for `_` do not count."""
+    plain = {name.lower().replace("-", "_"): name for name in known}
+    close = difflib.get_close_matches(wrong.lower().replace("-", "_"), list(plain), n=1, cutoff=cutoff)
+    return plain[close[0]] if close else None
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """`' (did you mean X?)'` when a known name is close to `wrong`, else the empty string."""
-    close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
-    return f" (did you mean `{close[0]}`?)" if close else ""
+    close = closest(wrong, known)
+    return f" (did you mean `{close}`?)" if close else ""
 
 
 def listing(names: Iterable[str]) -> str:

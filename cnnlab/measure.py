@@ -16,7 +16,7 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of all tensors taken as one vector: a scalar."""
+    """The L2 norm of all tensors taken as one vector: a scalar, non-finite if one of their elements is."""
     return torch.linalg.vector_norm(norms(tensors))
 
 
@@ -25,11 +25,31 @@ def update_ratios(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
 
     NaN where ‖before‖ is 0: a fresh BatchNorm bias would otherwise report 1e9.
     """
+    if not before:
+        return torch.zeros(0)
     old = norms(before)
-    change = norms(torch._foreach_sub([t.detach() for t in after], list(before)))
-    return torch.where(old > 0, change / old, torch.full_like(old, float("nan")))
+    change = norms(torch._foreach_sub([t.detach() for t in after], [t.detach() for t in before]))
+    return torch.where(old > 0, change / old, torch.nan)
 
 
 def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
     """The gradients, zeros where a parameter took no part in the loss."""
     return [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+
+
+def merge_moments(counts: Tensor, means: Tensor, stds: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of groups taken together, from those of each (Chan et al. 1979, eq. 2.1).
+
+    Unlike sums of squares, this keeps the digits of a small deviation about a large mean.
+
+    Args:
+        counts, means, stds: (groups, ...); a group of count 0 has no say, whatever its moments.
+
+    Returns:
+        (...) each; NaN where no group has a count.
+    """
+    means, stds = torch.where(counts > 0, means, 0.0), torch.where(counts > 0, stds, 0.0)
+    total = counts.sum(0)
+    mean = (counts * means).sum(0) / total
+    variance = (counts * (stds.square() + (means - mean).square())).sum(0) / total
+    return mean, variance.sqrt()

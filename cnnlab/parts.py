@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from cnnlab.check import RESERVED, accepts, is_part, locate
+from cnnlab.check import RESERVED, accepts, converted, is_part, locate
 
 
 def make(node: Mapping[str, Any] | None, **wired: Any) -> Any:
@@ -21,7 +21,8 @@ def make(node: Mapping[str, Any] | None, **wired: Any) -> Any:
     if node is None or node.get("_target_") is None:
         return None
     target = locate(str(node["_target_"]))
-    given = {key: _made(value) for key, value in node.items() if key not in RESERVED}
+    values = {key: value for key, value in node.items() if key not in RESERVED}
+    given = {key: _made(value) for key, value in converted(target, values).items()}
     given |= {key: value for key, value in wired.items() if key not in given and accepts(target, key)}
     return partial(target, **given) if node.get("_partial_", False) else target(**given)
 
@@ -29,6 +30,8 @@ def make(node: Mapping[str, Any] | None, **wired: Any) -> Any:
 def _made(value: Any) -> Any:
     if is_part(value):
         return make(value)
-    if isinstance(value, list):
-        return [_made(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _made(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_made(item) for item in value)
     return value

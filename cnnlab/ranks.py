@@ -8,44 +8,58 @@ loss curve is that of one process at the same global batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-_BUCKET = 1 << 24  # elements summed by one collective: 64 MiB in float32
+Value = TypeVar("Value")
+
+_BUCKET = 1 << 24  # elements that one collective moves: 64 MiB in float32
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among `world`; `control` is a CPU group for flags that the host must read."""
+    """This process's place among `world`.
+
+    Every method but `is_main` is a collective: all ranks call it, in the same order. Alone, each is free.
+    """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     control: Any = None
+    """A group on the CPU, for flags and objects that the host must read."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Adds up each tensor over all ranks, in place, in flat buckets of one type."""
-        if self.world == 1 or not tensors:
-            return
+        """Adds up each tensor over all ranks, in place."""
+        if self.world > 1:
+            from torch import distributed
+
+            _in_buckets(tensors, distributed.all_reduce)
+
+    def share_(self, tensors: Sequence[Tensor]) -> None:
+        """Gives every rank the tensors of rank 0, in place."""
+        if self.world > 1:
+            from torch import distributed
+
+            _in_buckets(tensors, lambda flat: distributed.broadcast(flat, src=0))
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, one shape on each: (world, ...)."""
+        if self.world == 1:
+            return tensor[None]
         from torch import distributed
 
-        by_type: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in tensors:
-            by_type.setdefault(tensor.dtype, []).append(tensor)
-        for group in by_type.values():
-            for bucket in _buckets(group):
-                flat = torch.cat([t.flatten() for t in bucket])
-                distributed.all_reduce(flat)
-                parts = flat.split([t.numel() for t in bucket])
-                torch._foreach_copy_(bucket, [part.view(t.shape) for part, t in zip(parts, bucket, strict=True)])
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        distributed.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
 
     def any(self, flag: int) -> int:
         """The largest flag of all ranks: what one of them saw, all of them act upon at the same step."""
@@ -57,7 +71,7 @@ class Ranks:
         distributed.all_reduce(shared, op=distributed.ReduceOp.MAX, group=self.control)
         return int(shared.item())
 
-    def share(self, value: Any) -> Any:
+    def share(self, value: Value) -> Value:
         """Rank 0's value, on every rank."""
         if self.world == 1:
             return value
@@ -67,21 +81,45 @@ class Ranks:
         distributed.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def collect(self, value: Value) -> list[Value]:
+        """The values of all ranks, in their order, on every rank."""
+        if self.world == 1:
+            return [value]
+        from torch import distributed
+
+        values: list[Any] = [None] * self.world
+        distributed.all_gather_object(values, value, group=self.control)
+        return values
+
     def wait(self) -> None:
-        if self.world > 1:
-            self.any(0)
+        """Returns when all ranks have called it."""
+        self.any(0)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    buckets: list[list[Tensor]] = [[]]
+def _in_buckets(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> None:
+    """Runs `collective` on flat copies of many tensors of one type at a time, and copies the results back."""
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_type.setdefault(tensor.dtype, []).append(tensor.detach())
+    for group in by_type.values():
+        for bucket in _buckets(group):
+            flat = torch.cat([t.flatten() for t in bucket])
+            collective(flat)
+            parts = flat.split([t.numel() for t in bucket])
+            torch._foreach_copy_(bucket, [part.view(t.shape) for part, t in zip(parts, bucket, strict=True)])
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
     filled = 0
     for tensor in tensors:
-        if filled and filled + tensor.numel() > _BUCKET:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(tensor)
+        if bucket and filled + tensor.numel() > _BUCKET:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(tensor)
         filled += tensor.numel()
-    return buckets
+    if bucket:
+        yield bucket
 
 
 def join() -> Ranks:
@@ -94,9 +132,10 @@ def join() -> Ranks:
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if not distributed.is_initialized():
         cuda = torch.cuda.is_available()
-        if cuda:
+        if local < torch.cuda.device_count():
             torch.cuda.set_device(local)
-        distributed.init_process_group("nccl" if cuda else "gloo")
+        # Both kinds of tensors: a machine with GPUs also runs `trainer.device=cpu`.
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     control = distributed.new_group(backend="gloo")
     return Ranks(rank, world, local, control)
 

@@ -46,6 +46,19 @@ def seeded(seed: int, stream: str, *where: int | str) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
+def reseed(device: torch.device, seed: int, stream: str, *where: int | str) -> None:
+    """Puts the default generators of the CPU and of `device` at the start of the stream.
+
+    On the CPU this takes 1 µs; `torch.manual_seed`, which speaks to every kind of device, takes 110.
+    """
+    start = derive(seed, stream, *where)
+    torch.default_generator.manual_seed(start)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(start)
+    elif device.type != "cpu":
+        torch.get_device_module(device).manual_seed(start)
+
+
 def _signed(value: int) -> int:
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value

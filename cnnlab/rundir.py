@@ -7,11 +7,13 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cnnlab.errors import CheckpointError, UsageError
+from cnnlab.errors import CheckpointError, CnnlabError, UsageError
 
 SCHEMA_VERSION = 1
 
@@ -40,6 +42,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: Any) -> None:
+    write_atomically(path, (json.dumps(jsonable(document), indent=2) + "\n").encode())
+
+
+def write_yaml(path: Path, document: Any) -> None:
+    from omegaconf import OmegaConf
+
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(document)).encode())
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -105,30 +117,81 @@ class RunDir:
     def best(self) -> Path:
         return self.path / "checkpoints" / "best.pt"
 
-    def create(self, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
-        """Makes the folder and writes what was asked. Raises `UsageError` if a run is already there."""
-        from omegaconf import OmegaConf
+    @property
+    def error(self) -> Path:
+        return self.path / "error.txt"
 
-        if self.run_json.exists():
+    @property
+    def _hydra(self) -> Path:
+        return self.path / ".hydra"
+
+    # ---- what was asked ----
+
+    def create(self, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+        """Makes the folder and writes what was asked.
+
+        Raises `UsageError` if a run is already there (the first of two at once gets the folder), or if nothing
+        can be written there.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._hydra.mkdir()
+        except FileExistsError as error:
+            if not self._hydra.is_dir():
+                raise UsageError(f"{self.path}: expected a folder for the run, found a file") from error
             raise UsageError(
                 f"{self.path} already holds a run; two runs never share a folder. "
                 f"Type resume={self.path} to go on with it, or another hydra.run.dir"
-            )
-        hydra = self.path / ".hydra"
-        hydra.mkdir(parents=True, exist_ok=True)
-        write_atomically(hydra / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
-        write_atomically(hydra / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))).encode())
+            ) from error
+        except OSError as error:
+            raise UsageError(
+                f"{self.path}: the run cannot be written there ({error.strerror}); type another paths.outputs or "
+                "hydra.run.dir"
+            ) from error
+        self.write_config(config, overrides)
+
+    def write_config(self, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+        write_yaml(self._hydra / "config.yaml", dict(config))
+        write_yaml(self._hydra / "overrides.yaml", list(overrides))
 
     def config(self) -> dict[str, Any]:
-        """The composed config of the run. Raises `UsageError` if this is no run folder."""
-        from omegaconf import OmegaConf
+        """The composed config of the run.
 
-        path = self.path / ".hydra" / "config.yaml"
-        if not path.is_file():
-            raise UsageError(f"{self.path}: expected a run folder, with .hydra/config.yaml in it; found none")
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
-        assert isinstance(loaded, dict)
+        Raises `UsageError` if this is no run folder, `CheckpointError` if its config is damaged.
+        """
+        loaded = self._read_yaml("config.yaml")
+        if not isinstance(loaded, dict):
+            raise CheckpointError(f"{self._hydra / 'config.yaml'} is damaged: expected the config of a run")
         return {str(key): value for key, value in loaded.items()}
+
+    def overrides(self) -> list[str]:
+        """The command line's part of it."""
+        return [str(override) for override in self._read_yaml("overrides.yaml")]
+
+    def _read_yaml(self, name: str) -> Any:
+        import yaml
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        path = self._hydra / name
+        if not path.is_file():
+            raise UsageError(self._no_run())
+        try:
+            return OmegaConf.to_container(OmegaConf.load(path))
+        except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+
+    def _no_run(self) -> str:
+        """Why there is no run here, with the newest one below the folder, where one is."""
+        if not self.path.exists():
+            return f"{self.path}: expected a run folder, there is none of that name"
+        below = [*self.path.glob("*/.hydra/config.yaml"), *self.path.glob("*/*/.hydra/config.yaml")]
+        if not below:
+            return f"{self.path}: expected a run folder, with .hydra/config.yaml in it; found none"
+        newest = max(below, key=lambda path: path.stat().st_mtime).parent.parent
+        return f"{self.path} is not a run folder, but holds {len(below)}; the newest is {newest}"
+
+    # ---- what it did ----
 
     def read(self) -> dict[str, Any]:
         """`run.json`, or `{}` before there is one."""
@@ -136,13 +199,44 @@ class RunDir:
             return {}
         try:
             return json.loads(self.run_json.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise CheckpointError(f"{self.run_json} is damaged: {error}") from error
 
     def update(self, **facts: Any) -> None:
         """Merges facts into `run.json`, atomically."""
-        merged = {"schema_version": SCHEMA_VERSION, **self.read(), **facts}
-        write_atomically(self.run_json, (json.dumps(jsonable(merged), indent=2) + "\n").encode())
+        write_json(self.run_json, {"schema_version": SCHEMA_VERSION, **self.read(), **facts})
+
+    def record_failure(self, error: BaseException, **facts: Any) -> None:
+        """What ended the run before its first step; the traceback goes to `error.txt` when the fault is ours."""
+        if isinstance(error, KeyboardInterrupt):
+            self.update(status="interrupted", reason="before the first step", **facts)
+        elif isinstance(error, CnnlabError):
+            self.update(status="failed", reason=str(error), **facts)
+        else:
+            self.error.write_text("".join(traceback.format_exception(error)))
+            self.update(status="failed", reason=f"{type(error).__name__}: {error}", **facts)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keeps other processes from writing here meanwhile. Raises `UsageError` if one already does.
+
+        The operating system drops the claim with the process, however that ends.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        with (self._hydra / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(
+                    f"{self.path}: another process is writing this run; wait until it ends"
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+            yield
 
 
 def environment() -> dict[str, Any]:

@@ -6,6 +6,7 @@ Open parts (model, optimizer, loss, ...) have no section here: they are bound to
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -73,7 +74,9 @@ class Layout(Enum):
     contiguous = "contiguous"
 
 
-_DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(steps?|epochs?|examples?|%)\s*", re.IGNORECASE)
+_DURATION = re.compile(
+    r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(steps?|epochs?|examples?|%)\s*", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,13 @@ class Duration:
     def parse(cls, text: str) -> Duration:
         match = _DURATION.fullmatch(str(text))
         if match is None:
-            raise ValueError(f'expected a duration such as "500 steps", "2 epochs" or "10 %", received {text!r}')
-        return cls(float(match[1]), match[2].lower().rstrip("s"))
+            raise ValueError(
+                f'expected a duration such as "500 steps", "2 epochs" or "10 %", received {text!r}'
+            )
+        amount = float(match[1])
+        if not math.isfinite(amount):
+            raise ValueError(f"expected a finite duration, received {text!r}")
+        return cls(amount, match[2].lower().rstrip("s"))
 
     def steps(self, *, steps_per_epoch: int, total_steps: int, batch_size: int) -> int:
         scale = {"step": 1.0, "epoch": steps_per_epoch, "%": total_steps / 100, "example": 1 / batch_size}
@@ -117,7 +125,7 @@ class Trainer:
     precision: Precision = Precision.auto
     step: StepKind = StepKind.auto
     layout: Layout = Layout.auto
-    threads: PositiveInt | None = None
+    threads: Annotated[int, Range(low=1, high=4096)] | None = None
     """CPU threads; `null` leaves torch's choice."""
     deterministic: bool = False
     """Asks torch for deterministic kernels only (slower on CUDA)."""

@@ -4,23 +4,39 @@ signature, then every part made for a trial, the network on the meta device."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from cnnlab.builder import make_network, make_optimizer, make_pipeline, make_task
-from cnnlab.check import accepts, bind_section, check_part, check_section, is_part, locate
-from cnnlab.config import Composed
+from cnnlab.builder import make_network, make_optimizer, make_pipeline, target_classes
+from cnnlab.check import accepts, bind_section, check_part, check_section, check_value, is_part, locate
+from cnnlab.config import Composed, Composer
 from cnnlab.device import place
-from cnnlab.errors import ConfigError, DataError, UsageError
+from cnnlab.errors import ConfigError, DataError, UsageError, did_you_mean
 from cnnlab.optim.traits import Traits
 from cnnlab.parts import make
 from cnnlab.protocols import DataSpec
 from cnnlab.schema import Groups, Regularization, Stats, Trainer
 
-SECTIONS = {"trainer": Trainer, "groups": Groups, "regularization": Regularization, "stats": Stats}
+
+@dataclass(frozen=True)
+class Paths:
+    """Where runs are written."""
+
+    outputs: str = "outputs"
+
+
+SECTIONS = {
+    "trainer": Trainer,
+    "groups": Groups,
+    "regularization": Regularization,
+    "stats": Stats,
+    "paths": Paths,
+}
+VALUES: dict[str, Any] = {"seed": int, "name": str, "resume": str | None}
 
 WIRED = {
     "task": ("loss", "spec"),
@@ -38,76 +54,138 @@ WIRED = {
 """Parameters that the builder passes by name to whichever part takes them."""
 
 GROUPS = ("data", "task", "model", "activation", "norm", "init", "loss", "optim", "schedule", "normalize")
+FACTORIES = ("activation", "norm")
+"""Groups whose part the network makes anew at each place; null leaves it to the network."""
 MAPPINGS = ("augment", "probe")
 """Groups whose node maps names to parts, in order."""
+
+PROTOCOLS = {
+    "data": ("spec", "load"),
+    "task": ("needs", "monitor", "head", "prepare", "loss", "measure", "metrics", "pictures"),
+    "init": ("__call__",),
+    "loss": ("__call__",),
+    "schedule": ("factor",),
+    "probe": ("name", "every", "needs", "supports", "read"),
+}
+"""What a part of each group must have (see `cnnlab.protocols`)."""
+
+
+def checked(composer: Composer, overrides: Sequence[str], number: int | None = None) -> Composed:
+    """Composes and checks one experiment, or cell `number` of a sweep, and reports what is wrong all at once.
+
+    Raises:
+        ConfigError: with every problem.
+        DataError: the config is sound, and its data is not there.
+    """
+    draft = composer.draft(overrides, number)
+    problems, data_error = list(draft.problems), None
+    if draft.composed is not None:
+        found, data_error = _problems(draft.composed, draft.doubtful)
+        problems += found
+    if problems:
+        raise ConfigError(problems)
+    if data_error is not None:
+        raise data_error
+    assert draft.composed is not None
+    return draft.composed
 
 
 def check(composed: Composed) -> None:
     """Raises `ConfigError` with every problem, or `DataError` if the config is sound and its data is not there."""
-    config = composed.config
-    problems = [p for group in _groups(config) for p in group]
-    broken = {p.split("`")[1].split(".")[0].split("=")[0] for p in problems if "`" in p}
-    trial = _Trial(config, broken)
-    problems += list(trial.problems())
+    problems, data_error = _problems(composed)
     if problems:
         raise ConfigError(problems)
-    if trial.data_error is not None:
-        raise trial.data_error
+    if data_error is not None:
+        raise data_error
 
 
-def _groups(config: Mapping[str, Any]) -> Iterator[list[str]]:
+def _problems(
+    composed: Composed, doubtful: frozenset[str] = frozenset()
+) -> tuple[list[str], DataError | None]:
+    """Every problem; the parts of `doubtful` groups are left out of the trial."""
+    config = composed.config
+    by_group = dict(_static(config))
+    trial = _Trial(config, {*doubtful, *(group for group, found in by_group.items() if found)})
+    trial.run()
+    return [problem for found in by_group.values() for problem in found] + trial.problems, trial.data_error
+
+
+def _static(config: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """Each group or key with what its values alone tell."""
     for name, section in SECTIONS.items():
-        yield check_section(section, config[name], name)
-    if not isinstance(config["seed"], int) or isinstance(config["seed"], bool):
-        yield [f"`seed={config['seed']}`: expected an integer"]
+        yield name, check_section(section, config.get(name), name)
+    for name, hint in VALUES.items():
+        yield name, check_value(config.get(name), hint, name)
     for group in GROUPS:
-        node = config[group]
-        optional = is_part(node) and node["_target_"] is None
-        if optional and group not in ("activation", "norm"):
-            yield [f"`{group}`: expected a part, received none"]
-        elif not optional:
-            yield check_part(node, group, _wired(group, node))
+        yield group, _check_group(group, config.get(group))
     for group in MAPPINGS:
-        for name, node in (config[group] or {}).items():
-            yield check_part(node, f"{group}.{name}")
+        yield group, _check_mapping(group, config.get(group))
+    known = [*SECTIONS, *VALUES, *GROUPS, *MAPPINGS]
+    for key in config:
+        if key not in known and not key.startswith("_"):
+            hint = did_you_mean(key, known) or "; a name of your own, for interpolations, starts with _"
+            yield key, [f"`{key}`: nothing reads this key{hint}"]
+
+
+def _check_group(group: str, node: Any) -> list[str]:
+    if node is None or (is_part(node) and node["_target_"] is None):
+        optional = node is not None and group in FACTORIES
+        return [] if optional else [f"`{group}`: expected a part, received none; type {group}=OPTION"]
+    problems = check_part(node, group, _wired(group, node))
+    if group in FACTORIES and not problems and node.get("_partial_") is not True:
+        problems.append(
+            f"`{group}`: expected `_partial_: true` in its YAML; the network makes a new one at each place"
+        )
+    return problems
+
+
+def _check_mapping(group: str, node: Any) -> list[str]:
+    if not isinstance(node, Mapping) or is_part(node):
+        return [f"`{group}`: expected parts by name, as in `{{my_part: {{_target_: package.module.Name}}}}`"]
+    return [problem for name, part in node.items() for problem in check_part(part, f"{group}.{name}")]
 
 
 def _wired(group: str, node: Any) -> tuple[str, ...]:
-    if group == "optim" and is_part(node):
-        try:
-            return tuple(list(inspect.signature(locate(str(node["_target_"]))).parameters)[:1])
-        except (ValueError, TypeError):
-            return ()
-    return WIRED.get(group, ())
+    if group != "optim" or not is_part(node):
+        return WIRED.get(group, ())
+    try:
+        return tuple(list(inspect.signature(locate(str(node["_target_"]))).parameters)[:1])
+    except (ValueError, TypeError):
+        return ()
 
 
 class _Trial:
-    """Makes each part whose values are sound, and says what it refuses."""
+    """Makes each part whose values are sound, and keeps what it refuses in `problems`."""
 
     def __init__(self, config: Mapping[str, Any], broken: set[str]):
         self.config = config
         self.broken = broken
+        self.problems: list[str] = []
         self.data_error: DataError | None = None
-        self._problems: list[str] = []
 
-    def problems(self) -> list[str]:
+    def run(self) -> None:
         for group in ("schedule", "init", "normalize"):
-            self.attempt(group, lambda g=group: make(self.config[g]), group)
-        for group in MAPPINGS:
-            for name, node in (self.config[group] or {}).items():
-                self.attempt(f"{group}.{name}", lambda n=node: make(n), group)
-        spec = self.spec()
-        optimizer = self.sound("optim") and self.attempt("optim", self.dry_optimizer, "optim")
+            self.attempt(group, lambda g=group: self.part(g, self.config[g]), group)
+        for group in MAPPINGS if self.sound(*MAPPINGS) else ():
+            for name, node in self.config[group].items():
+                self.attempt(f"{group}.{name}", lambda g=group, n=node: self.part(g, n), group)
+        optimizer = self.attempt("optim", self.dry_optimizer, "optim")
         self.placement()
+        spec = self.spec()
         if spec is not None:
-            self.together(spec, bool(optimizer))
-        return self._problems
+            self.together(spec, optimizer is not None)
+
+    # ---- how ----
 
     def sound(self, *groups: str) -> bool:
         return not self.broken & set(groups)
 
+    def refuse(self, problem: str, *groups: str) -> None:
+        self.problems.append(problem)
+        self.broken.update(groups)
+
     def attempt(self, where: str, action: Callable[[], Any], *groups: str) -> Any:
-        """The action's result; `None` and a problem when a constructor refuses."""
+        """The action's result; `None` and a problem, by which the first group is broken, when it refuses."""
         if not self.sound(*groups):
             return None
         try:
@@ -115,21 +193,34 @@ class _Trial:
         except DataError as error:
             self.data_error = error
         except Exception as error:  # a third party's constructor may raise anything; it is the user's value
-            self.broken.update(groups[:1])
             text = " ".join(str(error).split())
             kind = "" if isinstance(error, ValueError | UsageError) else f"{type(error).__name__}: "
-            self._problems.append(text if text.startswith("`") else f"`{where}`: {kind}{text}")
+            named = text.startswith(("`", *(f"{group}:" for group in groups), f"{where}."))
+            self.refuse(text if named else f"`{where}`: {kind}{text}", *groups[:1])
         return None
 
+    def part(self, group: str, node: Any, **wired: Any) -> Any:
+        """The part, which has what its group's protocol asks for."""
+        made = make(node, **wired)
+        lacking = [name for name in PROTOCOLS.get(group, ()) if made is not None and not hasattr(made, name)]
+        if lacking:
+            names = ", ".join(f"`{name}`" for name in lacking)
+            raise ValueError(f"{node['_target_']} has no {names}; see cnnlab.protocols.{group.capitalize()}")
+        return made
+
+    # ---- each part by itself ----
+
     def spec(self) -> DataSpec | None:
-        data = self.attempt("data", lambda: make(self.config["data"]), "data")
+        data = self.attempt("data", lambda: self.part("data", self.config["data"]), "data")
         return None if data is None else self.attempt("data", data.spec, "data")
 
-    def dry_optimizer(self) -> Any:
+    def dry_optimizer(self) -> torch.optim.Optimizer:
         node = self.config["optim"]
-        target = locate(node["_target_"])
-        first = next(iter(inspect.signature(target).parameters))
-        return make(node, **{first: [nn.Parameter(torch.zeros(2, 2))]})
+        first = next(iter(inspect.signature(locate(node["_target_"])).parameters))
+        made = make(node, **{first: [nn.Parameter(torch.zeros(2, 2))]})
+        if not isinstance(made, torch.optim.Optimizer):
+            raise ValueError(f"expected a torch.optim.Optimizer, received {type(made).__name__}")
+        return made
 
     def placement(self) -> None:
         if not self.sound("trainer", "optim"):
@@ -138,52 +229,84 @@ class _Trial:
         traits = Traits.of(locate(self.config["optim"]["_target_"]))
         self.attempt("trainer", lambda: place(trainer, closure=traits.closure), "trainer")
         if trainer.accumulate > trainer.batch_size:
-            self._problems.append(
+            self.refuse(
                 f"`trainer.accumulate={trainer.accumulate}`: expected at most trainer.batch_size="
                 f"{trainer.batch_size}, the samples that it cuts into micro-batches"
             )
         if traits.create_graph and trainer.accumulate > 1:
-            self._problems.append(
+            self.refuse(
                 f"`trainer.accumulate={trainer.accumulate}`: this optimizer differentiates the loss twice, which "
                 "needs the whole batch in one piece; type trainer.accumulate=1"
             )
 
+    # ---- what only the parts together can tell: targets, sizes, heads, parameter names ----
+
     def together(self, spec: DataSpec, optimizer: bool) -> None:
-        """What only the parts together can tell: targets, sizes, heads, parameter names."""
         self.attempt("augment", lambda: make_pipeline(self.config, spec, 0), "augment", "normalize")
+        self.attempt("task", lambda: self.targets(spec), "task")
         counts = torch.ones(spec.num_classes, dtype=torch.int64)
-        task = self.attempt("loss", lambda: make_task(self.config, spec, counts), "task", "loss")
-        if task is None:
-            return
-        missing = [target for target in task.needs if target not in spec.targets]
+        loss = self.attempt("loss", lambda: self.loss(spec, counts), "loss", "task")
+        task = self.attempt(
+            "task", lambda: self.part("task", self.config["task"], loss=loss, spec=spec), "task", "loss"
+        )
+        if task is not None and self.sound("model", "activation", "norm", "regularization"):
+            self.network(spec, task, optimizer)
+
+    def targets(self, spec: DataSpec) -> None:
+        task = locate(self.config["task"]["_target_"])
+        missing = [target for target in getattr(task, "needs", ()) if target not in spec.targets]
         if missing:
             has = ", ".join(sorted(spec.targets))
-            self._problems.append(
-                f"`task`: {type(task).__name__} needs {', '.join(missing)}, and this data has only {has}"
-            )
-            return
-        if not self.sound("model", "activation", "norm", "regularization"):
-            return
+            raise ValueError(f"{task.__name__} needs {', '.join(missing)}, and this data has only {has}")
+
+    def loss(self, spec: DataSpec, counts: torch.Tensor) -> Any:
+        classes = target_classes(self.config, spec)
+        return self.part("loss", self.config["loss"], num_classes=classes, class_counts=counts)
+
+    def network(self, spec: DataSpec, task: Any, optimizer: bool) -> None:
         regularization: Regularization = bind_section(Regularization, self.config["regularization"])
-        self.unused_rates(regularization)
-        with torch.device("meta"):
-            model = self.attempt(
-                "model", lambda: make_network(self.config, spec, task, regularization), "model", "activation", "norm"
-            )
-        if model is not None and optimizer and self.sound("groups"):
+        self.unused_choices(regularization)
+        model = self.attempt(
+            "model", lambda: on_meta(lambda: make_network(self.config, spec, task, regularization)), "model"
+        )
+        if model is None:
+            return
+        init = make(self.config["init"]) if self.sound("init") else None
+        if hasattr(init, "validate"):
+            self.attempt("init", lambda: init.validate(model), "init")
+        if optimizer and self.sound("groups"):
             groups: Groups = bind_section(Groups, self.config["groups"])
             self.attempt("groups", lambda: make_optimizer(self.config, model, groups), "groups")
 
-    def unused_rates(self, regularization: Regularization) -> None:
+    def unused_choices(self, regularization: Regularization) -> None:
         """A setting that silently had no effect would be the worst answer."""
         target = locate(self.config["model"]["_target_"])
         for name in ("dropout", "stochastic_depth"):
             if getattr(regularization, name) is not None and not accepts(target, name):
-                self._problems.append(f"`regularization.{name}`: {target.__name__} has no {name}; type null")
-        for group in ("activation", "norm"):
+                self.refuse(
+                    f"`regularization.{name}`: {target.__name__} has no {name}; type regularization.{name}=null"
+                )
+        for group in FACTORIES:
             if self.config[group].get("_target_") is not None and not accepts(target, group):
-                self._problems.append(
+                self.refuse(
                     f"`{group}`: {target.__name__} does not let its {group} be chosen; type {group}=auto"
                 )
 
 
+def on_meta(make_model: Callable[[], nn.Module]) -> nn.Module:
+    """The network without memory for its weights.
+
+    One whose constructor reads values (`torch.linspace(...).tolist()`) cannot be made so and is made on the CPU;
+    torch's random state is left as it was. Raises `ValueError` for what is no module.
+    """
+    try:
+        with torch.device("meta"):
+            model = make_model()
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error).lower():
+            raise
+        with torch.random.fork_rng(devices=[]):
+            model = make_model()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a torch.nn.Module, received {type(model).__name__}")
+    return model

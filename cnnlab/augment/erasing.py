@@ -43,7 +43,10 @@ class Cutout(Barrier):
 
 
 class GaussianNoise(Barrier):
-    """Adds independent normal noise of standard deviation `std`, for values in [0, 1], to every value."""
+    """Adds independent normal noise of standard deviation `std`, for values in [0, 1], to every value.
+
+    A value of noise is hashed for each value of the image: some 50 bytes of passing memory each.
+    """
 
     def __init__(self, std: NonNegative = 0.05):
         self.std = std

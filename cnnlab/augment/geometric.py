@@ -100,8 +100,8 @@ class RandomResizedCrop(Geometric):
         if not 0 < ratio[0] <= ratio[1]:
             raise ValueError(f"expected ratio (low, high) with 0 < low <= high, received {tuple(ratio)}")
         check_fill(fill)
-        self.scale = scale
-        self.ratio = ratio
+        self.scale = (scale[0], scale[1])
+        self.ratio = (ratio[0], ratio[1])
         self.fill = fill
 
     def matrix(self, draws: Draws) -> Tensor:

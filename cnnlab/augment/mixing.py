@@ -19,9 +19,9 @@ from cnnlab.schema import Positive, Probability
 class BetaQuantile:
     """Beta(α, α) numbers from uniform ones, by a table of the inverse CDF.
 
-    With e = min(α, 1) and s = x^e, the CDF of a Beta below 1/2 is ∫ (1/e)·s^(α/e - 1)·(1 - s^(1/e))^(α - 1)
-    ds / B, whose integrand is bounded and, for α <= 1, smooth. The table holds s at evenly spaced u from 0 to
-    1/2; the other half follows from the symmetry x(1 - u) = 1 - x(u).
+    With e = min(α, 1) and s = x^e, the CDF up to x <= 1/2 is proportional to
+    ∫ s^(α/e - 1)·(1 - s^(1/e))^(α - 1) ds, whose integrand is bounded and, for α <= 1, smooth. The table
+    holds s at evenly spaced u from 0 to 1/2; the other half follows from symmetry, x(1 - u) = 1 - x(u).
     """
 
     cells = 4096
@@ -33,12 +33,13 @@ class BetaQuantile:
         middle = (s[1:] + s[:-1]) / 2
         log_density = (alpha / self.exponent - 1) * middle.log()
         log_density += (alpha - 1) * torch.log1p(-(middle ** (1 / self.exponent)))
-        density = (
-            log_density - log_density.max()
-        ).exp()  # relative to the largest: a large alpha would underflow
+        # Relative to the largest, which underflows where alpha is large.
+        density = (log_density - log_density.max()).exp()
         cdf = torch.cat([torch.zeros(1, dtype=torch.float64), density.cumsum(0)])
         cdf *= 0.5 / cdf[-1]
         u = torch.linspace(0, 0.5, self.cells + 1, dtype=torch.float64)
+        # Uniform numbers are multiples of 2^-24, so 0 stands for all below: not for the end of a thin tail.
+        u[0] = 2.0**-25
         right = torch.searchsorted(cdf, u).clamp(1, self._fine)
         left = right - 1
         part = (u - cdf[left]) / (cdf[right] - cdf[left]).clamp(min=torch.finfo(torch.float64).tiny)

@@ -22,11 +22,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_WHITENED = 3072
 """Values an image (32x32x3) up to which its covariance is inverted: 75 MB, and seconds on a CPU."""
 _CONSTANT = 1e-6
-"""Standard deviations, and eigenvalues relative to the largest, below which there is only rounding."""
+"""Standard deviation below which a channel is constant up to rounding."""
+_RANK = 1e-7
+"""Eigenvalue, relative to the largest, below which there is only float32 rounding."""
 
 
 class Normalize(ABC):
-    """What every normalization has. To add one, subclass this and write one YAML file."""
+    """What every normalization has. To add one, subclass this, call its constructor, write a YAML."""
 
     def __init__(self) -> None:
         self._placed = Placed()
@@ -150,11 +152,9 @@ class _Whitening(Normalize):
         mean, covariance = image_moments(split, seed)
         values, vectors = torch.linalg.eigh(covariance)
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-        # Directions in which the training set does not vary at all are left out instead of divided by zero.
-        varies = values > values[0] * _CONSTANT
-        scale = torch.where(
-            varies, (values + self.epsilon).clamp(min=torch.finfo(values.dtype).tiny).rsqrt(), 0.0
-        )
+        # Directions in which the training set does not vary are left out instead of divided by zero.
+        varies = values > values[0] * _RANK
+        scale = torch.where(varies, (values + self.epsilon).rsqrt(), 0.0)
         self._placed.replace({"mean": mean.float(), "weight": self.weight(vectors, scale).float()})
 
     def __call__(self, image: Tensor) -> Tensor:

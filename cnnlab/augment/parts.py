@@ -147,11 +147,10 @@ def check_fill(fill: str) -> None:
 
 def standard_normal(uniforms: Tensor) -> Tensor:
     """Uniform numbers on the grid of 2^-24 to standard normal ones, by the inverse CDF; always finite."""
-    # 2u - 1 is a multiple of 2^-23 in [-1, 1): half a cell more puts it strictly, and symmetrically, inside
-    # (-1, 1).
+    # 2u - 1 is a multiple of 2^-23 in [-1, 1); half a step more puts it symmetrically inside (-1, 1).
     return torch.erfinv(2 * uniforms - 1 + 2.0**-24) * 2**0.5
 
 
 def as_float(image: Tensor) -> Tensor:
     """uint8 as float32 in [0, 1]; what is float already stays."""
-    return image if image.is_floating_point() else image.to(torch.float32) / 255
+    return image if image.is_floating_point() else image / 255

@@ -46,10 +46,9 @@ def luma_weights(channels: int, like: Tensor) -> Tensor:
     """(C,) weights of the channels in grey: luma for three, the plain mean otherwise."""
     weights = like.new_full((channels,), 1 / channels)
     if channels == 3:
+        # Three fills on the device: a tensor of Python numbers would be a copy from the host.
         for channel, weight in enumerate(LUMA):
-            weights[channel].fill_(
-                weight
-            )  # a kernel; a tensor of Python numbers would be a copy from the host
+            weights[channel].fill_(weight)
     return weights
 
 
@@ -197,8 +196,8 @@ class Hue(Barrier):
 def turn_hue(image: Tensor, turn: Tensor) -> Tensor:
     """(N, 3, H, W) in [0, 1] with the hue of each image moved by `turn` (N,) circles.
 
-    Saturation S and value V stay; HSV back to RGB is channel(n) = V - V·S·max(0, min(k, 4 - k, 1)), k = (n +
-    6·hue) mod 6, n = 5, 3, 1 for red, green and blue.
+    Saturation S and value V stay. Back from HSV, with n = 5, 3, 1 for red, green and blue and
+    k = (n + 6·hue) mod 6, a channel is V - V·S·max(0, min(k, 4 - k, 1)).
     """
     red, green, blue = image.unbind(1)
     value = image.amax(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil, prod
 from typing import Any
 
@@ -21,8 +21,6 @@ from cnnlab.protocols import Batch, DataSpec, Split
 class _Stage(ABC):
     """Neighbouring parts that are done in one go."""
 
-    parts: Mapping[str, Any]
-
     @abstractmethod
     def run(self, batch: Batch, draws: Mapping[str, Draws]) -> Batch: ...
 
@@ -30,19 +28,13 @@ class _Stage(ABC):
     def describe(self) -> str: ...
 
 
-@dataclass(frozen=True)
 class _Move(_Stage):
-    parts: Mapping[str, Geometric]
-    fill: Fill
-
-    @property
-    def exact(self) -> bool:
-        return all(part.exact for part in self.parts.values())
-
-    @property
-    def samples(self) -> int:
-        # The tolerance keeps 1 / 0.5 · 0.5 and the like from costing a whole further reading.
-        return max(1, ceil(prod(part.minification for part in self.parts.values()) - 1e-6))
+    def __init__(self, parts: Mapping[str, Geometric]):
+        self.parts = parts
+        self.fill: Fill = next((part.fill for part in parts.values() if part.fill), "edge")
+        self.exact = all(part.exact for part in parts.values())
+        # The tolerance keeps the rounding of 0.9 · (1 / 0.9) from costing a whole further reading.
+        self.samples = max(1, ceil(prod(part.minification for part in parts.values()) - 1e-6))
 
     def run(self, batch: Batch, draws: Mapping[str, Draws]) -> Batch:
         matrix: Tensor | None = None
@@ -56,17 +48,18 @@ class _Move(_Stage):
 
     def describe(self) -> str:
         kind = "copied" if self.exact else "1 resampling"
-        extra = f", {self.samples}x{self.samples} readings" if self.samples > 1 else ""
+        extra = f", {self.samples}x{self.samples} readings" if self.samples > 1 and not self.exact else ""
         return f"{'+'.join(self.parts)} ({kind}{extra})"
 
 
-@dataclass(frozen=True)
 class _Recolour(_Stage):
-    parts: Mapping[str, Colour]
+    def __init__(self, parts: Mapping[str, Colour]):
+        self.parts = parts
+        self.needs_mean = any(part.needs_mean for part in parts.values())
 
     def run(self, batch: Batch, draws: Mapping[str, Draws]) -> Batch:
         image = as_float(batch["image"])
-        mean = image.mean((2, 3)) if any(part.needs_mean for part in self.parts.values()) else None
+        mean = image.mean((2, 3)) if self.needs_mean else None
         matrix: Tensor | None = None
         for name, part in self.parts.items():
             # The mean colour of what this part sees: the maps before it, applied to the image's mean colour.
@@ -82,16 +75,16 @@ class _Recolour(_Stage):
         return f"{'+'.join(self.parts)} (1 matrix)"
 
 
-@dataclass(frozen=True)
 class _Alone(_Stage):
-    parts: Mapping[str, Barrier]
+    def __init__(self, name: str, part: Barrier):
+        self.name = name
+        self.part = part
 
     def run(self, batch: Batch, draws: Mapping[str, Draws]) -> Batch:
-        ((name, part),) = self.parts.items()
-        return part.apply({**batch, "image": as_float(batch["image"])}, draws[name])
+        return self.part.apply({**batch, "image": as_float(batch["image"])}, draws[self.name])
 
     def describe(self) -> str:
-        return "+".join(self.parts)
+        return self.name
 
 
 def _stages(parts: Mapping[str, Part], fold: bool) -> list[_Stage]:
@@ -118,8 +111,9 @@ def _stage(group: dict[str, Any]) -> _Stage:
     if isinstance(first, Colour):
         return _Recolour(group)
     if isinstance(first, Geometric):
-        return _Move(group, next((part.fill for part in group.values() if part.fill), "zeros"))
-    return _Alone(group)
+        return _Move(group)
+    ((name, part),) = group.items()
+    return _Alone(name, part)
 
 
 class Pipeline:

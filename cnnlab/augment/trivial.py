@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,8 @@ OPERATIONS = (
     "contrast", "sharpness", "posterize", "solarize", "autocontrast", "equalize",
 )  # fmt: skip
 _GEOMETRIC = range(OPERATIONS.index("shear_x"), OPERATIONS.index("rotate") + 1)
+Signed = Callable[[str], Tensor]
+"""The signed strengths (N,) of an operation, zero in images that get another."""
 STRENGTHS = 31
 """Strengths are 0/30 ... 30/30 of an operation's largest."""
 
@@ -68,7 +71,7 @@ class TrivialAugment(Barrier):
         image = torch.where(_wide(chosen("equalize")), equalize(image), image)
         return {**batch, "image": image}
 
-    def _move(self, batch: Batch, operation: Tensor, signed, draws: Draws) -> Batch:
+    def _move(self, batch: Batch, operation: Tensor, signed: Signed, draws: Draws) -> Batch:
         height, width = draws.size
         shear_x, shear_y = signed("shear_x") * 0.99, signed("shear_y") * 0.99
         angle = signed("rotate") * math.radians(135)
@@ -88,7 +91,7 @@ def _wide(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-def _enhance(image: Tensor, signed, draws: Draws) -> Tensor:
+def _enhance(image: Tensor, signed: Signed, draws: Draws) -> Tensor:
     """Brightness, saturation, contrast, sharpness by 1 + signed strength · 0.99: 1 for all but the chosen."""
     draws = replace(draws, mean=image.mean((2, 3)))
     matrix = torch.eye(draws.channels, draws.channels + 1, device=image.device)
@@ -111,7 +114,9 @@ def sharpen(image: Tensor, amount: Tensor) -> Tensor:
     if min(image.shape[-2:]) < 3:
         return image
     centre = image[:, :, 1:-1, 1:-1]
-    smooth = (9 * F.avg_pool2d(image, 3, stride=1) + 4 * centre) / 13
+    rows = image[:, :, :-2] + image[:, :, 1:-1] + image[:, :, 2:]
+    around = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    smooth = (around + 4 * centre) / 13
     return image + _wide(amount) * F.pad(centre - smooth, (1, 1, 1, 1))
 
 

@@ -27,9 +27,10 @@ def affine(
     yy: Tensor | float = 1.0,
     y: Tensor | float = 0.0,
 ) -> Tensor:
-    """(N, 3, 3): (xx, xy, x), (yx, yy, y), (0, 0, 1), entries are numbers or (N,); `like` (N, ...) gives N."""
+    """(N, 3, 3): (xx, xy, x), (yx, yy, y), (0, 0, 1), of numbers or (N,) tensors; `like` (N, ...) gives N."""
     entries = (xx, xy, x, yx, yy, y, 0.0, 0.0, 1.0)
-    columns = [e if isinstance(e, Tensor) else like.new_full((len(like),), e) for e in entries]
+    count, device = len(like), like.device
+    columns = [e if isinstance(e, Tensor) else torch.full((count,), e, device=device) for e in entries]
     return torch.stack(columns, dim=1).view(-1, 3, 3)
 
 

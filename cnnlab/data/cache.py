@@ -16,7 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -161,6 +161,7 @@ def _build(
     """Writes the entry beside its place, then renames it."""
     temporary = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".tmp", dir=entry.parent))
     try:
+        temporary.chmod(0o755)  # mkdtemp's are private, and a cache may be shared
         failures = _write(temporary, root, files, recipe, workers)
         if failures and on_error == "raise":
             raise _unreadable(files, failures)
@@ -261,17 +262,22 @@ def _decoded_chunks(chunks: Sequence[list[str]], recipe: Recipe, workers: int) -
 @contextmanager
 def _decoding_process() -> Iterator[subprocess.Popen[bytes]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    with subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "cnnlab.data.decode"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
-    ) as process:
-        try:
-            yield process
-        except BaseException:
-            process.kill()
-            raise
+    )
+    try:
+        yield process
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError):  # closing flushes, which fails where the process is gone
+                pipe.close()  # type: ignore[union-attr]
+        process.wait()
 
 
 @contextmanager

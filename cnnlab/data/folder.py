@@ -27,6 +27,8 @@ _SPLIT_NAMES = {
     "testing": "test",
 }
 _LAYOUT = "ROOT/<class>/<image> or ROOT/{train,val,test}/<class>/<image>"
+_DEFAULT_SIZE = 64
+_LARGEST_OWN_SIZE = 256
 _SHOWN = 5
 """Names in a message before it counts the rest."""
 
@@ -40,7 +42,8 @@ class ImageFolder:
 
     Args:
         root: the folder.
-        size: side of the images.
+        size: side of the images; `None` takes their own where a few of them are square and alike (at
+            most 256), else 64.
         resize: length of the shorter side before the crop; `None` takes `size`.
         channels: 3 (colour) or 1 (grey).
         val, test: fractions of the training images for a split that the folder does not have, by class.
@@ -57,7 +60,7 @@ class ImageFolder:
     def __init__(
         self,
         root: str,
-        size: PositiveInt = 64,
+        size: PositiveInt | None = None,
         resize: PositiveInt | None = None,
         channels: Literal[1, 3] = 3,
         val: Fraction = 0.1,
@@ -70,14 +73,15 @@ class ImageFolder:
         cache: str | None = None,
         workers: NonNegativeInt | None = None,
     ) -> None:
-        if resize is not None and resize < size:
+        if resize is not None and size is not None and resize < size:
             raise ValueError(
                 f"expected data.resize >= data.size, received {resize} < {size}; type data.resize=null"
             )
         require_fractions(val, test)
         self.root = Path(root).expanduser()
+        self.channels = channels
         self.size = size
-        self.recipe = Recipe(channels, size, size, "crop", size if resize is None else resize)
+        self.resize = resize
         self.val = val
         self.test = test
         self.val_as_test = val_as_test
@@ -89,8 +93,19 @@ class ImageFolder:
         self.workers = workers
 
     def spec(self) -> DataSpec:
-        """Lists folders only. Raises `DataError`."""
-        return DataSpec(self.recipe.channels, (self.size, self.size), self._classes(self._layout()))
+        """Lists folders, and reads the headers of a few images where no size is given. Raises `DataError`."""
+        layout = self._layout()
+        recipe = self._recipe(layout)
+        return DataSpec(recipe.channels, (recipe.height, recipe.width), self._classes(layout))
+
+    def _recipe(self, layout: Mapping[str, Mapping[str, Path]]) -> Recipe:
+        size = _own_size(layout["train"]) if self.size is None else self.size
+        resize = size if self.resize is None else self.resize
+        if resize < size:
+            raise ValueError(
+                f"expected data.resize >= the images' size, received {resize} < {size}; type data.resize=null"
+            )
+        return Recipe(self.channels, size, size, "crop", resize)
 
     def load(self) -> dict[str, Split]:
         layout = self._layout()
@@ -113,7 +128,7 @@ class ImageFolder:
         store = decoded(
             self.root,
             files,
-            self.recipe,
+            self._recipe(layout),
             on_error=self.on_error,
             cache=self.cache,
             workers=self.workers,
@@ -174,6 +189,26 @@ class ImageFolder:
                 labels += [classes.index(name)] * len(found)
             given[split] = torch.arange(start, len(files))
         return files, torch.tensor(labels, dtype=torch.int64), given
+
+
+def _own_size(classes: Mapping[str, Path]) -> int:
+    """The side that the first image of each of the first classes has, or `_DEFAULT_SIZE`."""
+    from PIL import Image
+
+    sizes = set()
+    for name in sorted(classes)[:_SHOWN]:
+        for path in sorted(classes[name].iterdir()):
+            if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
+                try:
+                    with Image.open(path) as image:
+                        sizes.add(image.size)
+                except OSError:
+                    return _DEFAULT_SIZE  # what is unreadable is reported when the images are decoded
+                break
+    if len(sizes) != 1:
+        return _DEFAULT_SIZE
+    width, height = sizes.pop()
+    return width if width == height <= _LARGEST_OWN_SIZE else _DEFAULT_SIZE
 
 
 def subfolders(folder: Path, layout: str) -> dict[str, Path]:

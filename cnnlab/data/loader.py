@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -109,22 +109,26 @@ class Loader:
         for batch, indices in zip(self._fetched(parts), whole):
             yield batch if self.transform is None else self.transform(batch, epoch), len(indices)
 
-    def _fetched(self, parts: list[Tensor]) -> Iterator[Batch]:
+    def _fetched(self, parts: Sequence[Tensor]) -> Iterator[Batch]:
         """The samples of each part, on the device."""
-        if self.resident or self.device.type != "cuda":
-            for part in parts:
-                yield to_device(self.split.fetch(part), self.device)
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="cnnlab-fetch") as thread:
-            ahead = [thread.submit(self._pinned, part) for part in parts[:1]]
-            for following in [*parts[1:], None]:
-                batch = ahead.pop().result()
-                if following is not None:
-                    ahead.append(thread.submit(self._pinned, following))
-                yield to_device(batch, self.device)
+        copied = self.device.type == "cuda" and not self.resident
+        batches = one_ahead(self._pinned, parts) if copied else map(self.split.fetch, parts)
+        return (to_device(batch, self.device) for batch in batches)
 
     def _pinned(self, part: Tensor) -> Batch:
         return {name: tensor.pin_memory() for name, tensor in self.split.fetch(part).items()}
+
+
+def one_ahead(fetch: Callable[[Tensor], Batch], parts: Sequence[Tensor]) -> Iterator[Batch]:
+    """`fetch(part)` of each part in order; a thread fetches the next one while the caller has the last."""
+    with ThreadPoolExecutor(1, thread_name_prefix="cnnlab-fetch") as thread:
+        ahead = None
+        for part in parts:
+            ready, ahead = ahead, thread.submit(fetch, part)
+            if ready is not None:
+                yield ready.result()
+        if ahead is not None:
+            yield ahead.result()
 
 
 def _fits(split: Split, device: torch.device) -> bool:

@@ -136,7 +136,7 @@ class TorchvisionSet:
         try:
             # Torchvision reports downloads on stdout, which belongs to the verbs' JSON.
             with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-                # CIFAR's pickles are of numpy 1.0's time: numpy 2.4 warns of how they spell a dtype.
+                # Numpy 2.4.0 to 2.4.4 warn of how CIFAR's old pickles spell a dtype (numpy#29301, #31177).
                 warnings.filterwarnings("ignore", message=r"dtype\(\): align")
                 found: Any = getattr(datasets, known.kind)(
                     str(self.root), train=train, download=self.download

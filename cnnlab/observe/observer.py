@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,11 @@ from torch import Tensor, nn
 from cnnlab.observe.taps import Taps
 from cnnlab.observe.view import View
 from cnnlab.protocols import Probe
+
+MAX_FIGURES = 8_000_000
+"""Figures that a run records at most, about 64 MB of `stats.jsonl`: a thousand layers are sampled more rarely."""
+
+_TAPPED = frozenset({"activations", "activation_gradients"})
 
 
 class Look:
@@ -24,10 +28,11 @@ class Look:
         """Closes the taps, whatever happened."""
 
     def forward_done(self) -> None:
-        """After the first micro-batch's forward and backward."""
+        """The first micro-batch went forward and backward."""
 
     def gradients(self, count: int, scale: Tensor | float = 1.0) -> None:
-        """The gradients are complete: accumulated, unscaled, reduced over ranks, not clipped."""
+        """The gradients of a batch of `count` samples are complete: accumulated, unscaled, reduced over ranks,
+        not clipped. What was propagated through the activations is `scale` times as large."""
 
     def before_update(self) -> None:
         """The weights are about to change."""
@@ -46,12 +51,13 @@ class _SampledLook(Look):
         self._observer = observer
         self._due = due
         self._needs = frozenset().union(*(probe.needs for probe in due))
-        self._view = View(step, 0, observer.model, observer.tensors, observer.parameters, observer.taps)
+        self._taps = observer.taps if self._needs & _TAPPED else None
+        self._view = View(step, 0, observer.model, observer.tensors, observer.parameters)
         self._figures: dict[str, Tensor] = {}
 
     def __enter__(self) -> Look:
-        if self._observer.taps is not None and self._needs & {"activations", "activation_gradients"}:
-            self._observer.taps.start()
+        if self._taps is not None:
+            self._taps.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -60,34 +66,42 @@ class _SampledLook(Look):
             self._observer.publish(self._view.step, self._figures)
 
     def forward_done(self) -> None:
-        if self._observer.taps is not None:
-            self._observer.taps.stop()
+        if self._taps is not None:
+            self._taps.stop()
 
-    def _read(self, *, updates: bool) -> None:
-        with torch.no_grad():
-            for probe in self._due:
-                if ("updates" in probe.needs) is updates:
-                    self._figures |= probe.read(self._view)
-
+    @torch.no_grad()
     def gradients(self, count: int, scale: Tensor | float = 1.0) -> None:
-        self._view.count, self._view.scale = count, scale
+        self._view.count = count
+        self.forward_done()
+        if self._taps is not None:  # the loss is the mean over the batch, so a sample's gradient is `count` times it
+            self._view.activity = self._taps.read(count / scale)
         self._read(updates=False)
 
     def before_update(self) -> None:
         if "updates" in self._needs:
             self._view.previous = [p.detach().clone() for p in self._observer.parameters]
 
+    @torch.no_grad()
     def updated(self) -> None:
-        if "updates" in self._needs:
-            self._read(updates=True)
+        self._read(updates=True)
+
+    def _read(self, *, updates: bool) -> None:
+        for probe in self._due:
+            if ("updates" in probe.needs) is updates:
+                self._figures |= probe.read(self._view)
 
 
 class Observer:
     """Watches a network on the steps that are due.
 
-    A run of `total_steps` takes at most `max_records` samples: past that, each probe's cadence is stretched.
     `receive` is told each record, `{"step", "layers", "tensors", tag: figures}`, one sampled step late, when the
     copy from the device has long arrived.
+
+    Args:
+        every: steps between the readings of a probe that states no cadence of its own.
+        total_steps: of the run.
+        max_records: sampled steps of a run at most. All cadences are stretched by one whole factor when they, or
+            `MAX_FIGURES`, would not do otherwise.
     """
 
     def __init__(
@@ -107,25 +121,40 @@ class Observer:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.tensors = tuple(name for name, _ in trained)
         self.parameters = [p for _, p in trained]
-        least = math.ceil(total_steps / max_records)
-        self.probes = [(probe, max(probe.every or every, least)) for probe in probes]
+        self.probes = [(probe, probe.every or every) for probe in probes]
+        self.stretch = 1
+        self._total_steps = total_steps
+        self._max_records = max_records
+        self._records = 0
+        self._figures = 0
         self._pending: tuple[int, dict[str, torch.Size], Tensor, Any] | None = None
+        self._keep_to_bounds(-1, 0)
+
+    def drop_unsupported(self, run: Any) -> list[str]:
+        """Asks each probe whether it can measure this run; leaves out those that cannot, and says why."""
+        reasons = [(probe, probe.supports(run)) for probe, _ in self.probes]
+        dropped = {id(probe) for probe, reason in reasons if reason is not None}
+        self.probes = [pair for pair in self.probes if id(pair[0]) not in dropped]
+        return [f"{probe.name} is not measured: {reason}" for probe, reason in reasons if reason is not None]
 
     def __call__(self, step: int) -> Look:
         """The look at update `step`: idle unless a probe is due."""
-        due = [probe for probe, every in self.probes if step % every == 0]
+        due = [probe for probe, every in self.probes if step % (every * self.stretch) == 0]
         if not due:
             return IDLE
         self.drain()
         return _SampledLook(self, step, due)
 
-    def publish(self, step: int, figures: dict[str, Tensor]) -> None:
+    def publish(self, step: int, figures: Mapping[str, Tensor]) -> None:
         """Starts one copy of all figures to the host."""
         if not figures:
             return
         self.drain()
         shapes = {tag: tensor.shape for tag, tensor in figures.items()}
         packed = torch.cat([tensor.detach().float().flatten() for tensor in figures.values()])
+        self._records += 1
+        self._figures += packed.numel()
+        self._keep_to_bounds(step, packed.numel())
         event = None
         if packed.device.type == "cuda":
             host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
@@ -141,16 +170,41 @@ class Observer:
             return
         step, shapes, packed, event = self._pending
         self._pending = None
+        if self.receive is None:
+            return
         if event is not None:
             event.synchronize()
         record: dict[str, Any] = {"step": step}
         if self.taps is not None:
             record["layers"] = list(self.taps.names)
         record["tensors"] = list(self.tensors)
-        offset = 0
-        host = packed.cpu()
-        for tag, shape in shapes.items():
-            record[tag] = host[offset : offset + shape.numel()].reshape(shape).tolist()
-            offset += shape.numel()
-        if self.receive is not None:
-            self.receive(record)
+        parts = packed.cpu().split([shape.numel() for shape in shapes.values()])
+        for (tag, shape), part in zip(shapes.items(), parts, strict=True):
+            record[tag] = part.view(shape).tolist()
+        self.receive(record)
+
+    def _keep_to_bounds(self, step: int, size: int) -> None:
+        """Stretches the cadences until the records after `step`, of `size` figures each, fit."""
+        left = self._max_records - self._records
+        if size:
+            left = min(left, (MAX_FIGURES - self._figures) // size)
+        if left <= 0:
+            self.stretch = self._total_steps
+        cadences = {every for _, every in self.probes}
+        distinct = [every for every in cadences if not any(every % c == 0 for c in cadences - {every})]
+        last = self._total_steps - 1
+
+        def coming() -> int:
+            return sum(last // (c * self.stretch) - step // (c * self.stretch) for c in distinct)
+
+        if distinct and left > 0:  # no smaller factor can do, so the search begins there
+            self.stretch = max(self.stretch, (last - step) // ((left + 1) * min(distinct)))
+        while left > 0 and coming() > left:
+            self.stretch += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"stretch": self.stretch, "records": self._records, "figures": self._figures}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on with the cadences of the run that is resumed."""
+        self.stretch, self._records, self._figures = state["stretch"], state["records"], state["figures"]

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from cnnlab import measure
-from cnnlab.observe.taps import COLUMNS
 from cnnlab.observe.view import View
 from cnnlab.protocols import Need
 from cnnlab.schema import PositiveInt
@@ -38,29 +37,35 @@ class Probe:
 
 
 class Activations(Probe):
-    """Mean, std, zeros, saturation and dead channels of each layer's activations, over a few samples."""
+    """Mean, std, zeros, saturation and dead channels of each layer's activations, over a few samples, and the std
+    of the pre-activations."""
 
     needs = frozenset({"activations"})
 
     def read(self, view: View) -> dict[str, Tensor]:
-        assert view.taps is not None
-        columns = {f"activation/{name}": view.taps.values[:, i].clone() for i, name in enumerate(COLUMNS)}
-        return {**columns, "activation/dead": view.taps.dead()}
+        assert view.activity is not None
+        columns = ("mean", "std", "zeros", "saturated", "pre_std", "dead")
+        return {f"activation/{name}": getattr(view.activity, name) for name in columns}
 
 
 class ActivationGradients(Probe):
     """Std of the gradient of a sample's loss at each layer's activations.
 
-    The loss is the mean over the batch; times the batch size the figure depends on neither batch, accumulation
-    nor ranks. Its profile over depth is what shows vanishing: weight-gradient norms are blind to it, because in
-    a bias-free ReLU net ⟨W_l, ∂L/∂W_l⟩ is the same for every layer.
+    It depends on neither the batch size, the accumulation nor the ranks. Its profile over depth is what shows
+    vanishing: weight-gradient norms are blind to it, because in a bias-free ReLU net ⟨W_l, ∂L/∂W_l⟩ is the same
+    for every layer.
     """
 
     needs = frozenset({"activation_gradients"})
 
+    def supports(self, run: Any) -> str | None:
+        if getattr(run.optimizer, "create_graph", False):
+            return f"{type(run.optimizer).__name__} differentiates with respect to the weights alone"
+        return None
+
     def read(self, view: View) -> dict[str, Tensor]:
-        assert view.taps is not None
-        return {"activation_gradient/std": view.taps.gradient_std() * view.count / view.scale}
+        assert view.activity is not None
+        return {"activation_gradient/std": view.activity.gradient_std}
 
 
 class Gradients(Probe):

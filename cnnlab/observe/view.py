@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from cnnlab.observe.taps import Taps
+from cnnlab.observe.taps import Activity
 
 
 @dataclass
@@ -15,8 +15,9 @@ class View:
     """One sampled step, at the phase for which the probe asked.
 
     `tensors` names `parameters` (those that train). Gradients are unscaled, accumulated over micro-batches,
-    summed over ranks and not yet clipped. `previous` holds the weights before the update, for probes that need
-    `updates`. `count` is the number of samples of the whole batch.
+    summed over ranks and not yet clipped. `count` is the number of samples of the whole batch. `activity` is
+    there for probes that need activations or their gradients, `previous` (the weights before the update) for
+    those that need `updates`.
     """
 
     step: int
@@ -24,7 +25,5 @@ class View:
     model: nn.Module
     tensors: Sequence[str]
     parameters: Sequence[nn.Parameter]
-    taps: Taps | None
-    scale: Tensor | float = 1.0
-    """Factor of the loss under fp16 scaling; activation gradients still carry it."""
+    activity: Activity | None = None
     previous: Sequence[Tensor] | None = None

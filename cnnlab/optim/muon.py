@@ -24,8 +24,10 @@ class Muon(Optimizer):
 
     A weight of two axes or more is a matrix (rows = first axis, columns = all others, so a convolution is its
     kernel flattened); its momentum M = USVᵀ is replaced by about UVᵀ, so that every direction of the matrix
-    moves alike. Weights of equal shape are stacked and go through Newton-Schulz together. Vectors (biases,
-    norm layers) have no such directions and take AdamW steps at `vector_lr` times the rate.
+    moves alike. Weights of equal shape are stacked and go through Newton-Schulz together. All else takes
+    AdamW steps at `adamw_ratio` times the rate: vectors (biases, norm layers), and matrices of more than
+    `max_dim` rows and columns, whose products (2·rows²·columns operations each, three an iteration) would
+    cost more than the network.
 
     `torch.optim.Muon` takes matrices only. The groups of a grouped convolution are orthogonalized together.
 
@@ -38,9 +40,11 @@ class Muon(Optimizer):
         scale: how a matrix's rate depends on its shape: `spectral`, √max(1, rows/columns) (Jordan et al.), or
             `match_rms`, 0.2·√max(rows, columns), the length of an AdamW step, so that AdamW's rate and
             decay can be used unchanged (Liu et al. 2025, "Muon is Scalable for LLM Training", equation 4).
-        weight_decay: decoupled, w = w - lr·λw, for matrices and vectors.
-        vector_lr: rate of vectors as a multiple of `lr`.
-        betas: AdamW's, for vectors.
+        weight_decay: decoupled, w = w - lr·λw, for all parameters.
+        adamw_ratio: AdamW's rate as a multiple of `lr`.
+        max_dim: largest smaller side of a matrix that is orthogonalized; 1024 leaves out the hidden linear
+            layers of AlexNet and VGG and no convolution of the lab's networks.
+        betas: AdamW's.
         eps: AdamW's ε.
     """
 
@@ -53,7 +57,8 @@ class Muon(Optimizer):
         ns_steps: PositiveInt = 5,
         scale: Literal["spectral", "match_rms"] = "spectral",
         weight_decay: NonNegative = 0.01,
-        vector_lr: Positive = 0.1,
+        adamw_ratio: Positive = 0.1,
+        max_dim: PositiveInt = 1024,
         betas: tuple[Momentum, Momentum] = (0.9, 0.95),
         eps: Positive = 1e-8,
     ):
@@ -64,7 +69,8 @@ class Muon(Optimizer):
             "ns_steps": ns_steps,
             "scale": scale,
             "weight_decay": weight_decay,
-            "vector_lr": vector_lr,
+            "adamw_ratio": adamw_ratio,
+            "max_dim": max_dim,
             "betas": tuple(betas),
             "eps": eps,
         }
@@ -75,10 +81,11 @@ class Muon(Optimizer):
         """One update from the gradients; returns the closure's loss, if there is a closure."""
         loss = evaluate(closure)
         for group in self.param_groups:
-            for batch in Batched.of(p for p in group["params"] if p.ndim >= 2):
+            matrices, others = _split(group["params"], group["max_dim"])
+            for batch in Batched.of(matrices):
                 self._update_matrices(group, batch)
-            for batch in Batched.of(p for p in group["params"] if p.ndim < 2):
-                self._update_vectors(group, batch)
+            for batch in Batched.of(others):
+                self._update_by_adamw(group, batch)
         return loss
 
     def _update_matrices(self, group: dict[str, Any], batch: Batched) -> None:
@@ -99,10 +106,10 @@ class Muon(Optimizer):
             torch._foreach_mul_(moves, group["lr"])
             torch._foreach_sub_(params, moves)
 
-    def _update_vectors(self, group: dict[str, Any], batch: Batched) -> None:
+    def _update_by_adamw(self, group: dict[str, Any], batch: Batched) -> None:
         first, second = group["betas"]
         means, squares = batch.state(self, "exp_avg"), batch.state(self, "exp_avg_sq")
-        rate = group["lr"] * group["vector_lr"]
+        rate = group["lr"] * group["adamw_ratio"]
         if group["weight_decay"]:
             torch._foreach_mul_(batch.params, 1 - rate * group["weight_decay"])
         torch._foreach_lerp_(means, batch.grads, 1 - first)
@@ -111,8 +118,8 @@ class Muon(Optimizer):
         # The count is on the device, so that a captured step goes on counting.
         counts = self._counts(batch)
         torch._foreach_add_(counts, 1)
-        moves = torch._foreach_div(means, [1 - first**count for count in counts])
-        roots = torch._foreach_div(squares, [1 - second**count for count in counts])
+        moves = torch._foreach_div(means, _bias_corrections(first, counts))
+        roots = torch._foreach_div(squares, _bias_corrections(second, counts))
         torch._foreach_sqrt_(roots)
         torch._foreach_add_(roots, group["eps"])
         torch._foreach_div_(moves, roots)
@@ -121,9 +128,28 @@ class Muon(Optimizer):
 
     def _counts(self, batch: Batched) -> list[Tensor]:
         for param in batch.params:
-            if "step" not in self.state[param]:
-                self.state[param]["step"] = torch.zeros((), device=param.device)
+            # `load_state_dict` leaves a state of this name on the device it was loaded to.
+            count = self.state[param].get("step", torch.zeros(()))
+            self.state[param]["step"] = count.to(param.device)
         return [self.state[param]["step"] for param in batch.params]
+
+
+def _split(params: Iterable[Tensor], max_dim: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The matrices to orthogonalize, and all other parameters."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for param in params:
+        small = param.ndim >= 2 and min(len(param), param[0].numel()) <= max_dim
+        (matrices if small else others).append(param)
+    return matrices, others
+
+
+def _bias_corrections(decay: float, counts: list[Tensor]) -> list[Tensor]:
+    """1 - β^t (Kingma & Ba 2015, algorithm 1)."""
+    corrections = list(torch._foreach_pow(decay, counts))
+    torch._foreach_neg_(corrections)
+    torch._foreach_add_(corrections, 1)
+    return corrections
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -1,4 +1,4 @@
-"""The console: a live display on a terminal, plain lines anywhere else. Loads no torch; rich only for a terminal."""
+"""The console: a live display on a terminal, plain lines anywhere else. Loads rich for a terminal only."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ class Console(Listener):
         self._shown = Snapshot()
         self._best: tuple[float, int] | None = None
         self._tested: dict[str, float] = {}
+        self._highest_lr = 0.0
         self._start: tuple[float, int] = (0.0, 0)
         self._mark: tuple[float, int] | None = None
         self._drawn = -math.inf
@@ -84,13 +85,14 @@ class Console(Listener):
         facts.setdefault("model", type(run.model).__name__)
         title = _shown_path(run.dir) if run.dir else "cnnlab"
         self._shown = Snapshot(title=title, facts=facts, total_steps=run.total_steps, epochs=run.epochs)
-        self._shown.lr = run.lr()
+        self._shown.lr = self._highest_lr = run.lr()
         self._start, self._mark = (self._now(), run.clock.step), None
         self._best, self._tested = None, {}
         if run.resumed and run.dir:
             for record in read_records(run.dir / "metrics.jsonl"):
                 if record.get("step", 0) <= run.clock.step:
                     self._note_best(run, record)
+                    self._highest_lr = max(self._highest_lr, record.get("lr") or 0.0)
         self._count(run)
         if self._live:
             from cnnlab.sinks.live import Display
@@ -125,7 +127,10 @@ class Console(Listener):
         self._draw(force=True)
 
     def on_stats(self, run: Any, record: dict[str, Any]) -> None:
-        self._shown.health, self._shown.stats_step = health(record), record["step"]
+        rate = run.lr()
+        self._highest_lr = max(self._highest_lr, rate)
+        annealed = max(rate / self._highest_lr, 1e-3) if self._highest_lr else 1.0
+        self._shown.health, self._shown.stats_step = health(record, annealed), record["step"]
         self._draw()
 
     def on_epoch(self, run: Any, figures: dict[str, float]) -> None:
@@ -191,7 +196,9 @@ class Console(Listener):
     def _last_words(self, run: Any, error: BaseException | None) -> list[str]:
         """The closing block: how it ended, what came of it, what to type next."""
         seconds = self._now() - self._start[0]
-        lines = [f"{_status(error)} after {run.clock.step:,} of {run.total_steps:,} steps, {duration(seconds)}"]
+        lines = [
+            f"{_status(error)} after {run.clock.step:,} of {run.total_steps:,} steps, {duration(seconds)}"
+        ]
         if self._best is not None:
             lines.append(f"  best   val/{run.task.monitor[0]} {self._best[0]:.4g} in epoch {self._best[1]}")
         if self._tested:
@@ -227,8 +234,8 @@ def _status(error: BaseException | None) -> str:
 
 def _shown_path(path: Path) -> str:
     """Relative to the current folder where it lies inside."""
-    path = Path(path)
-    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
+    path, here = Path(path), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def duration(seconds: float) -> str:

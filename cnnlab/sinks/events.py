@@ -1,8 +1,9 @@
 """TensorBoard's event files, written with its own record format and protocol buffers, and nothing else of it.
 
-`torch.utils.tensorboard.SummaryWriter` asks for TensorFlow wherever that is installed (10 s of start-up) and makes
-one event a scalar, so that a statistics record of a deep net becomes hundreds. Here a record is one event, the
-import takes 35 ms beside torch, and what was added is on disk: no thread has a queue that a kill could lose.
+`torch.utils.tensorboard.SummaryWriter` asks for TensorFlow wherever that is installed (10 s of start-up) and
+makes one event a scalar, so that a statistics record of a deep net becomes hundreds. Here a record is one
+event, the import takes 35 ms beside torch, and what was added is on disk: no thread has a queue that a kill
+could lose.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class EventFile:
 
     def __init__(self, folder: Path, step: int):
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_serial)}"
-        self.path = folder / name
+        writer = f"{socket.gethostname()}.{os.getpid()}.{next(_serial)}"
+        self.path = folder / f"events.out.tfevents.{int(time.time()):010d}.{writer}"
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # TensorBoard purges at every session start but the first that it meets: each file has one.
         start = SessionLog(status=SessionLog.START)
@@ -73,7 +74,7 @@ def histogram(tag: str, edges: Sequence[float], counts: Sequence[float]) -> Summ
 
     Sum and sum of squares, which TensorBoard keeps but does not draw, take the buckets' midpoints.
     """
-    middles = [(low + high) / 2 for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
     content = HistogramProto(
         min=edges[0],
         max=edges[-1],

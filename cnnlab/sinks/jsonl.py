@@ -15,9 +15,9 @@ from cnnlab.errors import CheckpointError
 class JsonlSink:
     """Appends records to a file, one line each, handed to the system before `write` returns.
 
-    The file is open only while a line is written (20 µs): there is nothing to close, whatever ends the run. A kill
-    can leave at most one torn last line; the next sink on the file cuts it off, so that no record is ever glued
-    to it. Non-finite floats become null, since JSON has no name for them.
+    The file is open only while a line is written (20 µs): there is nothing to close, whatever ends the run. A
+    kill can leave at most one torn last line; the next sink on the file cuts it off, so that no record is
+    ever glued to it. Non-finite floats become null, since JSON has no name for them.
 
     Args:
         path: the file; its folder is made.
@@ -43,7 +43,8 @@ class JsonlSink:
     def truncate(self, size: int) -> None:
         """Cuts the file to `size` bytes, and from there back to the end of the last whole line.
 
-        A file that is shorter than `size` (it was lost, or copied without its end) keeps the whole lines it has.
+        A file that is shorter than `size` (it was lost, or copied without its end) keeps the whole lines it
+        has.
         """
         keep = _end_of_last_line(self.path, min(size, self.size()))
         if keep != self.size():
@@ -80,11 +81,9 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises `CheckpointError` for a line that is damaged in any other way.
     """
-    try:
-        file = Path(path).open("rb")
-    except FileNotFoundError:
+    if not Path(path).exists():
         return
-    with file:
+    with Path(path).open("rb") as file:
         for count, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return

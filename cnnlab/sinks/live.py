@@ -1,4 +1,4 @@
-"""The live display of a run on a terminal, drawn with rich. Its height is bounded, whatever the network's depth."""
+"""The live display of a run on a terminal, drawn with rich; as high for a thousand layers as for ten."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ MAX_METRICS = 5
 SHORT_FACT = 28
 ROOM_FOR_FACTS = 24
 """Terminal lines below which the facts are left out."""
+ROOM_FOR_VALUES = 96
+"""Terminal columns below which the layers' findings take the place of the values."""
 
 _COLOR = {Verdict.UNKNOWN: "bright_black", Verdict.GOOD: "green", Verdict.WATCH: "yellow", Verdict.BAD: "red"}
 _BARS = "▁▂▃▄▅▆▇█"
@@ -42,14 +44,16 @@ class Display:
         self._console.print(Text(text))
 
     def update(self, shown: Snapshot) -> None:
-        self._live.update(render(shown, facts=self._console.height >= ROOM_FOR_FACTS), refresh=True)
+        width, height = self._console.size
+        drawn = render(shown, facts=height >= ROOM_FOR_FACTS, wide=width >= ROOM_FOR_VALUES)
+        self._live.update(drawn, refresh=True)
 
     def stop(self) -> None:
         self._live.stop()
 
 
-def render(shown: Snapshot, facts: bool = True) -> RenderableType:
-    """The whole display as one renderable."""
+def render(shown: Snapshot, facts: bool = True, wide: bool = True) -> RenderableType:
+    """The whole display as one renderable; `wide` has room for the first and last layer's values."""
     parts: list[RenderableType] = []
     if facts and shown.facts:
         parts.append(_facts(shown))
@@ -57,7 +61,7 @@ def render(shown: Snapshot, facts: bool = True) -> RenderableType:
     if shown.splits:
         parts.append(_metrics(shown))
     if shown.health:
-        parts.append(_health(shown))
+        parts.append(_health(shown, wide))
     return Panel(
         Group(*parts), title=Text(f" {shown.title} ", "bold"), title_align="left", border_style="bright_black"
     )
@@ -116,21 +120,18 @@ def _metrics(shown: Snapshot) -> RenderableType:
     return Group(Text(), table)
 
 
-def _health(shown: Snapshot) -> RenderableType:
-    rows = [
-        (
-            Text(f"layers at step {shown.stats_step:,}", "bright_black"),
-            Text("input → output", "bright_black"),
-            Text("first → last", "bright_black"),
-            Text(),
-        )
-    ]
+def _health(shown: Snapshot, wide: bool) -> RenderableType:
+    heads = [f"layers at step {shown.stats_step:,}", "input → output", "first → last", ""]
+    rows = [[Text(head, "bright_black") for head in heads]]
     for strip in shown.health:
         verdict = Text(strip.words, _COLOR[strip.verdict]) if strip.words else Text("ok", "green")
-        rows.append((Text(strip.title), _bars(strip), Text(f"{strip.first:.2g} → {strip.last:.2g}"), verdict))
+        values = Text(f"{strip.first:.2g} → {strip.last:.2g}")
+        rows.append([Text(strip.title), _bars(strip), values, verdict])
+    if not wide:
+        rows = [[*row[:2], row[3]] for row in rows]
     grid = Table.grid(padding=(0, 2), expand=True)
-    for column in range(3):  # what does not fit a narrow terminal is cut from the words, not from the figures
-        grid.add_column(no_wrap=True, min_width=max(row[column].cell_len for row in rows))
+    for cells in list(zip(*rows, strict=True))[:-1]:  # a narrow terminal cuts the words, not the figures
+        grid.add_column(no_wrap=True, min_width=max(cell.cell_len for cell in cells))
     grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     for row in rows:
         grid.add_row(*row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -35,9 +36,10 @@ VIRIDIS = _viridis()
 class History:
     """One quantity over the sampled steps, in bounded memory; `log` says on which scale it is read.
 
-    A network deeper than `MAX_ROWS` has neighboring layers share a row, which shows the one that lies furthest
-    from the network's median, so that a single sick layer stays visible. After `MAX_COLUMNS` samples every second
-    one is dropped and only every second is taken from there on, so that the whole run stays in the picture.
+    A network deeper than `MAX_ROWS` has neighboring layers share a row, which shows the one that lies
+    furthest from the network's median, so that a single sick layer stays visible. After `MAX_COLUMNS` samples
+    every second one is dropped and only every second is taken from there on, so that the whole run stays in
+    the picture.
     """
 
     names: list[str]
@@ -70,7 +72,7 @@ def _reduced(values: np.ndarray, log: bool) -> np.ndarray:
     if known.any():
         distance[known] = np.abs(level[known] - np.median(level[known]))
     edges = np.linspace(0, len(values), MAX_ROWS + 1).astype(int)
-    return np.array([values[a:b][np.argmax(distance[a:b])] for a, b in zip(edges[:-1], edges[1:], strict=True)])
+    return np.array([values[a:b][np.argmax(distance[a:b])] for a, b in itertools.pairwise(edges)])
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ class Scale:
 
     @classmethod
     def of(cls, values: np.ndarray, log: bool, bounds: tuple[float, float] | None = None) -> Scale:
-        """The range of the finite values (positive ones on a log scale), without the outermost 1 % on each side,
-        so that one early peak does not darken all that follows."""
+        """The range of the finite values (positive ones on a log scale), without the outermost 1 % on each
+        side, so that one early peak does not darken all that follows."""
         if bounds is not None:
             return cls(*bounds, log)
         usable = values[np.isfinite(values) & ((values > 0) | (not log))]
@@ -92,7 +94,8 @@ class Scale:
             return cls(1.0, 10.0, log) if log else cls(0.0, 1.0, log)
         low, high = (float(edge) for edge in np.quantile(usable, (0.01, 0.99)))
         if log:
-            widened = max(1.0, (10.0 / (high / low)) ** 0.5)  # at least a decade, or noise would look like structure
+            # at least a decade: on a narrower scale noise would look like structure
+            widened = max(1.0, (10.0 / (high / low)) ** 0.5)
             return cls(low / widened, high * widened, log)
         return cls(low, high if high > low else low + 1.0, log)
 
@@ -112,13 +115,11 @@ class Scale:
         return colors
 
 
-def depth_picture(
-    title: str, history: History, *, bounds: tuple[float, float] | None = None
-) -> np.ndarray:
+def depth_picture(title: str, history: History, *, bounds: tuple[float, float] | None = None) -> np.ndarray:
     """A heat map with its legend: (height, width, 3) uint8.
 
-    Top to bottom: from the first layer to the last. Left to right: the sampled steps. Black is zero (log scale
-    only), red infinite, gray unknown (NaN, or no value).
+    Top to bottom: from the first layer to the last. Left to right: the sampled steps. Black is zero (log
+    scale only), red infinite, gray unknown (NaN, or no value).
     """
     values, log = history.values(), history.log
     scale = Scale.of(values, log, bounds)
@@ -163,7 +164,7 @@ def _with_text(canvas: np.ndarray, words: Sequence[tuple[int, int, str]]) -> np.
 
 
 def enlarged(picture: np.ndarray, least: int = 96) -> np.ndarray:
-    """Whole multiples of a small picture's pixels, until its longer side has `least`: (H, W, 3) -> (kH, kW, 3)."""
+    """(H, W, 3) -> (k·H, k·W, 3), by whole pixels, so that the longer side has at least `least`."""
     times = max(1, -(-least // max(picture.shape[:2])))
     return picture.repeat(times, axis=0).repeat(times, axis=1)
 

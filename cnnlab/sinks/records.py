@@ -1,7 +1,8 @@
 """How the sinks read the records that the loop hands out. Loads no torch.
 
-A metric record has `step`, `epoch`, `split`, `lr` and the split's figures. A statistics record has `step`, `epoch`,
-`layers` and `tensors` (names in depth order), scalars, and lists with one value a layer or one a tensor.
+A metric record has `step`, `epoch`, `split`, `lr` and the split's figures. A statistics record has `step`,
+`epoch`, `layers` and `tensors` (names in depth order), scalars, and lists with one value a layer or one a
+tensor.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from cnnlab.protocols import Listener
@@ -33,16 +34,16 @@ class TensorBoard(Listener):
     | tag | content |
     |---|---|
     | `{split}/{metric}`, `lr` | the metric records |
-    | `activation_std/{layer}`, `update_ratio/{tensor}`, ... | the statistics, of at most `max_layers` layers |
-    | `depth/activation_std`, ... | each statistic as a picture: rows are all layers, columns the sampled steps |
+    | `activation_std/{layer}`, ... | the statistics, of at most `max_layers` layers |
+    | `depth/activation_std`, ... | each as a picture: rows are all layers, columns the sampled steps |
     | `activation_histogram/{layer}` | histograms, where a record has them |
     | `samples/{name}` | sample pictures, as the network gets them |
 
     Args:
         folder: where the event files go (`<run>/tensorboard`).
         max_layers: curves a statistic; a deeper network has evenly spaced layers drawn as curves.
-        picture_every: statistics records between redrawings of the depth pictures, at least; the pauses grow with
-            the run, so that a long run redraws some 20 to 40 times.
+        picture_every: statistics records between redrawings of the depth pictures, at least; the pauses grow
+            with the run, so that a long run redraws some 20 to 40 times.
     """
 
     def __init__(self, folder: Path, *, max_layers: int = 32, picture_every: int = 20):
@@ -108,7 +109,8 @@ class TensorBoard(Listener):
         self._events = None
 
     def pictures(self, pictures: Mapping[str, Tensor], step: int = 0) -> None:
-        """Pictures (3, H, W) uint8 by name, to `samples/{name}`; small ones are enlarged by whole multiples."""
+        """Pictures (3, H, W) uint8 by name, to `samples/{name}`; small ones are enlarged by whole
+        multiples."""
         from cnnlab.sinks import events
         from cnnlab.sinks.picture import enlarged, png
 
@@ -150,7 +152,9 @@ class TensorBoard(Listener):
         for quantity, (names, numbers) in quantities.items():
             history = self._histories.get(quantity)
             if history is None or history.names != names:
-                history = self._histories[quantity] = History(names, log=_kind(quantity) not in _SHARES + _SIGNED)
+                history = self._histories[quantity] = History(
+                    names, log=_kind(quantity) not in _SHARES + _SIGNED
+                )
             history.add(step, numbers)
         self._taken += 1
 
@@ -160,6 +164,8 @@ class TensorBoard(Listener):
 
         values = []
         for quantity, history in self._histories.items():
+            if np.isnan(history.values()).all():
+                continue  # does not apply to this network, as saturation does not to ReLU
             bounds = (0.0, 1.0) if _kind(quantity) in _SHARES else None
             drawn = depth_picture(quantity.replace("/", " ").replace("_", " "), history, bounds=bounds)
             values.append(events.image(f"depth/{_tag(quantity)}", png(drawn), drawn.shape[0], drawn.shape[1]))
@@ -177,8 +183,8 @@ def _kind(quantity: str) -> str:
 
 
 def _histograms(record: Mapping[str, Any], most: int) -> Iterator[Any]:
-    """`histogram/activation: {layer: {edges, counts}}` as TensorBoard histograms. Buckets that reach to infinity
-    (overflow) end at their finite edge, the only place where the page can draw them."""
+    """`histogram/activation: {layer: {edges, counts}}` as TensorBoard histograms. Buckets that reach to
+    infinity (overflow) end at their finite edge, the only place where the page can draw them."""
     from cnnlab.sinks.events import histogram
 
     for quantity, layers in record.items():
@@ -191,12 +197,16 @@ def _histograms(record: Mapping[str, Any], most: int) -> Iterator[Any]:
             finite = [edge for edge in edges if math.isfinite(edge)]
             if finite:
                 # JSON has null for an infinite edge, and only the outermost ones can be
-                edges = [edge if math.isfinite(edge) else finite[0 if at == 0 else -1] for at, edge in enumerate(edges)]
+                edges = [
+                    edge if math.isfinite(edge) else finite[0 if at == 0 else -1]
+                    for at, edge in enumerate(edges)
+                ]
                 yield histogram(f"{_kind(quantity)}_histogram/{name}", edges, layers[name]["counts"])
 
 
 def _layout(quantities: Any) -> dict[str, dict[str, list[str]]]:
-    """The custom-scalars page: train and val in one chart, and one chart a statistic, grouped by what it is of."""
+    """The custom-scalars page: train and val in one chart, and one chart a statistic, grouped by what it is
+    of."""
     page = {
         "training": {
             "loss": ["(train|val)/loss$"],

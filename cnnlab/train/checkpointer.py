@@ -1,4 +1,5 @@
-"""Saves a run so that it can go on: at every epoch's end, now and then inside one, and when it is interrupted."""
+"""Saves a run so that it can go on: when it starts, at every epoch's end, now and then inside one, and when it is
+interrupted."""
 
 from __future__ import annotations
 
@@ -25,11 +26,17 @@ class Checkpointer(Listener):
         self._seconds = 60 * minutes
         self._saved_at = time.monotonic()
 
+    def on_start(self, run: Run) -> None:
+        if run.folder is not None and run.is_main:
+            checkpoint.remove_torn(run.folder.last)
+        if not run.resumed:
+            self._save(run)
+
     def on_step(self, run: Run, result: StepResult) -> None:
         due = self.enabled and time.monotonic() - self._saved_at >= self._seconds
         wish = run.ranks.any(run.interrupted_by or (_DUE if due else 0))
         if wish:
-            self._save_last(run)
+            self._save(run)
         if wish and wish != _DUE:
             raise InterruptedRun(self._farewell(run, wish), wish)
 
@@ -37,17 +44,26 @@ class Checkpointer(Listener):
         better = False
         if figures:
             value = figures[f"val/{run.selection.metric}"]
-            better = run.selection.offer(value, run.clock.epoch)
-        self._save_last(run, best=better)
+            better = run.selection.offer(value, -(-run.clock.step // run.steps_per_epoch))
+            if hasattr(run.schedule, "observe"):
+                run.schedule.observe(value, run.selection.direction)
+        self._save(run, best=better)
+        wish = run.ranks.any(run.interrupted_by)
+        if wish:
+            raise InterruptedRun(self._farewell(run, wish), wish)
 
     def on_trained(self, run: Run) -> None:
         """The test split is evaluated with the checkpoint that val chose."""
         folder = run.folder
-        if self.enabled and folder is not None and folder.best.exists():
-            parts = ("model",) if run.ema is None else ("model", "ema")
-            run.state.load_state_dict(checkpoint.load(folder.best), only=parts)
+        if not self.enabled or folder is None:
+            return
+        state = checkpoint.load(folder.best) if run.is_main and folder.best.exists() else None
+        parts = ("model",) if run.ema is None else ("model", "ema")
+        chosen = run.ranks.share(None if state is None else {name: state[name] for name in parts})
+        if chosen is not None:
+            run.state.load_state_dict(chosen, only=parts)
 
-    def _save_last(self, run: Run, *, best: bool = False) -> None:
+    def _save(self, run: Run, *, best: bool = False) -> None:
         self._saved_at = time.monotonic()
         if not self.enabled:
             return

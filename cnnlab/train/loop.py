@@ -19,7 +19,7 @@ def fit(run: Run) -> dict[str, float]:
         InterruptedRun: SIGINT or SIGTERM arrived; the run was saved and `resume=RUN` goes on with it.
     """
     with run.session():
-        while not run.finished():
+        while not run.complete():
             train_epoch(run)
             close_epoch(run)
         run.tell("on_trained")
@@ -39,7 +39,7 @@ def train_epoch(run: Run) -> None:
 
 def close_epoch(run: Run) -> None:
     """Evaluates on val when it is due or the run is over, and lets the listeners select, save and stop."""
-    run.clock.next_epoch()
+    run.clock.close(run.steps_per_epoch)
     due = run.clock.epoch % run.trainer.eval_every == 0 or run.finished()
     figures = evaluate(run, "val") if due else {}
     run.tell("on_epoch", figures)
@@ -49,14 +49,14 @@ def close_epoch(run: Run) -> None:
 def evaluate(run: Run, name: str, loader: Loader | None = None) -> dict[str, float]:
     """The metrics of the split `name` (or of a loader of it) over all ranks, as `val/accuracy`; the network as
     it is evaluated."""
-    totals = Totals()
+    totals = Totals(run.ranks, run.device)
     run.model.eval()
-    run.share_buffers()
     with run.averaged():
+        run.share_buffers()
         for batch, _ in (loader or run.loaders[name]).batches(0):
             if len(batch["index"]):
                 totals.add(run.forward(batch)[1])
-    figures = describe_sums(run.task, totals.take(run.ranks))
+    figures = describe_sums(run.task, totals.take())
     run.model.train()
     run.tell("on_record", {"step": run.clock.step, "epoch": run.clock.epoch, "split": name, **figures})
     return {f"{name}/{metric}": value for metric, value in figures.items()}

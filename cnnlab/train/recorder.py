@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnnlab import measure
 from cnnlab.errors import DivergedError
 from cnnlab.protocols import Listener, StepResult
+from cnnlab.ranks import Ranks
 from cnnlab.rundir import RunDir, write_atomically
 from cnnlab.sinks.jsonl import JsonlSink
 from cnnlab.train.run import Run, describe_sums
@@ -32,19 +34,19 @@ class Recorder(Listener):
 
     def on_step(self, run: Run, result: StepResult) -> None:
         run.totals.add(result.sums)
-        if run.device.type == "cpu" and not math.isfinite(float(result.sums["data_loss"])):
-            self._diverged(run)  # costs nothing here; elsewhere it would wait for the device
+        if run.device.type == "cpu" and run.ranks.world == 1 and not math.isfinite(float(result.sums["data_loss"])):
+            self._diverged(run)  # at once where reading the loss is free; else at the next record, on all ranks
         clock = run.clock
         if clock.step % run.trainer.log_every == 0 or clock.batch == run.steps_per_epoch or run.finished():
-            figures = describe_sums(run.task, run.totals.take(run.ranks))
+            figures = describe_sums(run.task, run.totals.take())
             record = {"step": clock.step, "epoch": clock.epoch, "split": "train", "lr": self._last_lr(run)}
             run.tell("on_record", {**record, **figures})
-            if not math.isfinite(figures["loss"]):
-                self._diverged(run)
 
     def on_record(self, run: Run, record: dict[str, Any]) -> None:
         if self._metrics is not None:
             self._metrics.write(record)
+        if not math.isfinite(record["loss"]):
+            self._diverged(run)
 
     def on_stats(self, run: Run, record: dict[str, Any]) -> None:
         if self._stats is None:
@@ -53,9 +55,11 @@ class Recorder(Listener):
         self._stats.write({k: v for k, v in record.items() if named or k not in ("layers", "tensors")})
 
     def on_save(self, run: Run) -> None:
+        """Nothing is left unwritten, and what diverged since the last record does not overwrite what did not."""
         run.observer.drain()
-        if run.ranks.world > 1:
-            run.totals.gather(run.ranks)
+        run.totals.gather()
+        if not bool(measure.total_norm(run.step.parameters).isfinite()):
+            self._diverged(run)
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         run.observer.drain()
@@ -67,7 +71,7 @@ class Recorder(Listener):
     def _diverged(self, run: Run) -> None:
         rate = self._last_lr(run)
         raise DivergedError(
-            f"the loss became non-finite at step {run.clock.step} (epoch {run.clock.epoch}); expected a finite "
+            f"the loss became non-finite by step {run.clock.step} (epoch {run.clock.epoch}); expected a finite "
             f"loss. Try a smaller rate (optim.lr={rate / 10:.2g}; it was {rate:.2g} here) or trainer.clip_norm=1"
         )
 
@@ -85,14 +89,17 @@ class Evidence(Listener):
     """Keeps what a later diagnosis needs and nobody can reconstruct.
 
     - `evidence/sample_loss.f16`: each training sample's loss when it was last seen, one row of float16 an epoch,
-      NaN for a sample that was not seen (so the rows also say which indices were).
+      NaN for a sample that was not seen (so the rows also say which indices were). The last row of a run that ends
+      inside an epoch is the part of it that there was; a longer run writes it again, whole.
     - `inputs` in `run.json`: mean and standard deviation, by channel, of what the network gets in training and in
       evaluation.
     """
 
-    def __init__(self, folder: RunDir | None, samples: int, device: torch.device):
+    def __init__(self, folder: RunDir | None, samples: int, device: torch.device, ranks: Ranks):
         self._folder = folder
+        self._ranks = ranks
         self._losses = torch.full((samples,), float("nan"), dtype=torch.float32, device=device)
+        self._rows = 0
 
     @property
     def _path(self) -> Path:
@@ -110,39 +117,47 @@ class Evidence(Listener):
         write_atomically(self._folder.evidence / "shape.json", json.dumps([-1, len(self._losses)]).encode())
 
     def on_step(self, run: Run, result: StepResult) -> None:
-        self._losses.index_copy_(0, result.index, result.sample_loss)
+        self._losses.index_copy_(0, result.index, result.sample_loss.to(self._losses.dtype))
 
     def on_save(self, run: Run) -> None:
         """Rank 0 gets what the others saw."""
-        if run.ranks.world == 1:
+        if self._ranks.world == 1:
             return
         seen = ~self._losses.isnan()
         total, count = torch.where(seen, self._losses, 0.0), seen.float()
-        run.ranks.sum_([total, count])
-        self._losses = total / count if run.is_main else torch.full_like(self._losses, float("nan"))
+        self._ranks.sum_([total, count])
+        self._losses.copy_(total / count if self._ranks.is_main else torch.full_like(total, float("nan")))
 
     def on_epoch(self, run: Run, figures: dict[str, float]) -> None:
         self.on_save(run)
         if self._folder is not None:
+            row = self._losses.clamp(-6e4, 6e4).half().cpu().numpy().tobytes()
             with self._path.open("ab") as file:
-                file.write(self._losses.clamp(-6e4, 6e4).half().cpu().numpy().tobytes())
-        self._losses.fill_(float("nan"))
+                file.truncate(self._rows * len(row))
+                file.write(row)
+        if run.clock.batch == 0:
+            self._rows += 1
+            self._losses.fill_(float("nan"))
 
     def state_dict(self) -> dict[str, Any]:
-        size = self._path.stat().st_size if self._folder is not None and self._path.exists() else 0
-        return {"losses": self._losses, "size": size}
+        return {"losses": self._losses, "rows": self._rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._losses.copy_(state["losses"])
+        if state["losses"].shape != self._losses.shape:
+            raise ValueError(f"expected {len(self._losses)} training samples, received {len(state['losses'])}")
+        if self._ranks.is_main:
+            self._losses.copy_(state["losses"])
+        self._rows = state["rows"]
         if self._folder is not None and self._path.exists():
-            with self._path.open("r+b") as file:
-                file.truncate(state["size"])
+            with self._path.open("ab") as file:
+                file.truncate(self._rows * 2 * len(self._losses))
 
 
 def sample_losses(folder: RunDir) -> np.ndarray:
     """The recorded losses of the training samples: (epochs, samples) float16, NaN where not seen."""
-    shape = json.loads((folder.evidence / "shape.json").read_text())
-    return np.fromfile(folder.evidence / "sample_loss.f16", dtype=np.float16).reshape(shape)
+    _, samples = json.loads((folder.evidence / "shape.json").read_text())
+    flat = np.fromfile(folder.evidence / "sample_loss.f16", dtype=np.float16)
+    return flat[: len(flat) // samples * samples].reshape(-1, samples)  # a kill can leave a torn last row
 
 
 def channel_moments(images: Tensor) -> dict[str, list[float]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import nn
 
 from cnnlab.checkpoint import State
 from cnnlab.data.loader import Loader
-from cnnlab.errors import CnnlabError, DivergedError, InterruptedRun
+from cnnlab.errors import CnnlabError, DivergedError, InterruptedRun, UsageError
 from cnnlab.observe.observer import Observer
-from cnnlab.protocols import Batch, Listener, Schedule, StepResult, Task
+from cnnlab.protocols import Batch, Listener, Schedule, Task
 from cnnlab.ranks import Ranks
 from cnnlab.rundir import RunDir
 from cnnlab.schema import Trainer
@@ -51,10 +51,13 @@ class Run:
     notices: list[str] = field(default_factory=list)
     state: State = field(default_factory=State)
     clock: Clock = field(default_factory=Clock)
-    totals: Totals = field(default_factory=Totals)
     metrics: dict[str, float] = field(default_factory=dict)
     resumed: bool = False
     interrupted_by: int = 0
+    """The signal that asked the run to stop; 0 for none."""
+
+    def __post_init__(self) -> None:
+        self.totals = Totals(self.ranks, self.device)
 
     # ---- what listeners ask ----
 
@@ -90,7 +93,12 @@ class Run:
     # ---- what the loop asks ----
 
     def finished(self) -> bool:
+        """Whether there is no further update to do."""
         return self.clock.step >= self.total_steps or self.stopped_early
+
+    def complete(self) -> bool:
+        """Whether the last update has been followed by its evaluation and checkpoint, too."""
+        return self.finished() and self.clock.closed
 
     @property
     def stopped_early(self) -> bool:
@@ -99,11 +107,13 @@ class Run:
     def batches(self) -> Iterator[tuple[Batch, int]]:
         """The rest of this epoch from where the clock stands, with each batch's size over all ranks; the
         learning rate of the coming update is set on the way."""
+        self.clock.training.start()
         for batch, count in self.loaders["train"].batches(self.clock.epoch, start=self.clock.batch):
             if self.finished():
-                return
+                break
             self._set_lr()
             yield batch, count
+        self.clock.training.stop()
 
     def _set_lr(self) -> None:
         factor = self.schedule.factor(self.clock.step, self.total_steps)
@@ -118,26 +128,37 @@ class Run:
         for listener in self.listeners:
             getattr(listener, event)(self, *arguments)
 
-    def averaged(self) -> Any:
+    def averaged(self) -> AbstractContextManager[None]:
         """The network as it is evaluated: with the moving averages where there are any."""
         return nullcontext() if self.ema is None else self.ema.applied()
 
     def share_buffers(self) -> None:
         """Rank 0's buffers on every rank: each has seen other samples, and one network is evaluated."""
-        if self.ranks.world == 1:
-            return
-        buffers = list(self.model.buffers())
-        if not self.is_main:
-            for buffer in buffers:
-                buffer.zero_()
-        self.ranks.sum_(buffers)
+        self.ranks.share_(list(self.model.buffers()))
+
+    # ---- going on with a checkpoint ----
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Puts the run where a checkpoint of it stood.
+
+        Raises:
+            CheckpointError: the checkpoint is another run's.
+            UsageError: it is further than this run is to go.
+        """
+        self.state.load_state_dict(state)
+        if self.clock.step > self.total_steps:
+            raise UsageError(
+                f"expected a run of at least the {self.clock.step} steps that it has done, received one of "
+                f"{self.total_steps}; type trainer.epochs={-(-self.clock.step // self.steps_per_epoch)} or more, "
+                "and trainer.max_steps=null"
+            )
 
     # ---- the session around the loop ----
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """Signals are heard, the status is kept, and the listeners learn how it ended, whatever happens."""
-        self.clock.start()
+        self.clock.wall.start()
         self._record_status("running")
         error: BaseException | None = None
         try:
@@ -148,7 +169,8 @@ class Run:
             error = caught
             raise
         finally:
-            self.clock.stop()
+            self.clock.wall.stop()
+            self.clock.training.stop()
             self._finish(error)
 
     def _finish(self, error: BaseException | None) -> None:
@@ -168,8 +190,8 @@ class Run:
             reason="early stopping" if status == "completed" and self.stopped_early else reason,
             steps=clock.step,
             epochs=clock.epoch,
-            seconds=round(clock.seconds, 3),
-            images_per_second=round(clock.samples / clock.seconds, 1) if clock.seconds > 0 else None,
+            seconds=round(clock.wall.seconds, 3),
+            images_per_second=clock.images_per_second,
             metrics=self.metrics,
             best=self.selection.as_record(),
         )
@@ -211,6 +233,3 @@ def describe_sums(task: Task, sums: dict[str, Any]) -> dict[str, float]:
     penalty = (sums.pop("penalty") / count).item() if "penalty" in sums else 0.0
     figures = {"loss": data_loss + penalty, "data_loss": data_loss, "penalty": penalty}
     return {**figures, **task.metrics(sums)}
-
-
-__all__: Sequence[str] = ("Run", "StepResult", "describe_sums")

@@ -14,51 +14,82 @@ from torch import Tensor, nn
 from cnnlab.ranks import Ranks
 
 
+class Stopwatch:
+    """Seconds between starts and stops, over all sessions of a run."""
+
+    def __init__(self) -> None:
+        self._earlier = 0.0
+        self._began: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self._earlier + (0.0 if self._began is None else time.perf_counter() - self._began)
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self._earlier = value
+
+    def start(self) -> None:
+        self._earlier, self._began = self.seconds, time.perf_counter()
+
+    def stop(self) -> None:
+        self._earlier, self._began = self.seconds, None
+
+
 class Clock:
-    """Where the run is: `step` updates and `epoch` epochs are done, `batch` updates inside this epoch."""
+    """Where the run is: `step` updates and `epoch` epochs are done, `batch` updates inside this epoch.
+
+    `closed` says whether what follows the last update of an epoch (or of the run) has been done: the evaluation,
+    the selection and a checkpoint.
+    """
 
     def __init__(self) -> None:
         self.step = 0
         self.epoch = 0
         self.batch = 0
         self.samples = 0
-        self._earlier = 0.0
-        self._began: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of the training so far, over all its sessions."""
-        return self._earlier + (0.0 if self._began is None else time.perf_counter() - self._began)
-
-    def start(self) -> None:
-        self._began = time.perf_counter()
-
-    def stop(self) -> None:
-        self._earlier, self._began = self.seconds, None
+        self.closed = True
+        self.wall = Stopwatch()
+        """Runs while the run does."""
+        self.training = Stopwatch()
+        """Runs inside the epochs: evaluation is left out."""
 
     def advance(self, samples: int) -> None:
         self.step += 1
         self.batch += 1
         self.samples += samples
+        self.closed = False
 
-    def next_epoch(self) -> None:
-        self.epoch += 1
-        self.batch = 0
+    def close(self, steps_per_epoch: int) -> None:
+        """After an epoch, or inside one that the run's end cuts short: a longer run goes on with the rest of it."""
+        self.closed = True
+        if self.batch == steps_per_epoch:
+            self.epoch += 1
+            self.batch = 0
+
+    @property
+    def images_per_second(self) -> float | None:
+        seconds = self.training.seconds
+        return round(self.samples / seconds, 1) if seconds > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("step", "epoch", "batch", "samples", "seconds")
-        return {name: getattr(self, name) for name in names}
+        counts = {name: getattr(self, name) for name in ("step", "epoch", "batch", "samples", "closed")}
+        return {**counts, "wall": self.wall.seconds, "training": self.training.seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-        self.samples, self._earlier = state["samples"], state["seconds"]
+        for name in ("step", "epoch", "batch", "samples", "closed"):
+            setattr(self, name, state[name])
+        self.wall.seconds, self.training.seconds = state["wall"], state["training"]
 
 
 class Totals:
-    """Sums since the last record, on the device; nobody waits for them before they are read."""
+    """Sums since they were last taken, on the device; nobody waits for them before that."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self._ranks = ranks
+        self._device = device
         self._sums: dict[str, Tensor] = {}
+        self._of_all: list[dict[str, Tensor]] = []
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
         for name, value in sums.items():
@@ -67,29 +98,37 @@ class Totals:
             else:
                 self._sums[name] = value.detach().clone()
 
-    def gather(self, ranks: Ranks) -> None:
-        """Moves the sums of all ranks to rank 0."""
-        ranks.sum_(list(self._sums.values()))
-        if not ranks.is_main:
-            self._sums = {}
-
-    def take(self, ranks: Ranks) -> dict[str, Tensor]:
-        """The sums over all ranks, on the CPU; starts again from nothing."""
+    def take(self) -> dict[str, Tensor]:
+        """The sums over all ranks, on the CPU; starts again from nothing. A collective."""
         sums, self._sums = self._sums, {}
-        ranks.sum_(list(sums.values()))
+        if self._ranks.world > 1:  # a rank whose part of every batch was empty has no sums
+            for layout in self._ranks.collect({name: (value.shape, value.dtype) for name, value in sums.items()}):
+                for name, (shape, dtype) in layout.items():
+                    if name not in sums:
+                        sums[name] = torch.zeros(shape, dtype=dtype, device=self._device)
+            self._ranks.sum_([sums[name] for name in sorted(sums)])
         return {name: value.cpu() for name, value in sums.items()}
 
-    def __bool__(self) -> bool:
-        return bool(self._sums)
+    def gather(self) -> None:
+        """Lets `state_dict` hold the sums of all ranks, one by one: added up earlier, they would round otherwise
+        than in a run without a checkpoint here. A collective."""
+        self._of_all = self._ranks.collect({name: value.cpu().clone() for name, value in self._sums.items()})
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: value.cpu().clone() for name, value in self._sums.items()}
+    def state_dict(self) -> dict[str, Any]:
+        if self._ranks.world == 1:
+            self.gather()
+        return {"ranks": self._of_all}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._sums = {name: value.clone() for name, value in state.items()}
-
-    def to(self, device: torch.device) -> None:
-        self._sums = {name: value.to(device) for name, value in self._sums.items()}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up this rank's sums; all of them on rank 0, if the run goes on with another number of ranks."""
+        parts = state["ranks"]
+        if len(parts) == self._ranks.world:
+            parts = [parts[self._ranks.rank]]
+        elif not self._ranks.is_main:
+            parts = []
+        self._sums = {}
+        for part in parts:
+            self.add({name: value.to(self._device) for name, value in part.items()})
 
 
 @dataclass
@@ -135,31 +174,51 @@ class Ema:
         self.decay = decay
         self.updates = 0
         tensors = [*model.parameters(), *model.buffers()]
-        self._live = [t for t in tensors if t.is_floating_point()]
-        self._average = [t.detach().clone() for t in self._live]
+        self._live = [t.detach() for t in tensors if t.is_floating_point()]
+        self._average = [t.clone() for t in self._live]
 
     def update(self) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._average, [t.detach() for t in self._live], 1 - decay)
+        torch._foreach_lerp_(self._average, self._live, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The network with the averages in place of its weights, for the block."""
-        saved = [t.detach().clone() for t in self._live]
-        with torch.no_grad():
-            torch._foreach_copy_(self._live, self._average)
+        saved = [t.clone() for t in self._live]
+        torch._foreach_copy_(self._live, self._average)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self._live, saved)
+            torch._foreach_copy_(self._live, saved)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": list(self._average)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        shapes = [tuple(t.shape) for t in state["average"]]
+        if shapes != [tuple(t.shape) for t in self._average]:
+            raise ValueError("expected the averages of this network's weights, received those of another")
         self.updates = state["updates"]
-        if len(state["average"]) != len(self._average):
-            raise ValueError(f"expected {len(self._average)} averages, received {len(state['average'])}")
         torch._foreach_copy_(self._average, [t.to(a.device) for t, a in zip(state["average"], self._average)])
+
+
+class Origin:
+    """What a checkpoint belongs to, and what was chosen for its run at run time.
+
+    Args:
+        identity: what must be equal where the checkpoint is loaded: the config's hash, the data's fingerprint.
+        choices: device, precision, step and layout. A resumed run is built with them (`device.as_recorded`).
+    """
+
+    def __init__(self, identity: Mapping[str, str], choices: Mapping[str, str]):
+        self.identity = dict(identity)
+        self.choices = dict(choices)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"identity": self.identity, "choices": self.choices}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in self.identity.items():
+            if state["identity"].get(name) != value:
+                raise ValueError(f"its {name} is {state['identity'].get(name)}, and that of this run {value}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnlab import rng
+from cnnlab.errors import UsageError
 from cnnlab.observe.observer import Look
 from cnnlab.protocols import Batch, StepResult, Task, as_outputs
 from cnnlab.ranks import Ranks
@@ -20,22 +21,22 @@ class Forward:
     """A micro-batch through network, loss and measures; the part that is compiled.
 
     Returns the samples' losses (N,) with their graph, and the sums `count`, `data_loss` and the task's measures.
-    Under autocast the network's outputs come back in float32, so the loss is always computed there.
+    Half-precision outputs become float32 first, so the loss is always computed there.
     """
 
     def __init__(self, model: nn.Module, task: Task, device: torch.device, dtype: torch.dtype):
         self.model = model
         self.task = task
-        self._device = device.type
+        self.device = device
         self._dtype = dtype
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._dtype is torch.float32 else torch.autocast(self._device, self._dtype)
+        return nullcontext() if self._dtype is torch.float32 else torch.autocast(self.device.type, self._dtype)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with self.autocast():
             returned = as_outputs(self.model(batch["image"]))
-        outputs = {name: tensor.float() for name, tensor in returned.items()}
+        outputs = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in returned.items()}
         losses = self.task.loss(outputs, batch)["loss"]
         with torch.no_grad():
             sums = {
@@ -56,10 +57,13 @@ class EagerStep:
         forward: network, loss and measures of one micro-batch.
         optimizer: any `torch.optim.Optimizer`; its groups state `base_lr`.
         parameters: those that train.
+        seed: of the dropout stream.
+        ranks: the processes that share each batch.
         penalty: a term of the loss that depends on the weights alone, or `None`.
         after_update: projections and averages of the weights, in order (max-norm, EMA).
         scaler: for fp16.
         accumulate: micro-batches an update.
+        clip_norm: largest L2 norm of the whole gradient, or `None`.
     """
 
     name = "eager"
@@ -79,6 +83,8 @@ class EagerStep:
         clip_norm: float | None = None,
     ):
         self.forward: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]] = forward
+        self.model = forward.model
+        self.device = forward.device
         self.optimizer = optimizer
         self.parameters = list(parameters)
         self.seed = seed
@@ -88,6 +94,8 @@ class EagerStep:
         self.scaler = scaler
         self.accumulate = accumulate
         self.clip_norm = clip_norm
+        if scaler is not None:
+            scaler.scale(torch.zeros((), device=self.device))  # makes its state, which a rank without samples needs
 
     def __call__(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
         """Update `number` from this rank's part of a batch of `count` samples."""
@@ -111,28 +119,29 @@ class EagerStep:
             self.reseed(number, index)
             loss, piece_sums = self.forward(piece)
             total = loss.sum() / count
-            if index == 0 and self.penalty is not None:
+            if index == 0 and self.penalty is not None and self.ranks.is_main:  # equal on all ranks: one adds it
                 penalty = self.penalty()
-                total = total + penalty / self.ranks.world
-                piece_sums["penalty"] = penalty.detach() * len(batch["index"])
+                total = total + penalty
+                piece_sums["penalty"] = penalty.detach() * count
             (total if self.scaler is None else self.scaler.scale(total)).backward()
             look.forward_done()
             losses.append(loss.detach())
             for name, value in piece_sums.items():
                 sums[name] = sums[name] + value if name in sums else value
-        return StepResult(sums, torch.cat(losses), batch["index"])
+        seen = torch.cat(losses) if losses else torch.zeros(0, device=self.device)
+        return StepResult(sums, seen, batch["index"])
 
     def pieces(self, batch: Batch) -> list[Batch]:
-        """The micro-batches, as even as they can be."""
-        if self.accumulate == 1:
-            return [batch]
-        cut = {name: tensor.tensor_split(self.accumulate) for name, tensor in batch.items()}
-        count = min(self.accumulate, len(batch["index"])) or 1
+        """The micro-batches, as even as they can be; none of them is empty."""
+        count = min(self.accumulate, len(batch["index"]))
+        if count <= 1:
+            return [batch] * count
+        cut = {name: tensor.tensor_split(count) for name, tensor in batch.items()}
         return [{name: parts[i] for name, parts in cut.items()} for i in range(count)]
 
     def reseed(self, number: int, piece: int) -> None:
         """Dropout and the like draw from their own stream, the same on a resume as in an unbroken run."""
-        torch.manual_seed(rng.derive(self.seed, "dropout", number, piece, self.ranks.rank))
+        rng.reseed(self.device, self.seed, "dropout", number, piece, self.ranks.rank)
 
     def reduce(self, count: int, look: Look) -> None:
         """Gradients over all ranks, unscaled; watched; clipped."""
@@ -157,23 +166,39 @@ class EagerStep:
 
 
 class CompiledStep(EagerStep):
-    """Network, loss and measures through `torch.compile`; an uneven batch runs uncompiled, not recompiled."""
+    """Network, loss and measures through `torch.compile`; an uneven batch runs uncompiled, not recompiled.
+
+    Args:
+        batch_size: samples of a full batch, over all ranks and micro-batches.
+    """
 
     name = "compiled"
 
     def __init__(self, forward: Forward, *args: Any, batch_size: int, **kwargs: Any):
         super().__init__(forward, *args, **kwargs)
-        compiled = torch.compile(forward.__call__, dynamic=False, fullgraph=True)
-        piece = batch_size // self.ranks.world // self.accumulate
+        part = len(range(self.ranks.rank, batch_size, self.ranks.world))
+        self._sizes = {part // self.accumulate, -(-part // self.accumulate)}
+        self._plain = forward
+        self._compiled = torch.compile(forward.__call__, dynamic=False, fullgraph=True)
+        self.forward = self._dispatch
 
-        def dispatch(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            return compiled(batch) if len(batch["index"]) == piece else forward(batch)
+    def _dispatch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if len(batch["index"]) not in self._sizes:
+            return self._plain(batch)
+        from torch._dynamo.exc import TorchDynamoException
 
-        self.forward = dispatch
+        try:
+            return self._compiled(batch)
+        except TorchDynamoException as error:
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UsageError(
+                f"`trainer.step=compiled`: torch.compile cannot compile this network as a whole ({reason}); "
+                "type trainer.step=eager"
+            ) from error
 
 
 class ClosureStep(EagerStep):
-    """For optimizers that evaluate the loss themselves, several times an update (L-BFGS, Newton-CG).
+    """For optimizers that evaluate the loss themselves, several times an update (L-BFGS).
 
     Every evaluation sees the same dropout; only the first one moves the running statistics of norm layers and is
     the one observed and reported.
@@ -182,61 +207,66 @@ class ClosureStep(EagerStep):
     name = "closure"
 
     def __call__(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
-        first: list[StepResult] = []
+        first: StepResult | None = None
 
         def closure() -> Tensor:
+            nonlocal first
             self.zero_grad()
-            with nullcontext() if not first else self.frozen_buffers():
+            with nullcontext() if first is None else self.frozen_buffers():
                 result = self.backward(batch, count, number, look)
-            if not first:
-                self.reduce(count, look)
+            self.reduce(count, look if first is None else Look())
+            for p in self.parameters:
+                if p.grad is not None:
+                    p.grad = p.grad.contiguous()  # torch's L-BFGS takes no channels-last gradients
+            if first is None:
                 look.before_update()
-            else:
-                self.reduce(count, Look())
-            first.append(result)
-            loss = result.sums["data_loss"].clone()
-            self.ranks.sum_([loss])
-            penalty = result.sums.get("penalty")
-            return loss / count + (0.0 if penalty is None else penalty / len(batch["index"]))
+                first = result
+            return self.mean_loss(result, count)
 
         self.optimizer.step(closure)
         for action in self.after_update:
             action()
         look.updated()
-        return first[0]
+        assert first is not None, "the optimizer evaluates its closure"
+        return first
+
+    def mean_loss(self, result: StepResult, count: int) -> Tensor:
+        """What is minimized, over all ranks; equal on each of them, so that their line searches agree."""
+        terms = [result.sums[name] for name in ("data_loss", "penalty") if name in result.sums]
+        total = torch.stack(terms).sum() if terms else torch.zeros((), device=self.device)
+        self.ranks.sum_([total])
+        return total / count
 
     def frozen_buffers(self) -> AbstractContextManager[None]:
         return _Restored(list(self.model.buffers()))
 
-    @property
-    def model(self) -> nn.Module:
-        assert isinstance(self.forward, Forward)
-        return self.forward.model
-
 
 class GraphClosureStep(ClosureStep):
-    """For optimizers that differentiate the loss twice: the closure returns it with its graph."""
+    """For optimizers that differentiate the loss twice (Newton-CG): the closure returns it with its graph."""
 
     name = "closure (second order)"
 
     def __call__(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
-        first: list[StepResult] = []
+        first: StepResult | None = None
 
         def closure() -> Tensor:
-            with nullcontext() if not first else self.frozen_buffers():
+            nonlocal first
+            with nullcontext() if first is None else self.frozen_buffers():
                 total, result = self.loss_with_graph(batch, count, number)
-            first.append(result)
+            if first is None:
+                look.forward_done()
+                first = result
             return total
 
         self.zero_grad()
         look.before_update()
         self.optimizer.step(closure)
-        look.forward_done()
         look.gradients(count)
         for action in self.after_update:
             action()
         look.updated()
-        return first[0]
+        assert first is not None, "the optimizer evaluates its closure"
+        return first
 
     def loss_with_graph(self, batch: Batch, count: int, number: int) -> tuple[Tensor, StepResult]:
         self.reseed(number, 0)
@@ -245,7 +275,7 @@ class GraphClosureStep(ClosureStep):
         if self.penalty is not None:
             penalty = self.penalty()
             total = total + penalty
-            sums["penalty"] = penalty.detach() * len(losses)
+            sums["penalty"] = penalty.detach() * count
         return total, StepResult(sums, losses.detach(), batch["index"])
 
 
@@ -262,7 +292,6 @@ class CapturedStep(EagerStep):
         super().__init__(forward, *args, **kwargs)
         self.batch_size = batch_size
         self.warmup = warmup
-        self._model = forward.model
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: Batch = {}
         self._gradients: list[Tensor | None] = []
@@ -286,10 +315,15 @@ class CapturedStep(EagerStep):
         self._graph.replay()
         return StepResult(dict(self._result.sums), self._result.sample_loss, self._inputs["index"])
 
+    def reseed(self, number: int, piece: int) -> None:
+        """Before the graph, which draws from the generator as it finds it, not inside."""
+        if not torch.cuda.is_current_stream_capturing():
+            super().reseed(number, piece)
+
     def _capture(self, batch: Batch, count: int) -> None:
         self._inputs = {name: tensor.clone() for name, tensor in batch.items()}
         run = super().backward
-        with _Restored(list(self._model.buffers())):
+        with _Restored(list(self.model.buffers())):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -299,12 +333,8 @@ class CapturedStep(EagerStep):
             torch.cuda.current_stream().wait_stream(stream)
             super().zero_grad()
             graph = torch.cuda.CUDAGraph()
-            reseed, self.reseed = self.reseed, lambda *_: None  # type: ignore[method-assign]
-            try:
-                with torch.cuda.graph(graph):
-                    self._result = run(self._inputs, count, 0, Look())
-            finally:
-                self.reseed = reseed  # type: ignore[method-assign]
+            with torch.cuda.graph(graph):
+                self._result = run(self._inputs, count, 0, Look())
         self._gradients = [p.grad for p in self.parameters]
         self._graph = graph
 

@@ -1,17 +1,42 @@
-"""Hydra's own flags, taken apart from the overrides."""
+"""What the command lines of the verbs share: Hydra's flags apart from the overrides, and errors as one message."""
 
 from __future__ import annotations
 
+import argparse
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
+from cnnlab.config import CONFIG_NAME, Composer, composer
 from cnnlab.errors import UsageError, did_you_mean
 
-_FLAGS = (
-    "--help -h --hydra-help --cfg -c --resolve --package -p --run -r --multirun -m --shell-completion -sc "
-    "--config-path -cp --config-name -cn --config-dir -cd --experimental-rerun --info -i"
-).split()
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that raises `UsageError`, and shows its examples as they are typed."""
+
+    def __init__(self, verb: str, description: str, examples: str = "", **settings: Any):
+        super().__init__(
+            prog=f"cnnlab {verb}",
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **settings,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; {self.prog} --help shows examples")
+
+    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """`parse_intermixed_args`, with a hint at the flag that was meant."""
+        parsed, unknown = self.parse_known_intermixed_args(list(arguments))
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            name = unknown[0].partition("=")[0]
+            self.error(f"no flag {name!r}{did_you_mean(name, flags)}")
+        return parsed
 
 
 @dataclass
@@ -20,60 +45,99 @@ class Arguments:
 
     overrides: list[str]
     config_dirs: list[str] = field(default_factory=list)
+    config_name: str = CONFIG_NAME
     multirun: bool = False
     help: bool = False
     json: bool = False
-    show: bool = False
-    """Whether Hydra itself answers: `--cfg`, `--info`, `--hydra-help`."""
+    cfg: str | None = None
+    package: str | None = None
+    resolve: bool = False
+    info: str | None = None
+    hydra_help: bool = False
+    own: argparse.Namespace = field(default_factory=argparse.Namespace)
+    """Values of the flags that the verb itself added."""
     raw: list[str] = field(default_factory=list)
 
+    @property
+    def show(self) -> bool:
+        """Whether the answer is Hydra's: `--cfg`, `--info`, `--hydra-help`."""
+        return self.cfg is not None or self.info is not None or self.hydra_help
 
-def parse(arguments: Sequence[str], *, own_flags: Sequence[str] = ("--json",)) -> Arguments:
-    """Raises `UsageError` for a flag that there is not."""
-    from hydra._internal.utils import get_args_parser
 
-    known = {*_FLAGS, *own_flags}
-    for argument in arguments:
-        name = argument.partition("=")[0]
-        if argument.startswith("-") and name not in known and not _is_number(argument):
-            raise UsageError(f"no flag {name!r}{did_you_mean(name, known)}; flags are listed by --help")
-    own = [argument for argument in arguments if argument in own_flags]
-    rest = [argument for argument in arguments if argument not in own_flags]
-    try:
-        parsed: Any = get_args_parser().parse_intermixed_args(rest)
-    except SystemExit as error:  # argparse has printed what it expected
-        raise UsageError("the flags could not be read; see --help") from error
-    directory = parsed.config_dir
-    return Arguments(
-        overrides=list(parsed.overrides),
-        config_dirs=[directory] if directory else [],
-        multirun=parsed.multirun,
-        help=parsed.help,
-        json="--json" in own,
-        show=bool(parsed.cfg or parsed.info or parsed.hydra_help),
-        raw=rest,
+def override_parser(verb: str = "train", description: str = "", examples: str = "") -> Parser:
+    """The parser of a verb that takes overrides and Hydra's flags; the verb may add flags of its own."""
+    parser = Parser(verb, description, examples, add_help=False)
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE")
+    flag = parser.add_argument
+    flag("-h", "--help", action="store_true", help="show this")
+    flag("-m", "--multirun", action="store_true", help="run every combination of comma-separated values")
+    flag("-r", "--run", action="store_true", help=argparse.SUPPRESS)  # Hydra's name for the default
+    flag("-c", "--cfg", choices=["job", "hydra", "all"], help="print the composed config and stop")
+    flag("-p", "--package", help="the part of it to print")
+    flag("--resolve", action="store_true", help="resolve its interpolations")
+    flag(
+        "-cd", "--config-dir", action="append", default=[], metavar="DIR", help="a folder of your own configs"
     )
+    flag("-cn", "--config-name", default=CONFIG_NAME, metavar="NAME", help="another primary config")
+    flag("-i", "--info", nargs="?", const="all", choices=list(_INFO), help="print Hydra's view of the config")
+    flag("--hydra-help", action="store_true", help="Hydra's own settings")
+    flag("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
+    return parser
 
 
-def _is_number(text: str) -> bool:
-    return text[1:2].isdigit()
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
-def ask_hydra(raw: Sequence[str], config_dirs: Sequence[str]) -> int:
-    """Lets Hydra answer `--help`, `--cfg job`, `--info`, as its users expect."""
-    import sys
+def parse(arguments: Sequence[str], parser: Parser | None = None) -> Arguments:
+    """Raises `UsageError` for a flag that there is not."""
+    values = vars((parser or override_parser()).parse_all(arguments))
+    values.pop("run")
+    config_dirs = values.pop("config_dir")
+    shared = {name: values.pop(name) for name in list(values) if name in Arguments.__dataclass_fields__}
+    own = argparse.Namespace(**values)
+    return Arguments(**shared, config_dirs=config_dirs, own=own, raw=list(arguments))
 
-    import hydra
 
-    from cnnlab.config import CONFIG_NAME, config_root, make_importable, register_resolvers
+def ask_hydra(raw: Sequence[str], config_dirs: Sequence[str] = ()) -> int:
+    """Answers `--help`, `--cfg job`, `--info` as Hydra's users expect. Raises `ConfigError` as a run would."""
+    args = parse(raw)
+    with composer([*config_dirs, *args.config_dirs], args.config_name) as open_composer:
+        return answer(open_composer, args)
 
-    register_resolvers()
-    make_importable([])
-    kept, sys.argv = sys.argv, ["cnnlab train", *raw]
-    try:
-        hydra.main(version_base="1.3", config_path=str(config_root()), config_name=CONFIG_NAME)(lambda _: None)()
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
-    finally:
-        sys.argv = kept
+
+def answer(open_composer: Composer, args: Arguments) -> int:
+    """`ask_hydra` with a composer at hand; with `-m`, `--cfg` prints one document a cell."""
+    if args.multirun and args.cfg is not None:
+        for number, cell in enumerate(open_composer.cells(args.overrides)):
+            open_composer.compose(cell, number)
+            print(f"--- # cell {number}: {' '.join(cell)}")
+            _show_config(open_composer, args, cell)
+        return 0
+    open_composer.compose(args.overrides)
+    hydra, name = open_composer.hydra, open_composer.config_name
+    if args.cfg is not None:
+        _show_config(open_composer, args, args.overrides)
+    elif args.info is not None:
+        hydra.show_info(args.info, config_name=name, overrides=args.overrides)
+    else:
+        from hydra._internal.utils import get_args_parser
+
+        show = hydra.hydra_help if args.hydra_help else hydra.app_help
+        show(config_name=name, args_parser=get_args_parser(), args=args)
     return 0
+
+
+def _show_config(open_composer: Composer, args: Arguments, overrides: Sequence[str]) -> None:
+    shown = io.StringIO()
+    try:
+        with redirect_stdout(shown):
+            open_composer.hydra.show_cfg(
+                config_name=open_composer.config_name,
+                overrides=open_composer.lines(overrides),
+                cfg_type=args.cfg or "job",
+                package=args.package,
+                resolve=args.resolve,
+            )
+    except SystemExit as error:
+        raise UsageError(f"--package: the config has no {args.package!r}") from error
+    print(shown.getvalue(), end="")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cnnlab.config import Composed, make_importable
-from cnnlab.rundir import RunDir
+from cnnlab.rundir import RunDir, jsonable
 
 EXAMPLES = """examples:
   cnnlab eval outputs/digits-resnet/2026-11-22_10-00-00-1a2b
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     make_importable([Path(folder) for folder in args.config_dir])
     figures = evaluate_run(RunDir(args.run), args.split, args.checkpoint, args.device)
     if args.json:
-        print(json.dumps(figures))
+        print(json.dumps(jsonable(figures)))
     else:
         for name, value in figures.items():
             print(f"{name:<24} {value:.4f}")
@@ -42,7 +42,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | None = None) -> dict[str, float]:
-    """The metrics of the checkpoint `which` of a run on `split`.
+    """The metrics of the checkpoint `which` of a run on `split`, named as in its `run.json`.
+
+    It computes as the run did (precision and layout), where it finds the kind of device that the run had. A run
+    that has no best checkpoint, because it was never evaluated, has its last one measured.
 
     Raises:
         UsageError: no run folder.
@@ -50,7 +53,10 @@ def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | 
     """
     from cnnlab import checkpoint
     from cnnlab.builder import build
+    from cnnlab.check import bind_section
     from cnnlab.data.loader import Loader
+    from cnnlab.device import as_recorded
+    from cnnlab.schema import Trainer
     from cnnlab.train.loop import evaluate
     from cnnlab.validate import check
 
@@ -58,9 +64,12 @@ def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | 
     path = folder.best if which == "best" and folder.best.exists() else folder.last
     state = checkpoint.load(path)
     if device is not None:
-        config["trainer"] = {**config["trainer"], "device": device}
+        config["trainer"]["device"] = device
     composed = Composed(config, folder.path, {}, ())
     check(composed)
+    trainer = as_recorded(bind_section(Trainer, config["trainer"]), state.get("origin", {}).get("choices", {}))
+    for name in ("device", "precision", "layout"):
+        config["trainer"][name] = getattr(trainer, name).value
     run = build(composed, resumed=True)
     parts = ["model", "normalize", *(["ema"] if run.ema is not None else [])]
     run.state.load_state_dict(state, only=tuple(parts))

@@ -4,152 +4,182 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from cnnlab.config import Composed, Composer, composer
+from hydra.core.override_parser.types import Override
+
+from cnnlab.config import Composed, Composer, composer, make_importable
 from cnnlab.errors import ConfigError, UsageError
-from cnnlab.rundir import RESUMABLE, RunDir, config_hash, environment, flatten
-from cnnlab.verbs.arguments import ask_hydra, parse
+from cnnlab.overrides import is_plain, line, short, wrong_key
+from cnnlab.rundir import RESUMABLE, RunDir, config_hash, environment, flatten, jsonable
+from cnnlab.verbs.arguments import answer, override_parser, parse
 
 
 def main(arguments: Sequence[str]) -> int:
-    args = parse(arguments)
-    if args.help or (args.show and not args.multirun):
-        return ask_hydra(args.raw, args.config_dirs)
-    if args.show:
-        raise UsageError("--multirun and --cfg do not go together; --cfg job shows one cell, without -m")
-    with composer(args.config_dirs) as open_composer:
+    args = parse(arguments, override_parser("train"))
+    with composer(args.config_dirs, args.config_name) as open_composer:
+        if args.help or args.show:
+            return answer(open_composer, args)
         if args.multirun:
             from cnnlab.verbs.sweep import sweep
 
             return sweep(open_composer, args)
-        refuse_sweep(open_composer, args.overrides)
-        composed = open_composer.compose(args.overrides)
-    if composed.config["resume"] is not None:
-        composed, folder = resumed(composed)
-    else:
-        folder = None
-    metrics = train(composed, folder, json_output=args.json)
-    if args.json:
-        print(json.dumps(metrics))
+        composed, folder = asked(open_composer, args.overrides)
+    train(composed, folder, json_output=args.json)
+    record = RunDir(composed.run_dir).read()
+    if args.json and record:
+        names = ("status", "seed", "steps", "epochs", "seconds", "metrics", "best")
+        document = {"run": str(composed.run_dir), **{name: record.get(name) for name in names}}
+        print(json.dumps(jsonable(document)))
     return 0
 
 
-def refuse_sweep(open_composer: Composer, overrides: Sequence[str]) -> None:
-    cells = open_composer.expand(overrides)
-    if len(cells) > 1:
-        raise UsageError(
-            f"these overrides name {len(cells)} experiments; type -m for a sweep: "
-            f"cnnlab train -m {' '.join(overrides)}"
-        )
+def asked(open_composer: Composer, overrides: Sequence[str]) -> tuple[Composed, RunDir | None]:
+    """The checked experiment that the overrides ask for, and the folder of the run that goes on, if one does."""
+    from cnnlab.validate import check, checked
+
+    if any(override.startswith("resume=") for override in overrides):
+        parsed = open_composer.parse(overrides)
+        given = [override.value() for override in parsed if override.key_or_group == "resume"]
+        if isinstance(given[-1], str) and given[-1]:
+            composed, folder = resumed(open_composer, Path(given[-1]), parsed)
+            check(composed)
+            return composed, folder
+    return checked(open_composer, overrides), None
 
 
 def train(composed: Composed, folder: RunDir | None = None, *, json_output: bool = False) -> dict[str, float]:
-    """Checks and runs one experiment, in its own folder; `folder` is given when a run goes on.
+    """Runs one checked experiment, in its own folder; `folder` is given when a run goes on.
 
-    Returns the final metrics. Raises what `fit` and the check raise.
+    Returns the final metrics. Raises what `build` and `fit` raise.
     """
-    from cnnlab.builder import build
     from cnnlab.ranks import join, leave
-    from cnnlab.sinks.console import Console
     from cnnlab.train import fit
-    from cnnlab.validate import check
 
-    going_on = folder is not None
-    check(composed)
     ranks = join()
+    going_on = folder is not None
     try:
         if folder is None:
             folder = RunDir(ranks.share(str(composed.run_dir)))
             if ranks.is_main:
                 folder.create(composed.config, composed.overrides)
             ranks.wait()
-        try:
-            run = build(composed, folder, ranks=ranks, resumed=going_on)
-        except BaseException as error:
-            if ranks.is_main:
-                folder.update(status="failed", reason=str(error), config_hash=config_hash(composed.config))
-            raise
-        if going_on:
-            _restore(run)
-        if run.is_main:
-            console = Console(sys.stderr if json_output else sys.stdout, live=run.trainer.progress)
-            for notice in run.notices:
-                console.notice(notice)
-            _add_sinks(run, console)
-            folder.update(**_opening(composed, run))
-        return fit(run)
+        with folder.claimed() if ranks.is_main else nullcontext():
+            try:
+                run = _started(composed, folder, ranks, going_on, json_output)
+            except BaseException as error:
+                if ranks.is_main and not going_on:  # a run that could not go on stays what it was
+                    folder.record_failure(error, config_hash=config_hash(composed.config))
+                raise
+            return fit(run)
+    except Exception as error:
+        if folder is not None and folder.error.exists():
+            error.add_note(f"The traceback is in {folder.error}")
+        raise
     finally:
         leave()
 
 
-def _restore(run: Any) -> None:
-    """Puts a run where its last checkpoint stood."""
-    from cnnlab import checkpoint
-    from cnnlab.errors import CheckpointError
-
-    if not run.folder.last.exists():
-        raise CheckpointError(
-            f"{run.folder.path} has no checkpoint to go on from (it ended before the first one, or ran with "
-            "trainer.checkpoint=false); start it again without resume="
-        )
-    run.state.load_state_dict(checkpoint.load(run.folder.last))
-    run.totals.to(run.device)
-    if not run.is_main:
-        run.totals.load_state_dict({})
-    if run.clock.step > run.total_steps:
-        raise UsageError(
-            f"the run has done {run.clock.step} steps and trainer.epochs={run.epochs} asks for "
-            f"{run.total_steps}; type trainer.epochs={-(-run.clock.step // run.steps_per_epoch)} or more"
-        )
-
-
-def _add_sinks(run: Any, console: Any) -> None:
-    """The console and TensorBoard, before the checkpointer, which comes last."""
+def _started(composed: Composed, folder: RunDir, ranks: Any, going_on: bool, json_output: bool) -> Any:
+    """The run, built, with its listeners, and with what is known of it in `run.json`."""
+    from cnnlab.builder import build
+    from cnnlab.sinks.console import Console
     from cnnlab.sinks.samples import SamplePictures
     from cnnlab.sinks.tensorboard import TensorBoard
 
-    board = TensorBoard(run.folder.tensorboard)
+    run = build(composed, folder, ranks=ranks, resumed=going_on)
+    if not run.is_main:
+        return run
+    if going_on:
+        folder.write_config(composed.config, composed.overrides)
+        folder.error.unlink(missing_ok=True)
+    console = Console(sys.stderr if json_output else sys.stdout, live=run.trainer.progress)
+    for notice in run.notices:
+        console.notice(notice)
+    board = TensorBoard(folder.tensorboard)
     pictures = [SamplePictures(board)] if run.config["stats"]["pictures"] else []
-    run.listeners[-1:-1] = [console, board, *pictures]
+    run.listeners[-1:-1] = [console, board, *pictures]  # before the checkpointer, which comes last
+    folder.update(**_opening(composed, run))
+    return run
 
 
 def _opening(composed: Composed, run: Any) -> dict[str, Any]:
+    _, precision, *_ = run.facts["step"].split(", ")
     return {
         "seed": composed.config["seed"],
         "config_hash": config_hash(composed.config),
         "choices": composed.choices,
+        "config_dirs": list(composed.config_dirs),
         "data_fingerprint": {name: loader.split.fingerprint for name, loader in run.loaders.items()},
         **environment(),
         "device": run.facts["device"],
-        "precision": composed.config["trainer"]["precision"] if run.step is None else run.facts["step"].split(", ")[1],
+        "precision": precision,
         "step": run.facts["step"],
         "parameters": sum(p.numel() for p in run.model.parameters()),
     }
 
 
-def resumed(composed: Composed) -> tuple[Composed, RunDir]:
-    """The experiment of the run folder that `resume=` names, with the changes that a run may take.
+# ---- going on ----
 
-    Raises `UsageError` when anything else is asked to change.
+
+def reopened(folder: RunDir, config_dirs: Sequence[str] = ()) -> Composed:
+    """The experiment of a run folder, its own modules importable again.
+
+    Args:
+        config_dirs: where they are now, if they have moved since.
+
+    Raises `UsageError` if this is no run folder.
     """
-    folder = RunDir(Path(str(composed.config["resume"])))
-    config = folder.config()
-    refused = []
-    for override in composed.overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        if key == "resume" or key.startswith("hydra."):
+    config, record = folder.config(), folder.read()
+    known = [*config_dirs, *record.get("config_dirs", [])]
+    make_importable(known)
+    return Composed(config, folder.path, record.get("choices", {}), tuple(folder.overrides()), tuple(known))
+
+
+def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> tuple[Composed, RunDir]:
+    """The experiment of a run folder, with the changes that a run may take.
+
+    Raises `ConfigError` for every other change; what only repeats the run's own config is none.
+    """
+    folder = RunDir(path)
+    stored = reopened(folder, open_composer.config_dirs)
+    problems, added = [], []
+    for override in parsed:
+        if override.key_or_group == "resume":
             continue
-        if key not in RESUMABLE:
-            refused.append(
-                f"`{override}`: expected one of {', '.join(RESUMABLE)}; {key} may not change when a run goes on, "
-                "since it would be another run. Type a new `cnnlab train` for that"
-            )
-            continue
-        section, _, name = key.partition(".")
-        config[section][name] = flatten(composed.config)[key]
-    if refused:
-        raise ConfigError(refused)
-    return Composed(config, folder.path, folder.read().get("choices", {}), composed.overrides), folder
+        if problem := _refusal(override, stored, open_composer.groups()):
+            problems.append(problem)
+        elif override.key_or_group in RESUMABLE:
+            section, _, name = override.key_or_group.partition(".")
+            stored.config[section][name] = override.value()
+            added.append(line(override))
+    if problems:
+        raise ConfigError(problems)
+    composed = Composed(stored.config, path, stored.choices, (*stored.overrides, *added), stored.config_dirs)
+    return composed, folder
+
+
+def _refusal(override: Override, stored: Composed, groups: Collection[str]) -> str | None:
+    """Why a run cannot go on with this override, or `None`."""
+    key, config = override.key_or_group, stored.config
+    has = stored.choices.get(key, flatten(config).get(key, config.get(key)))
+    if is_plain(override) and (
+        key in RESUMABLE or (key in {*groups, *flatten(config)} and has == override.value())
+    ):
+        return None
+    if override.is_hydra_override():
+        return f"`{short(line(override))}`: a run goes on in its own folder; leave this out"
+    return wrong_key(override, config, stored.choices, groups) or (
+        f"`{short(line(override))}`: a run goes on with what it has, {key}={short(str(has))}; what may change is "
+        f"{', '.join(RESUMABLE)}. Start another run for anything else"
+    )
+
+
+def refuse_sweep(open_composer: Composer, overrides: Sequence[str]) -> None:
+    """Raises `UsageError` where the overrides name several experiments."""
+    cells = open_composer.cells(overrides)
+    if len(cells) > 1:
+        raise UsageError(f"these overrides name {len(cells)} experiments, and this verb takes one")

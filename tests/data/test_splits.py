@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -89,7 +91,7 @@ def test_long_tailed_keeps_at_least_one_and_at_most_all() -> None:
 def test_partitioned_thins_only_train_and_keeps_given_splits() -> None:
     labels = torch.arange(4).repeat(100)
     given = {"train": torch.arange(0, 300), "test": torch.arange(300, 400)}
-    common = {"val": 0.1, "test": 0.5, "seed": 0}
+    common: Any = {"val": 0.1, "test": 0.5, "seed": 0}
     whole = partitioned(given, labels, 4, limit=None, imbalance=None, **common)
     thin = partitioned(given, labels, 4, limit=30, imbalance=10.0, **common)
     assert {name: len(rows) for name, rows in whole.items()} == {"train": 270, "val": 30, "test": 100}
@@ -101,9 +103,7 @@ def test_partitioned_thins_only_train_and_keeps_given_splits() -> None:
 
 def test_imbalance_needs_labels() -> None:
     with pytest.raises(ValueError, match=r"data\.imbalance=null"):
-        partitioned(
-            {"train": torch.arange(9)}, None, 2, val=0.2, test=0.2, limit=None, imbalance=2.0, seed=0
-        )
+        partitioned({"train": torch.arange(9)}, None, 2, val=0.2, test=0.2, limit=None, imbalance=2.0, seed=0)
 
 
 def test_require_fractions() -> None:

@@ -13,7 +13,12 @@ from torch import nn
 def fake_run(directory: Path | None = None, *, step: int = 0, resumed: bool = False, **changes: Any) -> Any:
     """10 steps an epoch, 3 epochs, batches of 32."""
     config = {
-        "model": {"_target_": "cnnlab.models.resnet.ResNet", "depth": 20, "widths": [16, 32, 64], "zero_init": True},
+        "model": {
+            "_target_": "cnnlab.models.resnet.ResNet",
+            "depth": 20,
+            "widths": [16, 32, 64],
+            "zero_init": True,
+        },
         "activation": {"_target_": "torch.nn.ReLU", "_partial_": True},
         "optim": {"_target_": "torch.optim.SGD", "lr": 0.1},
         "regularization": {"dropout": None, "l2": 0.0},
@@ -43,7 +48,14 @@ def fake_run(directory: Path | None = None, *, step: int = 0, resumed: bool = Fa
 
 
 def metric_record(step: int, split: str, **figures: Any) -> dict[str, Any]:
-    record = {"step": step, "epoch": step // 10, "split": split, "loss": 1.0, "data_loss": 0.9, "penalty": 0.1}
+    record = {
+        "step": step,
+        "epoch": step // 10,
+        "split": split,
+        "loss": 1.0,
+        "data_loss": 0.9,
+        "penalty": 0.1,
+    }
     return {**record, "lr": 0.1 if split == "train" else None, **figures}
 
 

@@ -52,7 +52,7 @@ def test_a_log_has_one_plain_line_a_record():
     listener.on_stats(run, stats_record(5))
     steps(listener, run, clock, 10)
     listener.on_record(run, metric_record(10, "val", accuracy=0.123456))
-    listener.on_epoch(run)
+    listener.on_epoch(run, {})
     lines = stream.getvalue()[len(start) :].splitlines()
     assert lines == [
         "epoch 1/3  step  5/30  train  loss 1  accuracy 0.25  lr 0.1  320 images/s",
@@ -171,10 +171,12 @@ def test_a_terminal_gets_a_live_display_with_everything_on_it(terminal):
     steps(listener, run, clock, 15)
     listener.on_record(run, metric_record(15, "train", accuracy=0.25))
     listener.notice("a line from elsewhere")
-    listener.on_stats(run, stats_record(15, 1000, **{"activation/std": [0.98**layer for layer in range(1000)]}))
+    listener.on_stats(
+        run, stats_record(15, 1000, **{"activation/std": [0.98**layer for layer in range(1000)]})
+    )
     listener.on_record(run, metric_record(15, "val", accuracy=0.5))
     before = len(terminal.getvalue())
-    listener.on_epoch(run)
+    listener.on_epoch(run, {})
     shown = drawn(terminal, before)
     for words in ("digits [1,257 train]", "epoch 2/3", "step 15/30", "320 images/s", "0:01 left", "lr 0.1"):
         assert words in shown
@@ -184,6 +186,18 @@ def test_a_terminal_gets_a_live_display_with_everything_on_it(terminal):
     assert "a line from elsewhere" in drawn(terminal)
     listener.on_end(run, None)
     assert terminal.getvalue().count("\x1b[?25h") == 1, "the cursor is given back"
+
+
+def test_a_narrow_terminal_still_names_the_sick_layer(terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    listener, clock = console(terminal)
+    run = fake_run()
+    listener.on_start(run)
+    steps(listener, run, clock, 5)
+    listener.on_stats(run, stats_record(5, 40, **{"activation/dead": [0.0] * 39 + [0.9]}))
+    before = len(terminal.getvalue())
+    listener.on_end(run, None)
+    assert re.search("▁█ +layer39.relu: 90% dead", drawn(terminal, before))
 
 
 def test_the_display_is_redrawn_at_a_bounded_rate(terminal):
@@ -206,6 +220,8 @@ def test_plain_lines_on_a_terminal_when_asked_or_needed(terminal, monkeypatch, r
     assert "\x1b" not in terminal.getvalue()
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.7, "1:00"), (754, "12:34"), (3723, "1:02:03")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.7, "1:00"), (754, "12:34"), (3723, "1:02:03")]
+)
 def test_duration(seconds, text):
     assert duration(seconds) == text

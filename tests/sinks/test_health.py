@@ -59,10 +59,29 @@ def test_thresholds(quantity, values, verdict):
     assert strip.words.startswith("b: ")
 
 
+def test_biases_start_at_zero_and_are_not_judged():
+    (strip,) = health({"tensors": ["a.weight", "a.bias"], "update/ratio": [1e-3, 5.0]})
+    assert len(strip.cells) == 1 and strip.verdict is Verdict.GOOD
+
+
 def test_a_tensor_without_a_ratio_is_unknown_not_bad():
-    (strip,) = health({"layers": [], "tensors": ["w", "bias"], "update/ratio": [1e-3, None]})
+    (strip,) = health({"layers": [], "tensors": ["w", "v"], "update/ratio": [1e-3, None]})
     assert [cell.verdict for cell in strip.cells] == [Verdict.GOOD, Verdict.UNKNOWN]
     assert strip.cells[1].height is None and strip.verdict is Verdict.GOOD
+
+
+def test_updates_are_judged_as_at_the_full_rate():
+    record = {"layers": [], "tensors": ["w"], "update/ratio": [1e-6]}
+    assert health(record)[0].verdict is Verdict.WATCH
+    assert health(record, annealed=1e-3)[0].verdict is Verdict.GOOD
+
+
+@pytest.mark.parametrize(
+    ("quantity", "values"), [("activation/dead", [0.6, 0.9, 0.7]), ("update/ratio", [0.2, 0.9, 0.3])]
+)
+def test_the_worst_of_several_sick_layers_is_named(quantity, values):
+    (strip,) = health({"layers": ["a", "b", "c"], "tensors": ["a", "b", "c"], quantity: values})
+    assert strip.words.startswith("b: ")
 
 
 def test_zeros_stand_in_where_no_death_is_known():

@@ -5,8 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cnnlab.sinks.picture import MAX_COLUMNS, MAX_ROWS, NON_FINITE, UNKNOWN, VIRIDIS, ZERO, History, Scale
-from cnnlab.sinks.picture import depth_picture, enlarged
+from cnnlab.sinks.picture import (
+    MAX_COLUMNS,
+    MAX_ROWS,
+    NON_FINITE,
+    UNKNOWN,
+    VIRIDIS,
+    ZERO,
+    History,
+    Scale,
+    depth_picture,
+    enlarged,
+)
 
 
 def test_viridis_grows_evenly_in_lightness():

@@ -102,6 +102,12 @@ def test_depth_pictures_show_every_quantity_and_are_redrawn_ever_more_rarely(tmp
     )
 
 
+def test_a_quantity_that_does_not_apply_has_no_picture(tmp_path):
+    found = write(tmp_path, stats=[stats_record(1, layers=2, **{"activation/saturated": [None, None]})])
+    assert "depth/activation_saturated" not in found.Tags()["images"]
+    assert "depth/activation_std" in found.Tags()["images"]
+
+
 def test_pictures_arrive_as_they_are_enlarged_by_whole_pixels(tmp_path):
     sink = TensorBoard(tmp_path)
     sink.on_start(fake_run())
@@ -159,7 +165,8 @@ def hparams_page():
         metadata = context.hparams_metadata(request_context, "")
         experiment = context.experiment_from_metadata(request_context, "", True, metadata, [])
         request = api_pb2.ListSessionGroupsRequest(
-            slice_size=10, allowed_statuses=[api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE, api_pb2.STATUS_RUNNING]
+            slice_size=10,
+            allowed_statuses=[api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE, api_pb2.STATUS_RUNNING],
         )
         groups = list_session_groups.Handler(request_context, context, "", request).run().session_groups
         return experiment, groups
@@ -189,13 +196,18 @@ def test_hparams_has_the_config_and_the_final_metrics_and_makes_no_folder(tmp_pa
 
 
 def test_a_failed_run_is_marked_so(tmp_path, hparams_page):
-    write(tmp_path / "run", records=[metric_record(10, "val", accuracy=0.1)], error=DivergedError("loss is nan"))
+    write(
+        tmp_path / "run", records=[metric_record(10, "val", accuracy=0.1)], error=DivergedError("loss is nan")
+    )
     _, (group,) = hparams_page(tmp_path)
     assert group.sessions[0].status == api_pb2.STATUS_FAILURE
 
 
 def test_a_class_is_the_value_of_its_part():
-    config = {"model": {"_target_": "a.b.C", "depth": 3}, "activation": {"_target_": "t.ReLU", "_partial_": True}}
+    config = {
+        "model": {"_target_": "a.b.C", "depth": 3},
+        "activation": {"_target_": "t.ReLU", "_partial_": True},
+    }
     assert hyperparameters(config) == {"model": "C", "model.depth": 3, "activation": "ReLU"}
 
 
@@ -208,7 +220,9 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path):
     for step in (10, 20, 25):
         first.on_record(run, metric_record(step, "train", accuracy=0.1))
         record = stats_record(step)
-        stats.write(record if step == 10 else {k: v for k, v in record.items() if k not in ("layers", "tensors")})
+        stats.write(
+            record if step == 10 else {k: v for k, v in record.items() if k not in ("layers", "tensors")}
+        )
     del first  # killed: no on_end
 
     resumed = fake_run(tmp_path, step=20, resumed=True)

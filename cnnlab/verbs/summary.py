@@ -1,0 +1,143 @@
+"""`cnnlab summary`: what an experiment would train, before it does: the network layer by layer, the optimizer's
+parameter groups, the learning rate over the run. Nothing is trained and no image is read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from cnnlab.config import composer
+from cnnlab.verbs.arguments import ask_hydra, parse
+from cnnlab.verbs.train import refuse_sweep
+
+HELP = """cnnlab summary: shows what an experiment would train.
+
+Usage: cnnlab summary [OVERRIDES] [--json] [--config-dir DIR]
+
+Per layer: output shape, kernel, stride, padding, parameters, multiply-adds (1 multiply-add = 2 FLOP), receptive
+field, memory of the activations that training keeps; then the parameter groups and the learning rate.
+
+examples:
+  cnnlab summary model=resnet50 data=imagenet data.root=/data/imagenet
+  cnnlab summary model=vgg data=cifar10
+  cnnlab summary optim=adamw groups.layer_decay=0.9
+  cnnlab summary schedule=one_cycle
+  cnnlab summary --json
+"""
+MAX_ROWS = 200
+"""Layers shown before the middle of a deeper network is left out; --json has them all."""
+POINTS = 60
+"""Columns of the drawing of a schedule."""
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def main(arguments: Sequence[str]) -> int:
+    args = parse(arguments)
+    if args.help:
+        print(HELP, end="")
+        return 0
+    if args.show:
+        return ask_hydra(args.raw, args.config_dirs)
+    with composer(args.config_dirs) as open_composer:
+        refuse_sweep(open_composer, args.overrides)
+        composed = open_composer.compose(args.overrides)
+    from cnnlab.summarize import to_json
+    from cnnlab.validate import check
+
+    check(composed)
+    described = _describe(composed.config)
+    if args.json:
+        document = {
+            "network": to_json(described["network"]),
+            "groups": described["groups"],
+            "schedule": described["schedule"],
+        }
+        print(json.dumps(document))
+    else:
+        _show(described)
+    return 0
+
+
+def _describe(config: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from cnnlab.builder import make_network, make_optimizer, make_task
+    from cnnlab.check import bind_section
+    from cnnlab.parts import make
+    from cnnlab.schema import Groups, Regularization
+    from cnnlab.summarize import summarize
+
+    spec = make(config["data"]).spec()
+    task = make_task(config, spec, torch.ones(spec.num_classes, dtype=torch.int64))
+    with torch.device("meta"):
+        model = make_network(config, spec, task, bind_section(Regularization, config["regularization"]))
+        optimizer = make_optimizer(config, model, bind_section(Groups, config["groups"]))
+    groups = [
+        {
+            "name": group.get("name", "all"),
+            "tensors": len(group["params"]),
+            "parameters": sum(p.numel() for p in group["params"]),
+            "lr": float(group["base_lr"]) * group.get("lr_scale", 1.0),
+            "weight_decay": group.get("weight_decay"),
+        }
+        for group in optimizer.param_groups
+    ]
+    return {
+        "network": summarize(model, (spec.channels, *spec.size), batch=config["trainer"]["batch_size"]),
+        "notes": getattr(model, "notes", []),
+        "optimizer": type(optimizer).__name__,
+        "groups": groups,
+        "schedule": _rates(config, optimizer.param_groups[0]["base_lr"]),
+    }
+
+
+def _rates(config: dict[str, Any], base: float) -> dict[str, list[float]]:
+    """The base group's rate at evenly spaced points of the run, by epoch."""
+    from cnnlab.parts import make
+
+    schedule = make(config["schedule"])
+    epochs, steps = config["trainer"]["epochs"], 1000
+    total = epochs * steps
+    if hasattr(schedule, "resolve"):
+        schedule.resolve(steps, total, config["trainer"]["batch_size"])
+    at = [round(i * (total - 1) / (POINTS - 1)) for i in range(POINTS)]
+    return {"epoch": [step / steps for step in at], "lr": [base * schedule.factor(step, total) for step in at]}
+
+
+def _show(described: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from cnnlab.summarize import to_table
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(to_table(described["network"], max_rows=MAX_ROWS))
+    for note in described["notes"]:
+        console.print(f"  {note}", markup=False, highlight=False)
+    table = Table(title=f"{described['optimizer']}: parameter groups", title_justify="left")
+    for heading in ("group", "tensors", "parameters", "lr", "weight decay"):
+        table.add_column(heading, justify="left" if heading == "group" else "right")
+    for group in described["groups"]:
+        decay = "" if group["weight_decay"] is None else f"{group['weight_decay']:g}"
+        table.add_row(
+            group["name"], f"{group['tensors']:,}", f"{group['parameters']:,}", f"{group['lr']:g}", decay
+        )
+    console.print(table)
+    console.print("Learning rate by epoch", highlight=False)
+    for line in draw(described["schedule"]["lr"], described["schedule"]["epoch"][-1]):
+        console.print(line, markup=False, highlight=False)
+
+
+def draw(values: Sequence[float], last_epoch: float, height: int = 8) -> list[str]:
+    """A curve in block characters, `height` lines high, with its largest and smallest value at the side."""
+    low, high = 0.0, max(values) or 1.0
+    eighths = [round((value - low) / (high - low) * height * 8) for value in values]
+    lines = []
+    for row in range(height - 1, -1, -1):
+        label = f"{high:>10.3g}" if row == height - 1 else f"{low:>10.3g}" if row == 0 else " " * 10
+        cells = "".join(_BLOCKS[max(0, min(8, level - 8 * row))] for level in eighths)
+        lines.append(f"{label} │{cells}")
+    epochs = f"{round(last_epoch)} epochs"
+    return [*lines, " " * 11 + "└" + "─" * len(values), f"{'0':>13}{epochs:>{len(values) - 1}}"]

@@ -1,0 +1,189 @@
+"""Pascal-VOC boxes and mask folders: geometry, splits, and what is said of files that do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_files import GREEN, RED, save_plain
+from PIL import Image
+
+from cnnlab.data.decode import Recipe, decode, letterbox
+from cnnlab.data.masks import MaskFolder
+from cnnlab.data.voc import VocBoxes
+from cnnlab.errors import DataError
+from cnnlab.protocols import VOID
+
+Box = tuple[int, int, int, int]
+
+
+def annotate(root: Path, name: str, objects: list[tuple[str, Box]]) -> None:
+    """An annotation; boxes are (xmin, ymin, xmax, ymax), counted from 1, ends included."""
+    sides = ("xmin", "ymin", "xmax", "ymax")
+    body = "".join(
+        f"<object><name>{kind}</name><bndbox>"
+        + "".join(f"<{side}>{value}</{side}>" for side, value in zip(sides, box))
+        + "</bndbox></object>"
+        for kind, box in objects
+    )
+    path = root / "Annotations" / f"{name}.xml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"<annotation>{body}</annotation>")
+
+
+def make_voc(root: Path, counts: dict[str, int], size: tuple[int, int] = (40, 20)) -> Path:
+    """Black images with a red box, (11, 6)..(30, 15), a `cat` or a `dog` in turn."""
+    box: Box = (11, 6, 30, 15)
+    lists = root / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (root / "JPEGImages").mkdir()
+    for split, count in counts.items():
+        names = [f"{split}{n}" for n in range(count)]
+        (lists / f"{split}.txt").write_text("\n".join(names) + "\n")
+        for n, name in enumerate(names):
+            picture = np.zeros((size[1], size[0], 3), np.uint8)
+            picture[box[1] - 1 : box[3], box[0] - 1 : box[2]] = RED
+            Image.fromarray(picture).save(root / "JPEGImages" / f"{name}.png")
+            annotate(root, name, [(("cat", "dog")[n % 2], box), ("flea", (1, 1, 2, 2))])
+    return root
+
+
+def boxes(root: Path, **settings: Any) -> VocBoxes:
+    return VocBoxes(str(root), **{"size": 40, "cache": str(root.parent / "cache"), **settings})
+
+
+@pytest.mark.parametrize("fit", ["letterbox", "stretch"])
+def test_boxes_lie_on_the_object(tmp_path: Path, fit: Any) -> None:
+    data = boxes(make_voc(tmp_path / "voc", {"train": 8, "val": 2}), test=0.25, fit=fit)
+    spec, splits = data.spec(), data.load()
+    assert spec.classes == ("cat", "dog") and spec.targets == {"label", "box"} and spec.size == (40, 40)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 6, "val": 2, "test": 2}
+    batch = splits["train"].fetch(torch.arange(6))
+    for image, box in zip(batch["image"], batch["box"]):
+        rows, columns = (image[0] > 110).nonzero().T
+        edges = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / 40
+        assert torch.allclose(box, edges, atol=0.026)
+    wanted = [0.25, 0.375, 0.75, 0.625] if fit == "letterbox" else [0.25, 0.25, 0.75, 0.75]
+    assert batch["box"][0].tolist() == pytest.approx(wanted)
+
+
+def test_a_box_over_the_whole_image_is_the_unit_square(tmp_path: Path) -> None:
+    root = make_voc(tmp_path / "voc", {"train": 8})
+    for path in (root / "Annotations").iterdir():
+        annotate(root, path.stem, [("cat", (1, 1, 40, 20))])
+    splits = boxes(root, fit="stretch", val=0.2, test=0.2).load()
+    assert splits["train"].fetch(torch.tensor([0]))["box"].tolist() == [[0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    "size, target, wanted",
+    [
+        ((100, 50), (40, 40), (10, 0, 20, 40)),
+        ((50, 100), (40, 40), (0, 10, 40, 20)),
+        ((7, 7), (14, 28), (7, 0, 14, 14)),
+        ((1000, 1), (10, 10), (4, 0, 1, 10)),
+    ],
+)
+def test_letterbox(size: tuple[int, int], target: tuple[int, int], wanted: tuple[int, ...]) -> None:
+    assert letterbox(*size, *target) == wanted
+
+
+def test_unusable_annotations_are_named(tmp_path: Path) -> None:
+    root = make_voc(tmp_path / "voc", {"train": 8})
+    with pytest.raises(DataError, match=r"train\.txt"):
+        boxes(tmp_path / "nowhere").spec()
+    annotate(root, "train3", [("cat", (9, 9, 4, 4))])
+    with pytest.raises(DataError, match=r"train3\.xml, received 1 objects"):
+        boxes(root).spec()
+    annotate(root, "train3", [("cat", (100, 100, 120, 120))])
+    with pytest.raises(DataError, match="of train3"):
+        boxes(root).load()
+    (root / "Annotations" / "train3.xml").write_text("<annotation>")
+    with pytest.raises(DataError, match="expected a VOC annotation"):
+        boxes(root).spec()
+    annotate(root, "train3", [("cat", (1, 1, 4, 4))])
+    (root / "JPEGImages" / "train5.png").unlink()
+    with pytest.raises(DataError, match="the first train5"):
+        boxes(root).load()
+
+
+def make_masks(root: Path, counts: dict[str, int], palette: bool = False) -> Path:
+    """Images red on the left half and green on the right, masks 0 and 1, with a row of void at the top."""
+    for split, count in counts.items():
+        for n in range(count):
+            picture = np.zeros((12, 16, 3), np.uint8)
+            picture[:, :8], picture[:, 8:] = RED, GREEN
+            numbers = np.zeros((12, 16), np.uint8)
+            numbers[:, 8:], numbers[0] = 1, VOID
+            for kind, array in (("images", picture), ("masks", numbers)):
+                path = root / kind / split / f"{n}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image = Image.fromarray(array)
+                if palette and kind == "masks":
+                    image.putpalette([9, 9, 9] * 256)
+                image.save(path)
+    (root / "classes.txt").write_text("red\ngreen\n")
+    return root
+
+
+def masks(root: Path, **settings: Any) -> MaskFolder:
+    return MaskFolder(str(root), **{"size": (12, 16), "cache": str(root.parent / "cache"), **settings})
+
+
+@pytest.mark.parametrize("palette", [False, True])
+def test_masks_lie_on_the_image(tmp_path: Path, palette: bool) -> None:
+    data = masks(make_masks(tmp_path / "data", {"train": 10, "test": 3}, palette), val=0.2)
+    spec, splits = data.spec(), data.load()
+    assert spec.targets == {"mask"} and spec.mask_classes == ("red", "green") and spec.size == (12, 16)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 8, "val": 2, "test": 3}
+    assert splits["train"].labels is None
+    batch = splits["train"].fetch(torch.arange(8))
+    assert batch["mask"].dtype == torch.int64 and (batch["mask"][:, 0] == VOID).all()
+    green = batch["image"][:, 1] > 100
+    assert torch.equal(batch["mask"][:, 1:], green[:, 1:].long())
+
+
+def test_resized_masks_keep_class_numbers_and_fill_with_void(tmp_path: Path) -> None:
+    data = masks(make_masks(tmp_path / "data", {"train": 6}), size=(9, 24), val=0.2, test=0.2, limit=2)
+    splits = data.load()
+    assert len(splits["train"]) == 2
+    batch = splits["train"].fetch(torch.arange(2))
+    assert batch["mask"].unique().tolist() == [0, 1, VOID]
+    assert (batch["mask"][:, :, :6] == VOID).all() and (batch["image"][:, :, :, :6] == 0).all()
+    assert (batch["mask"][:, 3:, 6:12] == 0).all() and (batch["mask"][:, 3:, 12:18] == 1).all()
+
+
+def test_unusable_masks_are_named(tmp_path: Path) -> None:
+    root = make_masks(tmp_path / "data", {"train": 6, "val": 2, "test": 2})
+    with pytest.raises(DataError, match=r"classes\.txt"):
+        masks(tmp_path / "nowhere").spec()
+    path = root / "masks" / "train" / "4.png"
+    Image.fromarray(np.full((12, 16), 7, np.uint8)).save(path)
+    with pytest.raises(DataError, match=r"received 7 in masks/train/4\.png"):
+        masks(root).load()
+    Image.fromarray(np.zeros((12, 12), np.uint8)).save(path)
+    with pytest.raises(DataError, match=r"masks/train/4\.png has \(12, 12\), its image \(12, 16\)"):
+        masks(root).load()
+    save_plain(path, size=(16, 12))
+    with pytest.raises(DataError, match="greyscale or palette"):
+        masks(root).load()
+    assert len(masks(root, on_error="skip").load()["train"]) == 5
+    path.unlink()
+    with pytest.raises(DataError, match="1 names, the first 4"):
+        masks(root).load()
+
+
+def test_a_sixteen_bit_mask_holds_class_numbers(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 3, np.uint16)).save(tmp_path / "mask.png")
+    array, _ = decode(str(tmp_path / "mask.png"), Recipe(1, 4, 4, "stretch", mask=True))
+    assert (array == 3).all()
+
+
+def test_refused_combinations() -> None:
+    with pytest.raises(ValueError, match=r"data\.size=\[height,width\]"):
+        MaskFolder("x", size=(4,))
+    with pytest.raises(ValueError, match=r"data\.val"):
+        VocBoxes("x", val=0.6, test=0.5)
