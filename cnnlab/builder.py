@@ -21,7 +21,7 @@ from cnnlab.errors import CheckpointError, UsageError
 from cnnlab.losses.penalty import l1, l2, max_norm_
 from cnnlab.observe.observer import Observer
 from cnnlab.observe.taps import Taps
-from cnnlab.optim.groups import parameter_groups
+from cnnlab.optim.groups import head_parameters, parameter_groups
 from cnnlab.optim.traits import Traits
 from cnnlab.parts import make
 from cnnlab.protocols import Batch, ConvNet, DataSpec, Split, Task
@@ -298,6 +298,7 @@ class _Builder:
             model = make_network(self.config, spec, task, self.regularization)
         init = make(self.config["init"])
         init(model, self.seed)
+        self.start_from_prior(model, task)
         model = model.to(placement.device)
         if placement.layout is Layout.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -309,6 +310,20 @@ class _Builder:
             batch, _ = next(train.batches(0))
             init.calibrate(model, batch["image"])
         self.ranks.share_([*model.parameters(), *model.buffers()])
+
+    def start_from_prior(self, model: nn.Module, task: Task) -> None:
+        """Sets the classifiers' biases to what the loss wants to start from (focal loss: its prior)."""
+        wanted = getattr(getattr(task, "criterion", None), "initial_bias", None)
+        bias = None if wanted is None else wanted(task.criterion.num_classes)  # type: ignore[attr-defined]
+        if bias is None:
+            return
+        named = dict(model.named_parameters())
+        last = [named[n] for n in head_parameters(model) if n.endswith("bias") and named[n].shape == bias.shape]
+        with torch.no_grad():
+            for parameter in last:
+                parameter.copy_(bias)
+        if not last:
+            self.notices.append("loss: this network names no classifier with a bias, so the loss's prior has no effect")
 
     def observer(self, model: nn.Module, placement: Placement, total_steps: int) -> Observer:
         stats = self.stats

@@ -1,7 +1,7 @@
 """Binds a composed config to the signatures of the parts that it names, and reports every mismatch.
 
 A part is any importable class or function, so its signature is the schema: unknown keys, missing ones, types
-and ranges (`Annotated[float, Range(...)]`) are read from it. The fixed sections are dataclasses and bound alike.
+and ranges (`Annotated[float, Range(...)]`) are read from it. The fixed sections are dataclasses, bound alike.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
 def _hints(function: Any) -> dict[str, Any]:
     with suppress(Exception):
         return typing.get_type_hints(function, include_extras=True)
-    found = {}  # an annotation of a third party names what it does not import: that one is left unchecked
+    found: dict[
+        str, Any
+    ] = {}  # an annotation of a third party names what it does not import: that one is left unchecked
     for name, annotation in getattr(function, "__annotations__", {}).items():
         alone = types.SimpleNamespace(__annotations__={name: annotation})
         with suppress(Exception):
@@ -193,7 +195,7 @@ def bind_section(section: type, node: Mapping[str, Any]) -> Any:
 
 
 def converted(target: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as the annotations of `target` have them: an enum's value becomes its member, a list a tuple."""
+    """The values as the annotations of `target` have them: enum members, and tuples for lists."""
     hints = _hints(target.__init__ if inspect.isclass(target) else target)
     return {key: _converted(value, hints[key]) if key in hints else value for key, value in values.items()}
 
@@ -219,7 +221,7 @@ def _alternatives(hint: Any) -> list[Any]:
 
 
 def mismatch(value: Any, hint: Any) -> str | None:
-    """`'expected ..., received ...'` where `value` does not have the annotated type and range, else `None`."""
+    """`'expected ..., received ...'` where `value` lacks the annotated type or range, else `None`."""
     if _fits(value, hint):
         return None
     return f"expected {describe(hint)}, received {_show(value)}"

@@ -19,6 +19,8 @@ VERBS = {
     "eval": "evaluate a run's checkpoint on one of its splits",
     "summary": "show a network layer by layer: shapes, parameters, multiply-adds, receptive fields",
 }
+BUILDERS = ("train", "summary")
+"""Verbs that build an experiment and so take overrides; the others read run folders."""
 
 HELP = """cnnlab {version}: a laboratory for convolutional networks
 
@@ -65,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
-        if _is_told_by_rank_0(error):
-            return error.exit_code
-        print(f"cnnlab: {_message(error)}", file=sys.stderr)
+        # Under `torchrun` all processes find the same mistake; one tells it.
+        if not isinstance(error, UsageError) or os.environ.get("RANK", "0") == "0":
+            print(f"cnnlab: {_message(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, CnnlabError) else 1
 
 
@@ -84,14 +86,9 @@ def _message(error: Exception) -> str:
     )
 
 
-def _is_told_by_rank_0(error: Exception) -> bool:
-    """Under `torchrun` all processes find the same mistake; one tells it."""
-    return isinstance(error, UsageError) and os.environ.get("RANK", "0") != "0"
-
-
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that folders are left tidy; a run's own steps handle both themselves."""
+    """SIGTERM unwinds like Ctrl-C, so that folders are left tidy; a run handles both by itself."""
 
     def stop(number: int, frame: Any) -> None:
         raise Terminated

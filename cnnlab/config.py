@@ -1,8 +1,7 @@
 """From command-line overrides to a composed config, with every problem found on the way reported at once.
 
-Hydra composes. It stops at the first wrong override, though, and what it says of it is meant for its own
-developers; so when it refuses, the overrides are looked at one by one. What the composed values mean to the parts
-that they configure is checked in `cnnlab.check`.
+Hydra composes. It stops at the first wrong override, though; so when it refuses, the overrides are looked at
+one by one. What the composed values mean to the parts that they configure is checked in `cnnlab.check`.
 """
 
 from __future__ import annotations
@@ -78,8 +77,8 @@ class Composed:
 class Draft:
     """What could be composed, and what could not.
 
-    `problems` has one sentence a wrong override. Those are left out of `composed` (`None` where nothing is left
-    to compose), and `doubtful` are the groups that they were meant for.
+    `problems` has one sentence a wrong override. Those are left out of `composed` (`None` where nothing
+    composes), and `doubtful` are the groups that they were meant for.
     """
 
     composed: Composed | None
@@ -97,7 +96,7 @@ def _name(_root_: Any) -> str:
     return choices.get("experiment") or f"{choices.get('data')}-{choices.get('model')}"
 
 
-# Names used in `configs/`. They are there as soon as this module is: a launcher's processes import it and no more.
+# Names used in `configs/`, there as soon as this module is: a launcher's processes import it and no more.
 OmegaConf.register_new_resolver("cnnlab.stamp", _stamp, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("cnnlab.name", _name, replace=True)
 
@@ -188,7 +187,7 @@ class Composer:
         )
 
     def lines(self, overrides: Sequence[str]) -> list[str]:
-        """The overrides as Hydra takes them: `experiment=null` is `~experiment` there. Raises `ConfigError`."""
+        """The overrides as Hydra takes them (`experiment=null` is `~experiment`). Raises `ConfigError`."""
         return [line(override) for override in self.parse(overrides)]
 
     def cells(self, overrides: Sequence[str]) -> list[list[str]]:
@@ -219,7 +218,7 @@ class Composer:
     # ---- composing ----
 
     def compose(self, overrides: Sequence[str] = (), number: int | None = None) -> Composed:
-        """Composes one experiment, or cell `number` of a sweep. Raises `ConfigError` with all that is wrong."""
+        """Composes one experiment, or cell `number` of a sweep. Raises `ConfigError` with every problem."""
         draft = self.draft(overrides, number)
         if draft.problems:
             raise ConfigError(draft.problems)
@@ -263,7 +262,7 @@ class Composer:
     def _resolved(self, loaded: DictConfig, overrides: Sequence[str], number: int | None) -> Composed:
         config = {str(key): _plain(loaded, key) for key in loaded if key != "hydra"}
         hydra = loaded.hydra
-        choices = {str(group): option for group, option in hydra.runtime.choices.items()}
+        choices = {str(group): option for group, option in hydra.runtime.choices.items() if "/" not in group}
         if number is None:
             run_dir, sweep_dir = Path(str(hydra.run.dir)), None
         else:
@@ -290,8 +289,8 @@ class Composer:
         problems = [*wrong.values(), *refused.values()]
         if kept:
             base = self.load(map(line, kept))
-        config, choices = OmegaConf.to_container(base), base.hydra.runtime.choices
-        assert isinstance(config, dict)
+        config: Any = OmegaConf.to_container(base)
+        choices = base.hydra.runtime.choices
         for override in parsed:
             if is_choice(override, groups) or first_key(override.key_or_group) in {*wrong, *refused}:
                 continue  # the keys of a group whose option is not known cannot be told

@@ -75,8 +75,9 @@ def misuse(override: Override, groups: Collection[str]) -> str | None:
             f"`{short(text)}`: several values in one run; type -m for a sweep, or for a text with commas, "
             f"quote it twice: {quoted(text)}"
         )
-    if key in groups and key not in LISTS and isinstance(override.value(), list):
-        names = ",".join(map(str, override.value()))
+    value = override.value()
+    if key in groups and key not in LISTS and isinstance(value, list):
+        names = ",".join(map(str, value))
         return f"`{short(text)}`: expected one option; for a sweep, type -m {key}={short(names)}"
     return None
 
@@ -138,7 +139,7 @@ def _no_such_key(
     key: str, part: str, node: Mapping[str, Any], config: Mapping[str, Any], where: str, option: Any
 ) -> str:
     known = [str(name) for name in node if not str(name).startswith("_")]
-    owner = f"{where}={option}" if isinstance(option, str) else where
+    owner = f"{where}={option}" if isinstance(option, str) and option != "default" else where
     hint = did_you_mean(part, known)
     if not hint:
         other = _elsewhere(key, config)
@@ -177,14 +178,14 @@ _NOISE = (
 
 
 def reason(error: BaseException) -> str:
-    """What Hydra, OmegaConf or the YAML reader found wrong, as one line; the useful part hides in `__cause__`."""
+    """What Hydra, OmegaConf or the YAML reader found wrong, as one line; much of it hides in `__cause__`."""
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
     for link in chain:
         if isinstance(link, yaml.MarkedYAMLError) and link.problem_mark is not None:
             mark = link.problem_mark
-            return f"{mark.name}, line {mark.line + 1}: expected YAML, received what does not parse ({link.problem})"
+            return f"{mark.name}, line {mark.line + 1}: expected YAML, cannot read this ({link.problem})"
     paragraphs = [re.split(r"\n\s*\n|[Ss]earch path:", str(link))[0] for link in chain[:2]]
     lines = [text.strip().rstrip(".") for paragraph in paragraphs for text in paragraph.splitlines()]
     kept = dict.fromkeys(text for text in lines if text and not text.startswith(_NOISE))

@@ -1,7 +1,7 @@
 """Makes parts from their config nodes.
 
-The rules are Hydra's (`_target_`, `_partial_`, nested nodes), the call is ours: `hydra.utils.instantiate` would copy
-the wired modules and tensors through a config, and from Hydra 1.4 on it wants a whitelist of what may be called.
+The rules are Hydra's (`_target_`, `_partial_`, nested nodes), the call is ours: `hydra.utils.instantiate`
+would copy the wired modules and tensors through a config, and from Hydra 1.4 on it wants a whitelist.
 """
 
 from __future__ import annotations

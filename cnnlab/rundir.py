@@ -9,7 +9,7 @@ import platform
 import subprocess
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Equal for runs that ask for the same numbers: what may change on a resume, names and paths are left out."""
+    """Equal for runs that ask for the same numbers: what may change on a resume, and names, are left out."""
     ignored = (*RESUMABLE, "name", "resume", "paths.outputs")
     flat = {key: value for key, value in flatten(config).items() if key not in ignored}
     return hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -130,8 +130,8 @@ class RunDir:
     def create(self, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
         """Makes the folder and writes what was asked.
 
-        Raises `UsageError` if a run is already there (the first of two at once gets the folder), or if nothing
-        can be written there.
+        Raises `UsageError` if a run is there already (of two at once, the first gets the folder), or if
+        nothing can be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -145,8 +145,8 @@ class RunDir:
             ) from error
         except OSError as error:
             raise UsageError(
-                f"{self.path}: the run cannot be written there ({error.strerror}); type another paths.outputs or "
-                "hydra.run.dir"
+                f"{self.path}: the run cannot be written there ({error.strerror}); type another "
+                "paths.outputs or hydra.run.dir"
             ) from error
         self.write_config(config, overrides)
 
@@ -207,7 +207,7 @@ class RunDir:
         write_json(self.run_json, {"schema_version": SCHEMA_VERSION, **self.read(), **facts})
 
     def record_failure(self, error: BaseException, **facts: Any) -> None:
-        """What ended the run before its first step; the traceback goes to `error.txt` when the fault is ours."""
+        """What ended the run before its first step; `error.txt` gets the traceback when the fault is ours."""
         if isinstance(error, KeyboardInterrupt):
             self.update(status="interrupted", reason="before the first step", **facts)
         elif isinstance(error, CnnlabError):
@@ -216,27 +216,30 @@ class RunDir:
             self.error.write_text("".join(traceback.format_exception(error)))
             self.update(status="failed", reason=f"{type(error).__name__}: {error}", **facts)
 
-    @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Keeps other processes from writing here meanwhile. Raises `UsageError` if one already does.
+    def claimed(self) -> AbstractContextManager[None]:
+        """Keeps other processes from writing here meanwhile. Raises `UsageError` if one already does."""
+        return claim(self._hydra / "lock", f"{self.path}: another process is writing this run")
 
-        The operating system drops the claim with the process, however that ends.
-        """
+
+@contextmanager
+def claim(path: Path, refusal: str) -> Iterator[None]:
+    """Holds the lock file `path` for the block; the operating system drops it with the process, however that ends.
+
+    Raises `UsageError` with `refusal` if another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with path.open("w") as file:
         try:
-            import fcntl
-        except ImportError:  # Windows
-            yield
-            return
-        with (self._hydra / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UsageError(
-                    f"{self.path}: another process is writing this run; wait until it ends"
-                ) from error
-            except OSError:  # a file system without locks
-                pass
-            yield
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{refusal}; wait until it ends") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def environment() -> dict[str, Any]:

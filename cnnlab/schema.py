@@ -114,7 +114,7 @@ class Trainer:
     batch_size: PositiveInt = 64
     """Samples an update, over all ranks and micro-batches together."""
     accumulate: PositiveInt = 1
-    """Micro-batches an update: the batch is cut into this many pieces, so memory falls and the update stays."""
+    """Micro-batches an update: the batch is cut into so many pieces; memory falls, the update stays."""
     eval_batch_size: PositiveInt | None = None
     """Samples an evaluation batch; `null` takes the larger of `batch_size` and 256."""
     drop_last: bool = False
@@ -135,7 +135,7 @@ class Trainer:
     """Epochs between evaluations on val."""
     checkpoint: bool = True
     checkpoint_minutes: NonNegative = 5.0
-    """A checkpoint inside an epoch at least this often; one is written at every epoch's end besides. 0: each step."""
+    """A checkpoint at least this often (0: each step), besides the one at every epoch's end."""
     progress: bool = True
     """Live display on a terminal; plain lines otherwise."""
 

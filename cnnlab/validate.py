@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def checked(composer: Composer, overrides: Sequence[str], number: int | None = N
 
 
 def check(composed: Composed) -> None:
-    """Raises `ConfigError` with every problem, or `DataError` if the config is sound and its data is not there."""
+    """Raises `ConfigError` with every problem, else `DataError` where the data is not there."""
     problems, data_error = _problems(composed)
     if problems:
         raise ConfigError(problems)
@@ -115,7 +116,8 @@ def _static(config: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for name, section in SECTIONS.items():
         yield name, check_section(section, config.get(name), name)
     for name, hint in VALUES.items():
-        yield name, check_value(config.get(name), hint, name)
+        empty = [f"`{name}=`: expected a text that is not empty"] if config.get(name) == "" else []
+        yield name, empty or check_value(config.get(name), hint, name)
     for group in GROUPS:
         yield group, _check_group(group, config.get(group))
     for group in MAPPINGS:
@@ -165,10 +167,10 @@ class _Trial:
 
     def run(self) -> None:
         for group in ("schedule", "init", "normalize"):
-            self.attempt(group, lambda g=group: self.part(g, self.config[g]), group)
-        for group in MAPPINGS if self.sound(*MAPPINGS) else ():
+            self.attempt(group, partial(self.part, group, self.config.get(group)), group)
+        for group in filter(self.sound, MAPPINGS):
             for name, node in self.config[group].items():
-                self.attempt(f"{group}.{name}", lambda g=group, n=node: self.part(g, n), group)
+                self.attempt(f"{group}.{name}", partial(self.part, group, node), group)
         optimizer = self.attempt("optim", self.dry_optimizer, "optim")
         self.placement()
         spec = self.spec()
@@ -235,8 +237,8 @@ class _Trial:
             )
         if traits.create_graph and trainer.accumulate > 1:
             self.refuse(
-                f"`trainer.accumulate={trainer.accumulate}`: this optimizer differentiates the loss twice, which "
-                "needs the whole batch in one piece; type trainer.accumulate=1"
+                f"`trainer.accumulate={trainer.accumulate}`: this optimizer differentiates the loss twice, "
+                "and needs the whole batch in one piece for it; type trainer.accumulate=1"
             )
 
     # ---- what only the parts together can tell: targets, sizes, heads, parameter names ----
@@ -271,9 +273,9 @@ class _Trial:
         )
         if model is None:
             return
-        init = make(self.config["init"]) if self.sound("init") else None
-        if hasattr(init, "validate"):
-            self.attempt("init", lambda: init.validate(model), "init")
+        if self.sound("init"):
+            validate = getattr(make(self.config["init"]), "validate", None)
+            self.attempt("init", lambda: validate and validate(model), "init")
         if optimizer and self.sound("groups"):
             groups: Groups = bind_section(Groups, self.config["groups"])
             self.attempt("groups", lambda: make_optimizer(self.config, model, groups), "groups")
@@ -284,7 +286,7 @@ class _Trial:
         for name in ("dropout", "stochastic_depth"):
             if getattr(regularization, name) is not None and not accepts(target, name):
                 self.refuse(
-                    f"`regularization.{name}`: {target.__name__} has no {name}; type regularization.{name}=null"
+                    f"`regularization.{name}`: {target.__name__} has none; type regularization.{name}=null"
                 )
         for group in FACTORIES:
             if self.config[group].get("_target_") is not None and not accepts(target, group):
@@ -296,8 +298,8 @@ class _Trial:
 def on_meta(make_model: Callable[[], nn.Module]) -> nn.Module:
     """The network without memory for its weights.
 
-    One whose constructor reads values (`torch.linspace(...).tolist()`) cannot be made so and is made on the CPU;
-    torch's random state is left as it was. Raises `ValueError` for what is no module.
+    One whose constructor reads values (`torch.linspace(...).tolist()`) cannot be made so, and is made on the
+    CPU; torch's random state stays. Raises `ValueError` for what is no module.
     """
     try:
         with torch.device("meta"):

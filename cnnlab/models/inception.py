@@ -58,6 +58,11 @@ Scale = Callable[[int], int]
 """The paper's channels to this network's."""
 
 
+_NARROWEST = 32
+"""The paper's smallest number of channels, which a width multiplier does not go below: 8 channels in the stem
+(width 0.25) pass on too little to generalize from."""
+
+
 def _pool3(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=1, padding=1)
 
@@ -204,7 +209,7 @@ class Inception(ConvNet):
         activation: factory of the activations; `None` is ReLU.
         norm: factory of the norm layers; `None` is batch norm with an epsilon of 0.001.
         dropout: rate before the classifier; `None` is 0.5.
-        width: multiplier of all channels.
+        width: multiplier of the channels of all layers; none gets fewer than 32, the paper's narrowest.
         stem: `imagenet` is the paper's, which leaves 35 of 299 pixels; `small` is padded, and of its three
             strides only the last ones act, as many as leave a grid of 8 or more; `auto` is small below 75
             pixels.
@@ -242,7 +247,7 @@ class Inception(ConvNet):
         conv = partial(BasicConv2d, norm=norm, activation=activation)
 
         def scale(channels: int) -> int:
-            return scaled(channels, width)
+            return max(_NARROWEST, scaled(channels, width))
 
         strides = self._add_stem(in_channels, image_size, conv, scale, pool)
         if self.stem == "small":

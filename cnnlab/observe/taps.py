@@ -44,7 +44,8 @@ class Activity:
     saturated: Tensor
     """Share within 1.5 % of the activation's own bounds (tanh: |y| > .97); NaN where it has none."""
     pre_std: Tensor
-    """Standard deviation of the layer's input (of the pre-activation z, where the layer is an activation)."""
+    """Standard deviation of the layer's input (of the pre-activation z, where the layer is an activation); NaN for
+    a layer that works in place."""
     dead: Tensor
     """Share of channels without any activity in the last `DEAD_AFTER` sampled steps."""
     gradient_std: Tensor
@@ -57,7 +58,7 @@ class _GradientTap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slot: Tensor, samples: int) -> Tensor:
         ctx.samples, ctx.dtype = samples, slot.dtype
-        return x.view_as(x)
+        return x.detach()  # not a view for autograd: foreign networks go on in place (Dropout(inplace=True))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -225,25 +226,28 @@ class _Tap:
         taps = self.taps
         if not (taps.open and module.training):
             return None
+        before = None if getattr(module, "inplace", False) or not inputs else inputs[0]
         with torch.no_grad():
-            taps.bank[self.row].copy_(self._moments(inputs[0][: taps.samples], output[: taps.samples]))
+            taps.bank[self.row].copy_(self._moments(before, output[: taps.samples].float()))
         if taps.slots and output.requires_grad:
             return _GradientTap.apply(output, taps.slots[self.row], taps.samples)
         return None
 
-    def _moments(self, before: Tensor, after: Tensor) -> Tensor:
-        before, after = before.detach().float(), after.detach().float()
+    def _moments(self, before: Tensor | None, after: Tensor) -> Tensor:
+        """One row of the bank."""
         channel = after.ndim - 1 if after.ndim == 3 else 1  # (N, C, ...), or tokens (N, T, C)
         active = torch.count_nonzero(after, dim=[d for d in range(after.ndim) if d != channel])
         self.taps.active[self.row] = active
         count = torch.full((), float(after.numel()), device=after.device)
-        saturated = torch.full_like(count, float("nan"))
+        unknown = torch.full_like(count, float("nan"))
+        saturated, pre = unknown, (unknown, unknown)
         if self.bounds is not None:
             low, high = self.bounds
             margin = 0.015 * (high - low if math.isfinite(low) else high)
             saturated = ((after < low + margin) | (after > high - margin)).float().mean()
-        zeros = 1 - active.sum() / count
-        return torch.stack([count, *_moments(after), zeros, saturated, *_moments(before)])
+        if before is not None:
+            pre = _moments(before[: self.taps.samples].float())
+        return torch.stack([count, *_moments(after), 1 - active.sum() / count, saturated, *pre])
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

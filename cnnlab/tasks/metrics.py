@@ -9,13 +9,14 @@ from cnnlab.protocols import VOID
 
 
 def confusion(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
-    """Counts (classes, classes) int64, rows the target, columns the prediction; void targets count nowhere.
+    """Counts (classes, classes) int64, rows the target, columns the prediction; void counts nowhere.
 
-    Without a boolean mask, whose size the host would have to wait for: void falls into a row that is cut off.
+    As in the losses, void is in dense targets (N, H, W) only: of 1000 labels (N,), 255 is one. It falls into a row
+    that is cut off, since the host would have to wait for the size of what a boolean mask keeps.
     """
-    target, predicted = target.flatten(), predicted.flatten()
-    row = torch.where(target == VOID, torch.full_like(target, classes), target)
-    counts = torch.zeros((classes + 1) * classes, dtype=torch.int64, device=target.device)
+    row = torch.where(target == VOID, classes, target) if target.ndim > 1 else target
+    row, predicted = row.flatten(), predicted.flatten()
+    counts = torch.zeros((classes + 1) * classes, dtype=torch.int64, device=row.device)
     counts.scatter_add_(0, row * classes + predicted, torch.ones_like(row))
     return counts.view(classes + 1, classes)[:classes]
 

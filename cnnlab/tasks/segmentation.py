@@ -94,15 +94,15 @@ class UnpoolDecoder(nn.Module):
     Each value returns to the place of its maximum, a convolution fills in what lies between.
 
     Args:
-        channels: of the backbone's last map.
+        channels: of the backbone's last map, (N, channels, H, W) of the size that the last pooling left.
         pool_channels: of the map before each pooling, in the backbone's order.
         num_classes: of the mask.
     """
 
     def __init__(self, channels: int, pool_channels: tuple[int, ...], num_classes: int):
         super().__init__()
-        if channels != pool_channels[-1]:
-            raise ValueError(f"expected the last pooled map to have {pool_channels[-1]} channels, received {channels}")
+        last = pool_channels[-1]
+        self.bottleneck = nn.Identity() if channels == last else _refine(channels, last)
         following = (*pool_channels[:-1][::-1], pool_channels[0])
         self.blocks = nn.ModuleList(
             _refine(c, following_c) for c, following_c in zip(pool_channels[::-1], following, strict=True)
@@ -110,7 +110,7 @@ class UnpoolDecoder(nn.Module):
         self.classifier = nn.Conv2d(pool_channels[0], num_classes, 1)
 
     def forward(self, features: Features) -> dict[str, Tensor]:
-        x = features.stages[-1]
+        x = self.bottleneck(features.stages[-1])
         for block, indices, size in zip(self.blocks, features.indices[::-1], features.sizes[::-1], strict=True):
             x = block(functional.max_unpool2d(x, indices, 2, output_size=size))
         return {"logits": self.classifier(x)}

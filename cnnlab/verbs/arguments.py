@@ -1,15 +1,15 @@
-"""What the command lines of the verbs share: Hydra's flags apart from the overrides, and errors as one message."""
+"""What the verbs' command lines share: Hydra's flags, the overrides, and errors as one message."""
 
 from __future__ import annotations
 
 import argparse
 import io
 from collections.abc import Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-from cnnlab.config import CONFIG_NAME, Composer, composer
+from cnnlab.config import CONFIG_NAME, Composed, Composer, composer
 from cnnlab.errors import UsageError, did_you_mean
 
 
@@ -98,10 +98,20 @@ def parse(arguments: Sequence[str], parser: Parser | None = None) -> Arguments:
     return Arguments(**shared, config_dirs=config_dirs, own=own, raw=list(arguments))
 
 
+def experiment(open_composer: Composer, args: Arguments) -> Composed:
+    """The one checked experiment that the overrides ask for. Raises `ConfigError` with every problem."""
+    from cnnlab.validate import checked
+
+    if args.multirun:
+        raise UsageError("--multirun: this verb takes one experiment; sweeps are for cnnlab train")
+    return checked(open_composer, args.overrides)
+
+
 def ask_hydra(raw: Sequence[str], config_dirs: Sequence[str] = ()) -> int:
-    """Answers `--help`, `--cfg job`, `--info` as Hydra's users expect. Raises `ConfigError` as a run would."""
+    """Answers `--help`, `--cfg job`, `--info` as Hydra's users expect. Raises what a run would."""
     args = parse(raw)
-    with composer([*config_dirs, *args.config_dirs], args.config_name) as open_composer:
+    folders = list(dict.fromkeys([*config_dirs, *args.config_dirs]))
+    with composer(folders, args.config_name) as open_composer:
         return answer(open_composer, args)
 
 
@@ -118,11 +128,12 @@ def answer(open_composer: Composer, args: Arguments) -> int:
     if args.cfg is not None:
         _show_config(open_composer, args, args.overrides)
     elif args.info is not None:
-        hydra.show_info(args.info, config_name=name, overrides=args.overrides)
+        hydra.show_info(args.info, config_name=name, overrides=open_composer.lines(args.overrides))
     else:
         from hydra._internal.utils import get_args_parser
 
         show = hydra.hydra_help if args.hydra_help else hydra.app_help
+        args = replace(args, overrides=open_composer.lines(args.overrides))
         show(config_name=name, args_parser=get_args_parser(), args=args)
     return 0
 
@@ -130,7 +141,7 @@ def answer(open_composer: Composer, args: Arguments) -> int:
 def _show_config(open_composer: Composer, args: Arguments, overrides: Sequence[str]) -> None:
     shown = io.StringIO()
     try:
-        with redirect_stdout(shown):
+        with redirect_stdout(shown), redirect_stderr(io.StringIO()):
             open_composer.hydra.show_cfg(
                 config_name=open_composer.config_name,
                 overrides=open_composer.lines(overrides),

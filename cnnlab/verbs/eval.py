@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
-from cnnlab.config import Composed, make_importable
+from cnnlab.config import Composed
 from cnnlab.rundir import RunDir, jsonable
+from cnnlab.schema import Device
+from cnnlab.verbs.arguments import Parser
+from cnnlab.verbs.reopen import reopened
 
 EXAMPLES = """examples:
   cnnlab eval outputs/digits-resnet/2026-11-22_10-00-00-1a2b
@@ -18,21 +19,17 @@ EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="cnnlab eval",
-        description="Evaluates a run's checkpoint; the run folder is left as it is.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("eval", "Evaluates a run's checkpoint; the run folder is left as it is.", EXAMPLES)
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--split", choices=["train", "val", "test"], default="test")
     parser.add_argument("--checkpoint", choices=["best", "last"], default="best")
-    parser.add_argument("--device", help="as trainer.device: auto, cuda, mps, cpu", default=None)
-    parser.add_argument("--config-dir", action="append", default=[], help="beside which your own parts lie")
+    parser.add_argument("--device", choices=[device.value for device in Device], help="as trainer.device")
+    parser.add_argument("--config-dir", action="append", default=[], help="where your own parts are now")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    args = parser.parse_args(arguments)
-    make_importable([Path(folder) for folder in args.config_dir])
-    figures = evaluate_run(RunDir(args.run), args.split, args.checkpoint, args.device)
+    args = parser.parse_all(arguments)
+    folder = RunDir(args.run)
+    reopened(folder, args.config_dir)  # its own parts are importable from here on
+    figures = evaluate_run(folder, args.split, args.checkpoint, args.device)
     if args.json:
         print(json.dumps(jsonable(figures)))
     else:
@@ -41,11 +38,13 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | None = None) -> dict[str, float]:
+def evaluate_run(
+    folder: RunDir, split: str, which: str = "best", device: str | None = None
+) -> dict[str, float]:
     """The metrics of the checkpoint `which` of a run on `split`, named as in its `run.json`.
 
-    It computes as the run did (precision and layout), where it finds the kind of device that the run had. A run
-    that has no best checkpoint, because it was never evaluated, has its last one measured.
+    It computes as the run did (precision and layout), where it finds the kind of device that the run had. A
+    run that has no best checkpoint, because it was never evaluated, has its last one measured.
 
     Raises:
         UsageError: no run folder.
@@ -60,14 +59,16 @@ def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | 
     from cnnlab.train.loop import evaluate
     from cnnlab.validate import check
 
-    config = folder.config()
+    config = reopened(folder).config
     path = folder.best if which == "best" and folder.best.exists() else folder.last
     state = checkpoint.load(path)
     if device is not None:
         config["trainer"]["device"] = device
     composed = Composed(config, folder.path, {}, ())
     check(composed)
-    trainer = as_recorded(bind_section(Trainer, config["trainer"]), state.get("origin", {}).get("choices", {}))
+    trainer = as_recorded(
+        bind_section(Trainer, config["trainer"]), state.get("origin", {}).get("choices", {})
+    )
     for name in ("device", "precision", "layout"):
         config["trainer"][name] = getattr(trainer, name).value
     run = build(composed, resumed=True)

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cnnlab.config import composer
-from cnnlab.verbs.arguments import ask_hydra, parse
-from cnnlab.verbs.train import refuse_sweep
+from cnnlab.verbs.arguments import answer, experiment, override_parser, parse
 
 HELP = """cnnlab summary: shows what an experiment would train.
 
@@ -34,19 +33,16 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def main(arguments: Sequence[str]) -> int:
-    args = parse(arguments)
+    args = parse(arguments, override_parser("summary"))
     if args.help:
         print(HELP, end="")
         return 0
-    if args.show:
-        return ask_hydra(args.raw, args.config_dirs)
-    with composer(args.config_dirs) as open_composer:
-        refuse_sweep(open_composer, args.overrides)
-        composed = open_composer.compose(args.overrides)
+    with composer(args.config_dirs, args.config_name) as open_composer:
+        if args.show:
+            return answer(open_composer, args)
+        composed = experiment(open_composer, args)
     from cnnlab.summarize import to_json
-    from cnnlab.validate import check
 
-    check(composed)
     described = _describe(composed.config)
     if args.json:
         document = {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,19 @@ from omegaconf import OmegaConf
 
 from cnnlab.config import Composed, Composer, make_importable
 from cnnlab.errors import CnnlabError, ConfigError, DataError, InterruptedRun, Terminated, UsageError
-from cnnlab.rundir import SCHEMA_VERSION, RunDir, config_hash, jsonable, write_json
+from cnnlab.overrides import line
+from cnnlab.rundir import SCHEMA_VERSION, RunDir, claim, config_hash, jsonable, write_json
 from cnnlab.verbs.arguments import Arguments
 
+FINISHED = ("completed", "diverged")
+"""Ends of a cell that would come out alike if it began again."""
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-UNFINISHED = ("pending", "running")
 
 
 def sweep(open_composer: Composer, args: Arguments) -> int:
     """Checks every cell before the first one starts, runs them through Hydra's launcher, and sums up.
 
-    A cell that fails or diverges is recorded with its own error and the rest goes on; the exit code is then 1.
+    A cell that fails or diverges is recorded with its own error and the rest goes on; the exit code is 1.
 
     Raises:
         ConfigError: with every problem of every cell.
@@ -40,26 +43,32 @@ def sweep(open_composer: Composer, args: Arguments) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("a sweep runs its cells one by one; start torchrun for each of them, without -m")
     cells = open_composer.cells(args.overrides)
-    sweep_ = Sweep(_checked(open_composer, cells))
-    sweep_.create()
+    folder = SweepDir(_checked(open_composer, cells))
+    launch = _launcher(open_composer, folder.path, cells, json_output=args.json)
+    folder.create()
     began = time.perf_counter()
-    try:
-        _launch(open_composer, sweep_.folder, cells, json_output=args.json)
-    except KeyboardInterrupt as stop:
-        records = sweep_.write()
-        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-        done = sum(record["status"] not in UNFINISHED for record in records)
-        raise InterruptedRun(
-            f"the sweep was interrupted by {number.name} with {done} of {len(records)} cells begun; "
-            f"{sweep_.folder / 'sweep.json'} says what came of each",
-            number,
-        ) from stop
-    except BaseException:
-        sweep_.write()
-        raise
-    records = sweep_.write(over=True)
-    report(records, sweep_.folder, time.perf_counter() - began, json_output=args.json)
+    with claim(folder.path / ".lock", f"{folder.path}: another process is running this sweep"):
+        try:
+            launch()
+        except KeyboardInterrupt as stop:
+            raise _interruption(stop, folder) from stop
+        except BaseException:
+            folder.write()
+            raise
+        records = folder.write(over=True)
+    report(records, folder.path, time.perf_counter() - began, json_output=args.json)
     return 0 if all(record["status"] == "completed" for record in records) else 1
+
+
+def _interruption(stop: KeyboardInterrupt, folder: SweepDir) -> InterruptedRun:
+    number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+    states = [record["status"] for record in folder.write()]
+    told = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    return InterruptedRun(
+        f"the sweep was interrupted by {number.name}: {told}; see {folder.json}. "
+        f"Go on with: the same command and hydra.sweep.dir={folder.path}",
+        number,
+    )
 
 
 def _checked(open_composer: Composer, cells: Sequence[Sequence[str]]) -> list[Composed]:
@@ -92,33 +101,51 @@ def _in_cells(problem: str, found: Sequence[str], total: int) -> str:
     return f"{problem}\n      {where}: {found[0]}"
 
 
-class Sweep:
+class SweepDir:
     """The folder of a sweep, and `sweep.json` in it."""
 
     def __init__(self, cells: Sequence[Composed]):
         first = cells[0].sweep_dir
         assert first is not None
-        self.folder = first
+        self.path = first
+        self.json = first / "sweep.json"
         self.cells = cells
         # Each cell was composed with a stamp of its own; where they go is told by the first one.
         self.runs = [first / c.run_dir.relative_to(c.sweep_dir) if c.sweep_dir else first for c in cells]
 
     def create(self) -> None:
-        """Raises `UsageError` if a sweep is there already, or if cells would share a folder."""
+        """Makes the folder, or finds the same sweep in it, which then goes on.
+
+        Raises `UsageError` if something else is there, or if cells would share a folder.
+        """
         if len(set(self.runs)) < len(self.runs):
             raise UsageError(
                 "hydra.sweep.subdir gives several cells one folder; two runs never share one. Type "
                 "'hydra.sweep.subdir=${hydra.job.num}', or name there what differs"
             )
-        taken = [path for path in (self.folder / "sweep.json", *self.runs) if path.exists()]
-        if taken:
-            raise UsageError(f"{taken[0]} is there already; two sweeps never share a folder. Type another hydra.sweep.dir")
+        before = self._recorded()
+        taken = next((path for path in (self.json, *self.runs) if path.exists()), None)
+        if taken is not None and before != self._asked():
+            found = "another sweep" if before is not None else f"{taken.name}, which is no part of a sweep,"
+            raise UsageError(f"{self.path} holds {found} already; type another hydra.sweep.dir")
         try:
             self.write()
         except OSError as error:
             raise UsageError(
-                f"{self.folder}: the sweep cannot be written there ({error.strerror}); type another paths.outputs"
+                f"{self.path}: the sweep cannot be written there ({error.strerror}); type another "
+                "paths.outputs or hydra.sweep.dir"
             ) from error
+
+    def _asked(self) -> list[tuple[list[str], str]]:
+        return [(_own(cell.overrides), config_hash(cell.config)) for cell in self.cells]
+
+    def _recorded(self) -> list[tuple[list[str], str]] | None:
+        """What `sweep.json` says was asked for; `None` where there is none to read."""
+        try:
+            cells = json.loads(self.json.read_text())["cells"]
+            return [(cell["overrides"], cell["config_hash"]) for cell in cells]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def write(self, *, over: bool = False) -> list[dict[str, Any]]:
         """Writes `sweep.json` from the cells' own `run.json`, and returns its cells.
@@ -129,13 +156,13 @@ class Sweep:
         for number, (cell, path) in enumerate(zip(self.cells, self.runs, strict=True)):
             run = RunDir(path)
             if over and run.read().get("status") in (None, "running"):
-                run.update(status="failed", reason="its process ended without a word", config_hash=config_hash(cell.config))
+                run.update(status="failed", reason="its process ended without a word")
             found = run.read()
             records.append(
                 {
                     "cell": number,
-                    "run": os.path.relpath(path, self.folder),
-                    "overrides": list(cell.overrides),
+                    "run": os.path.relpath(path, self.path),
+                    "overrides": _own(cell.overrides),
                     "config_hash": config_hash(cell.config),
                     "status": found.get("status", "pending"),
                     "reason": found.get("reason"),
@@ -144,40 +171,54 @@ class Sweep:
                     "best": found.get("best"),
                 }
             )
-        write_json(self.folder / "sweep.json", {"schema_version": SCHEMA_VERSION, "cells": records})
+        write_json(self.json, {"schema_version": SCHEMA_VERSION, "cells": records})
         return records
+
+
+def _own(overrides: Sequence[str]) -> list[str]:
+    """A cell's overrides without those of Hydra, which are the sweep's."""
+    return [text for text in overrides if not text.lstrip("+~").startswith(("hydra.", "hydra/"))]
 
 
 # ---- running the cells ----
 
 
-def _launch(open_composer: Composer, folder: Path, cells: Sequence[Sequence[str]], *, json_output: bool) -> None:
-    """Hands the cells to Hydra's launcher: one after another, or by joblib, Slurm, Ray.
+def _launcher(
+    open_composer: Composer, folder: Path, cells: Sequence[Sequence[str]], *, json_output: bool
+) -> Callable[[], None]:
+    """What runs the cells: Hydra's launcher, one after another, or by joblib, Slurm, Ray.
 
-    Its sweeper has nothing left to do: the cells are listed and checked.
+    Its sweeper has nothing left to do: the cells are listed and checked. Raises `UsageError` for another one.
     """
-    # The settings of Hydra go to the whole sweep; a cell's own .hydra is written by the run itself.
-    of_hydra = [o.input_line for o in open_composer.parse(cells[0]) if o.is_hydra_override()]
+    # Settings of Hydra go to the whole sweep; a cell's own .hydra is written by the run itself.
+    shared = [line(o) for o in open_composer.parse(cells[0]) if o.is_hydra_override()]
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    settings = [*of_hydra, f"hydra.sweep.dir='{quoted}'", "hydra.output_subdir=null"]
-    master = open_composer.load(settings, RunMode.MULTIRUN)
-    callbacks = Callbacks(master)
+    settings = [*shared, f"hydra.sweep.dir='{quoted}'", "hydra.output_subdir=null"]
+    config = open_composer.load(settings, RunMode.MULTIRUN)
+    if config.hydra.sweeper._target_ != BASIC_SWEEPER:
+        raise UsageError(
+            "hydra/sweeper: all cells are checked before the first one starts; type hydra/sweeper=basic"
+        )
+    callbacks = Callbacks(config)
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=HydraContext(config_loader=open_composer.hydra.config_loader, callbacks=callbacks),
         task_function=partial(run_cell, config_dirs=open_composer.config_dirs, json_output=json_output),
-        config=master,
+        config=config,
     )
-    lines = [open_composer.lines(cell) for cell in cells]
-    own = [[line for line in cell if line not in of_hydra] for cell in lines]
-    size = master.hydra.sweeper.get("max_batch_size") or len(own)
-    callbacks.on_multirun_start(config=master, config_name=open_composer.config_name)
-    for start in range(0, len(own), size):
-        launcher.launch(own[start : start + size], initial_job_idx=start)
-    callbacks.on_multirun_end(config=master, config_name=open_composer.config_name)
+    own = [[text for text in open_composer.lines(cell) if text not in shared] for cell in cells]
+    size = config.hydra.sweeper.max_batch_size or len(own)
+
+    def launch() -> None:
+        callbacks.on_multirun_start(config=config, config_name=open_composer.config_name)
+        for start in range(0, len(own), size):
+            launcher.launch(own[start : start + size], initial_job_idx=start)
+        callbacks.on_multirun_end(config=config, config_name=open_composer.config_name)
+
+    return launch
 
 
 def run_cell(config: Any, *, config_dirs: Sequence[str], json_output: bool) -> None:
-    """One cell, as Hydra's launcher calls it: runs it in the folder that Hydra made.
+    """One cell, as Hydra's launcher calls it: runs it, or goes on with it, in the folder that Hydra made.
 
     A failure of its own is recorded there and not raised; an interruption ends the sweep.
     """
@@ -185,25 +226,26 @@ def run_cell(config: Any, *, config_dirs: Sequence[str], json_output: bool) -> N
 
     make_importable(config_dirs)
     hydra = HydraConfig.get()
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    values = {str(key): value for key, value in plain.items()}
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     folder, choices = Path(hydra.runtime.output_dir), dict(hydra.runtime.choices)
-    composed = Composed(values, folder, choices, tuple(hydra.overrides.task), tuple(config_dirs))
+    composed = Composed(plain, folder, choices, tuple(hydra.overrides.task), tuple(config_dirs))
+    label = f"cell {hydra.job.num}"
     out = sys.stderr if json_output else sys.stdout
-    print(f"\ncell {hydra.job.num}: {' '.join(composed.overrides)}", file=out, flush=True)
+    run = RunDir(folder)
+    if run.read().get("status") in FINISHED:
+        print(f"\n{label}: done before", file=out, flush=True)
+        return
+    if not run.last.exists() and run.read().get("status") is not None:
+        shutil.rmtree(folder)  # it ended before its first checkpoint: begin again
+    print(f"\n{label}: {' '.join(composed.overrides)}", file=out, flush=True)
     try:
-        train(composed, json_output=json_output)
+        train(composed, run if run.last.exists() else None, json_output=json_output)
     except InterruptedRun as error:  # a launcher keeps what is an Exception and goes on with the next cell
-        print(f"cell {hydra.job.num}: {error}", file=sys.stderr, flush=True)
         terminated = error.exit_code == 128 + signal.SIGTERM
         raise (Terminated if terminated else KeyboardInterrupt) from error
     except (Exception, SystemExit) as error:
-        label = "" if isinstance(error, CnnlabError) else f"{type(error).__name__}: "
-        print(f"cell {hydra.job.num}: {label}{error}", file=sys.stderr, flush=True)
-        run = RunDir(folder)
-        if run.read().get("status") in (None, "running"):
-            run.record_failure(error)
+        kind = "" if isinstance(error, CnnlabError) else f"{type(error).__name__}: "
+        print(f"{label}: {kind}{error}", file=sys.stderr, flush=True)
     finally:
         gc.collect()  # the next cell gets the memory
 
@@ -221,13 +263,18 @@ def report(
     from rich.console import Console
     from rich.table import Table
 
+    from cnnlab.sinks.records import LOSS_PARTS
+
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(f"\n{len(records)} cells in {seconds:.0f} s: {folder}", markup=False)
     table = Table()
     varied = [key for key in _keys(records) if len({_value(record, key) for record in records}) > 1]
-    names = list(dict.fromkeys(name for record in records for name in record["metrics"]))
+    measured = dict.fromkeys(name for record in records for name in record["metrics"])
+    names = [name for name in measured if name.rpartition("/")[2] not in LOSS_PARTS]
     for heading in ("cell", *varied, "status", *names, "seconds"):
-        table.add_column(heading, justify="right" if heading in (*names, "seconds") else "left", overflow="fold")
+        table.add_column(
+            heading, justify="right" if heading in (*names, "seconds") else "left", overflow="fold"
+        )
     for record in records:
         table.add_row(
             str(record["cell"]),

@@ -11,11 +11,12 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
-from cnnlab.config import Composed, Composer, composer, make_importable
+from cnnlab.config import Composed, Composer, composer
 from cnnlab.errors import ConfigError, UsageError
 from cnnlab.overrides import is_plain, line, short, wrong_key
 from cnnlab.rundir import RESUMABLE, RunDir, config_hash, environment, flatten, jsonable
 from cnnlab.verbs.arguments import answer, override_parser, parse
+from cnnlab.verbs.reopen import reopened
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def asked(open_composer: Composer, overrides: Sequence[str]) -> tuple[Composed, RunDir | None]:
-    """The checked experiment that the overrides ask for, and the folder of the run that goes on, if one does."""
+    """The checked experiment that the overrides ask for, and the folder of the run that goes on, if any."""
     from cnnlab.validate import check, checked
 
     if any(override.startswith("resume=") for override in overrides):
@@ -48,7 +49,10 @@ def asked(open_composer: Composer, overrides: Sequence[str]) -> tuple[Composed, 
             composed, folder = resumed(open_composer, Path(given[-1]), parsed)
             check(composed)
             return composed, folder
-    return checked(open_composer, overrides), None
+    composed = checked(open_composer, overrides)
+    if composed.config["resume"] is not None:
+        raise UsageError(f"`resume`: type it by itself, as resume={composed.config['resume']}")
+    return composed, None
 
 
 def train(composed: Composed, folder: RunDir | None = None, *, json_output: bool = False) -> dict[str, float]:
@@ -125,20 +129,6 @@ def _opening(composed: Composed, run: Any) -> dict[str, Any]:
 # ---- going on ----
 
 
-def reopened(folder: RunDir, config_dirs: Sequence[str] = ()) -> Composed:
-    """The experiment of a run folder, its own modules importable again.
-
-    Args:
-        config_dirs: where they are now, if they have moved since.
-
-    Raises `UsageError` if this is no run folder.
-    """
-    config, record = folder.config(), folder.read()
-    known = [*config_dirs, *record.get("config_dirs", [])]
-    make_importable(known)
-    return Composed(config, folder.path, record.get("choices", {}), tuple(folder.overrides()), tuple(known))
-
-
 def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> tuple[Composed, RunDir]:
     """The experiment of a run folder, with the changes that a run may take.
 
@@ -157,6 +147,7 @@ def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> 
             stored.config[section][name] = override.value()
             added.append(line(override))
     if problems:
+        problems[-1] += f"\n    What may change: {', '.join(RESUMABLE)}; start another run for anything else"
         raise ConfigError(problems)
     composed = Composed(stored.config, path, stored.choices, (*stored.overrides, *added), stored.config_dirs)
     return composed, folder
@@ -173,13 +164,5 @@ def _refusal(override: Override, stored: Composed, groups: Collection[str]) -> s
     if override.is_hydra_override():
         return f"`{short(line(override))}`: a run goes on in its own folder; leave this out"
     return wrong_key(override, config, stored.choices, groups) or (
-        f"`{short(line(override))}`: a run goes on with what it has, {key}={short(str(has))}; what may change is "
-        f"{', '.join(RESUMABLE)}. Start another run for anything else"
+        f"`{short(line(override))}`: a run goes on with what it has, {key}={short(str(has))}"
     )
-
-
-def refuse_sweep(open_composer: Composer, overrides: Sequence[str]) -> None:
-    """Raises `UsageError` where the overrides name several experiments."""
-    cells = open_composer.cells(overrides)
-    if len(cells) > 1:
-        raise UsageError(f"these overrides name {len(cells)} experiments, and this verb takes one")

@@ -13,7 +13,7 @@ DIGITS: dict[str, Any] = {"num_classes": 10, "in_channels": 1, "image_size": (8,
 
 
 def drawn(make: Callable[[], nn.Module], *, fill: bool = True) -> nn.Module:
-    """The network without the seconds that its constructor's draws take, with random weights or unset ones."""
+    """The network without the seconds that its constructor's draws take; `fill` gives it other weights."""
     with torch.device("meta"):
         model = make()
     model.to_empty(device="cpu")
@@ -41,15 +41,21 @@ def seeded_call(model: nn.Module, x: Tensor) -> Any:
     return model(x)
 
 
-def assert_same_network(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
-    """Loads their weights into ours; logits, running statistics and (in training) aux must agree."""
+def assert_same_network(
+    ours: nn.Module, theirs: nn.Module, x: Tensor, evaluated: Tensor | None = None
+) -> None:
+    """Loads their weights into ours; logits, running statistics and (in training) aux must agree.
+
+    `x` are the images in training, `evaluated` (or the same) those in evaluation.
+    """
     ours.load_state_dict(theirs.state_dict(), strict=True)
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
     with torch.no_grad():
         for training in (True, False):
             ours.train(training)
             theirs.train(training)
-            found, expected = seeded_call(ours, x), seeded_call(theirs, x)
+            batch = x if training or evaluated is None else evaluated
+            found, expected = seeded_call(ours, batch), seeded_call(theirs, batch)
             if isinstance(expected, tuple):  # Inception's (logits, aux) in training
                 torch.testing.assert_close(found["aux"], expected[1], rtol=1e-5, atol=1e-5)
                 expected = expected[0]

@@ -10,7 +10,7 @@ from cnnlab.models.norm import instance
 def test_equals_torchvision():
     ours = drawn(lambda: Inception(num_classes=10, in_channels=3, image_size=(299, 299)), fill=False)
     theirs = drawn(lambda: torchvision.models.inception_v3(weights=None, init_weights=False, num_classes=10))
-    assert_same_network(ours, theirs, images(299))
+    assert_same_network(ours, theirs, images(299), images(96))  # 299: what the auxiliary classifier needs
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,6 @@ def test_equals_torchvision():
         (8, (8, 8, 8, 4, 2)),
         (16, (16, 16, 8, 4, 2)),
         (32, (32, 16, 8, 4, 2)),
-        (64, (32, 16, 8, 4, 2)),
         (75, (35, 15, 7, 3, 1)),
     ],
 )

@@ -18,9 +18,8 @@ from cnnlab.optim.muon import orthogonalize
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "optim").glob("*.yaml"))
 
 LARGER_RATES = dict.fromkeys(("adam", "adamw", "nadam", "rmsprop", "soap", "lion"), 0.02)
-LARGER_RATES |= {"adagrad": 0.1, "radam": 0.1, "sophia": 2.0}
-"""A preset's rate is meant for thousands of steps; those whose steps do not grow with the gradient need
-more here."""
+LARGER_RATES |= {"momentum": 0.02, "nesterov": 0.02, "adagrad": 0.1, "radam": 0.1, "sophia": 2.0}
+"""A preset's rate is meant for hundreds of steps of a deep network; sixty steps of a small one need more."""
 
 
 def make(path, params, **overrides):

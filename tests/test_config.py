@@ -1,0 +1,323 @@
+"""Composing: what the command line, the shipped configs and a user's own folder make together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import cnnlab
+from cnnlab.config import Composer, composer, config_root
+from cnnlab.errors import ConfigError, UsageError
+
+UserFolder = Callable[[dict[str, str]], Path]
+
+
+def problems_of(composer: Composer, *overrides: str) -> list[str]:
+    return list(composer.draft(overrides).problems)
+
+
+# ---- what composes ----
+
+
+def test_the_default_experiment(shared_composer: Composer):
+    composed = shared_composer.compose()
+    assert composed.config["seed"] == 0
+    assert composed.config["resume"] is None
+    assert composed.config["name"] == "digits-resnet"
+    assert composed.choices["model"] == "resnet"
+    assert composed.run_dir.parts[:2] == ("outputs", "digits-resnet")
+    assert "hydra" not in composed.config
+
+
+def test_two_compositions_have_two_folders(shared_composer: Composer):
+    folders = {shared_composer.compose().run_dir for _ in range(3)}
+    assert len(folders) == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("seed=0", "seed", 0),
+        ("name=a b", "name", "a b"),
+        ("name='a,b'", "name", "a,b"),
+        ('name="x=[1]"', "name", "x=[1]"),
+        ("groups.freeze=[conv1,layer1]", "groups.freeze", ["conv1", "layer1"]),
+        ("schedule.warmup=5 %", "schedule.warmup", "5 %"),
+        ("optim.lr=1e-3", "optim.lr", 0.001),
+        ("optim.lr=${trainer.epochs}", "optim.lr", 20),
+        ("trainer.max_steps=null", "trainer.max_steps", None),
+        ("trainer={epochs: 3}", "trainer.epochs", 3),
+        ("++optim.lr=7", "optim.lr", 7),
+        ("+optim.maximize=true", "optim.maximize", True),
+    ],
+)
+def test_a_value(shared_composer: Composer, override: str, key: str, value: object):
+    node: object = shared_composer.compose([override]).config
+    for part in key.split("."):
+        assert isinstance(node, dict)
+        node = node[part]
+    assert node == value
+
+
+@pytest.mark.parametrize(
+    ("overrides", "group", "names"),
+    [
+        (["augment=[crop,flip]"], "augment", ["crop", "flip"]),
+        (["augment=[flip,crop]"], "augment", ["flip", "crop"]),
+        (["augment=standard"], "augment", ["crop", "flip"]),
+        (["augment=[crop,flip]", "~augment.flip"], "augment", ["crop"]),
+        (["augment=none"], "augment", []),
+        (["augment=null"], "augment", []),
+        (["~augment"], "augment", []),
+        (["probe=[gradients]"], "probe", ["gradients"]),
+        (["stats=off"], "probe", []),
+        (["stats=light"], "probe", ["gradients", "updates"]),
+        (["stats=off", "probe=[updates]"], "probe", ["updates"]),
+    ],
+)
+def test_groups_of_several_parts(
+    shared_composer: Composer, overrides: list[str], group: str, names: list[str]
+):
+    assert list(shared_composer.compose(overrides).config[group]) == names
+
+
+def test_regularization_adds_up(shared_composer: Composer):
+    both = shared_composer.compose(["regularization=[dropout,ema]"]).config["regularization"]
+    assert (both["dropout"], both["ema"], both["l1"]) == (0.5, 0.99, 0.0)
+
+
+@pytest.mark.parametrize("override", ["experiment=null", "debug=null", "~experiment"])
+def test_no_experiment(shared_composer: Composer, override: str):
+    assert shared_composer.compose([override]).config == shared_composer.compose().config
+
+
+def test_hydra_settings_move_the_run(shared_composer: Composer):
+    assert shared_composer.compose(["hydra.run.dir=here/it is"]).run_dir == Path("here/it is")
+
+
+def test_the_python_api_composes():
+    assert cnnlab.compose(["seed=3"]).config["seed"] == 3
+
+
+# ---- a user's own folder ----
+
+
+def test_own_options_and_experiments(user_folder: UserFolder):
+    folder = user_folder(
+        {
+            "optim/mine.yaml": "_target_: torch.optim.SGD\nlr: 0.5\n",
+            "experiment/mine.yaml": (
+                "# @package _global_\ndefaults:\n  - override /optim: mine\n"
+                "_width: 6\nseed: 7\nname: ours\nmodel:\n  width: ${_width}\nregularization:\n  l2: 0.1\n"
+            ),
+            "local/default.yaml": "# @package _global_\ntrainer:\n  epochs: 2\n",
+        }
+    )
+    with composer([folder]) as own:
+        plain, experiment = own.compose(), own.compose(["experiment=mine", "seed=0"])
+    assert plain.config["trainer"]["epochs"] == 2
+    assert experiment.config["optim"]["lr"] == 0.5
+    assert experiment.config["model"]["width"] == 6
+    assert experiment.config["seed"] == 0, "the command line wins, and 0 is a seed"
+    assert experiment.config["regularization"]["l2"] == 0.1
+    assert experiment.run_dir.parts[1] == "ours"
+    assert experiment.config_dirs == (str(folder),)
+
+
+def test_the_shipped_option_wins_over_the_users(user_folder: UserFolder):
+    folder = user_folder({"optim/sgd.yaml": "_target_: torch.optim.SGD\nlr: 99\n"})
+    with composer([folder]) as own:
+        assert own.compose().config["optim"]["lr"] == 0.1
+
+
+def test_several_folders_and_another_primary_config(user_folder: UserFolder, tmp_path: Path):
+    first = user_folder({"base.yaml": "defaults: [config, _self_]\nseed: 5\n"})
+    second = tmp_path / "second"
+    (second / "optim").mkdir(parents=True)
+    (second / "optim" / "other.yaml").write_text("_target_: torch.optim.SGD\nlr: 4\n")
+    with composer([first, second], "base") as own:
+        composed = own.compose(["optim=other"])
+    assert composed.config["seed"] == 5
+    assert composed.config["optim"]["lr"] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("_target_: [a\n", "line 2: expected YAML"),
+        ("a: b: c\n", "line 1: expected YAML"),
+        ("lr: ${nowhere}\n", "nowhere"),
+        ("defaults: [nothing]\n", "nothing"),
+        ("\x00", "special characters"),
+    ],
+)
+def test_a_broken_file_of_the_user(user_folder: UserFolder, text: str, message: str):
+    folder = user_folder({"optim/mine.yaml": text})
+    with composer([folder]) as own:
+        (problem,) = problems_of(own, "optim=mine")
+    assert message in problem
+    assert "Traceback" not in problem
+
+
+def test_a_broken_file_does_not_hide_what_else_is_wrong(user_folder: UserFolder):
+    folder = user_folder({"optim/mine.yaml": "_target_: [a\n"})
+    with composer([folder]) as own:
+        found = problems_of(own, "optim=mine", "model=resnett", "trainer.epohcs=3")
+    assert len(found) == 3
+
+
+def test_a_folder_that_is_none(tmp_path: Path):
+    with pytest.raises(UsageError, match="expected a folder, received .*nowhere"), composer([tmp_path / "nowhere"]):
+        pass
+
+
+def test_a_primary_config_that_is_none():
+    with composer([], "nowhere") as own, pytest.raises(ConfigError, match="nowhere"):
+        own.compose()
+
+
+# ---- what does not compose: each problem, and what was meant ----
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("optim.momentun=0.9", "`momentum`"),
+        ("lr=0.1", "`optim.lr`"),
+        ("epochs=3", "`trainer.epochs`"),
+        ("batch_size=3", "`trainer.batch_size`"),
+        ("batchsize=3", "`trainer.batch_size`"),
+        ("limit=3", "`data.limit`"),
+        ("optimizer=adam", "`optim`"),
+        ("dataset=digits", "`data`"),
+        ("scheduler=cosine", "`schedule`"),
+        ("Seed=3", "`seed`"),
+        ("trainer/epochs=3", "`trainer.epochs`"),
+        ("trainer.batch-size=3", "`batch_size`"),
+        ("optim.epochs=3", "`trainer.epochs`"),
+        ("hydra.rnu.dir=x", "`run`"),
+        ("model=resnett", "`resnet`"),
+        ("model=ResNet", "`resnet`"),
+        ("optim=adma", "`adam`"),
+        ("augment=[crop,flp]", "`flip`"),
+        ("trainer=defualt", "`default`"),
+        ("resnet", "`model=resnet`"),
+    ],
+)
+def test_did_you_mean(shared_composer: Composer, override: str, meant: str):
+    (problem,) = problems_of(shared_composer, override)
+    assert f"did you mean {meant}" in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("xyzzy=3", ["no such key or group", "known: ", "optim", "trainer"]),
+        ("optim=", ["optim has no option ''", "its options: ", "sgd"]),
+        ("optim.betas=[0.9,0.9]", ["optim=sgd has no 'betas'", "it has: ", "lr"]),
+        ("augment.flip.p=1", ["augment=none has no 'flip'", "type augment=[flip]"]),
+        ("~augment.flip", ["augment=none has no 'flip'"]),
+        ("trainer.epochs.more=3", ["trainer.epochs is a value", "type trainer.epochs="]),
+        ("model=[resnet,vgg]", ["expected one option", "-m model=resnet,vgg"]),
+        ("seed=0,1", ["several values", "type -m", "'seed=\"0,1\"'"]),
+        ("seed=range(3)", ["several values", "type -m"]),
+        ("data.root=/a/b(1)", ["cannot be read", "'data.root=\"/a/b(1)\"'"]),
+        ("name=it's (x)", ["cannot be read", '"name=\\"it\'s (x)\\""']),
+        ("=3", ["expected KEY=VALUE"]),
+        ("nonsense", ["expected KEY=VALUE"]),
+        ("seed=" + "1" * 5000, ["cannot be read"]),
+        ("+optim.lr=1", ["already at 'optim.lr'"]),
+        ("optim.lr=${foo}", ["`optim.lr=${foo}`", "'foo' not found"]),
+        ("optim.lr=${oc.env:CNNLAB_NO_SUCH}", ["CNNLAB_NO_SUCH"]),
+        ("model@second=resnet", ["model@second"]),
+        ("hydra/launcher=nothing", ["no option 'nothing'", "basic"]),
+        ("experiment=nothing", ["no option 'nothing'"]),
+        ("trainer={epohcs: 3}", ["epohcs"]),
+    ],
+)
+def test_what_is_wrong_is_said(shared_composer: Composer, override: str, words: list[str]):
+    (problem,) = problems_of(shared_composer, override)
+    assert all(word in problem for word in words), problem
+    assert len(problem) < 800
+
+
+def test_all_problems_at_once_and_the_rest_still_composes(shared_composer: Composer):
+    draft = shared_composer.draft(
+        ["model=resnett", "model.dpeth=3", "optim.momentun=1", "lr=3", "seed=4", "foo", "optim=adam"]
+    )
+    assert len(draft.problems) == 4, "the keys of a model that does not exist are not told"
+    assert draft.composed is not None
+    assert draft.composed.config["seed"] == 4
+    assert draft.composed.choices["optim"] == "adam"
+    assert {"model", "optim", "lr", "foo"} <= draft.doubtful
+
+
+def test_a_problem_comes_once(shared_composer: Composer):
+    with pytest.raises(ConfigError) as caught:
+        shared_composer.compose(["lr=1", "lr=1"])
+    assert len(caught.value.problems) == 1
+
+
+# ---- the cells of a sweep ----
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cells"),
+    [
+        ([], [[]]),
+        (["seed=1"], [["seed=1"]]),
+        (["seed=0,1"], [["seed=0"], ["seed=1"]]),
+        (["seed=range(3)"], [["seed=0"], ["seed=1"], ["seed=2"]]),
+        (["seed=range(1,6,step=2)"], [["seed=1"], ["seed=3"], ["seed=5"]]),
+        (["seed=choice(4)"], [["seed=4"]]),
+        (["seed=0,1", "name=x"], [["seed=0", "name=x"], ["seed=1", "name=x"]]),
+        (
+            ["model=a,b", "seed=0,1"],
+            [["model=a", "seed=0"], ["model=a", "seed=1"], ["model=b", "seed=0"], ["model=b", "seed=1"]],
+        ),
+        (["seed=0,1", "seed=5"], [["seed=5"]]),
+        (["augment=[crop,flip],none"], [["augment=[crop,flip]"], ["augment=none"]]),
+        (["name='a b','c,d'"], [["name='a b'"], ["name='c,d'"]]),
+        (["schedule.warmup=5 %,null"], [["schedule.warmup=5 %"], ["schedule.warmup=null"]]),
+        (["optim=glob(ada*)"], [["optim=adagrad"], ["optim=adam"], ["optim=adamw"]]),
+        (["experiment=null", "seed=0,1"], [["~experiment", "seed=0"], ["~experiment", "seed=1"]]),
+    ],
+)
+def test_cells(shared_composer: Composer, overrides: list[str], cells: list[list[str]]):
+    assert shared_composer.cells(overrides) == cells
+
+
+@pytest.mark.parametrize("override", ["seed=interval(0,1)", "seed=range(0)", "seed=range(1,5,step=0)"])
+def test_sweeps_without_values(shared_composer: Composer, override: str):
+    with pytest.raises(ConfigError, match="expected values to list; type seed=A,B,C"):
+        shared_composer.cells([override])
+
+
+def test_a_sweep_stated_in_a_config(user_folder: UserFolder):
+    text = "# @package _global_\nhydra:\n  sweeper:\n    params:\n      seed: 0,1\n      optim.lr: 0.1,0.2\n"
+    folder = user_folder({"experiment/mine.yaml": text})
+    with composer([folder]) as own:
+        cells = own.cells(["experiment=mine", "seed=7"])
+    assert cells == [["seed=7", "optim.lr=0.1", "experiment=mine"], ["seed=7", "optim.lr=0.2", "experiment=mine"]]
+
+
+def test_a_cell_knows_its_place(shared_composer: Composer):
+    settings = ["hydra.sweep.dir=out/s", "hydra.sweep.subdir=${hydra.job.num}-${seed}"]
+    composed = shared_composer.compose(["seed=9", *settings], number=3)
+    assert composed.sweep_dir == Path("out/s")
+    assert composed.run_dir == Path("out/s/3-9")
+
+
+# ---- the folder of configs ----
+
+
+def test_the_configs_of_a_checkout():
+    assert config_root() == Path(cnnlab.__file__).parent.parent / "configs"
+
+
+def test_a_package_without_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("cnnlab.config.__file__", str(tmp_path / "cnnlab" / "config.py"))
+    with pytest.raises(UsageError, match="reinstall cnnlab"):
+        config_root()
