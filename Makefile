@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 setup: $(STAMP) ## create .venv and install cnnlab into it
 
 demo: $(STAMP) ## train a small ResNet on the embedded digits
-	$(BIN)/cnnlab train
+	$(BIN)/cnnlab train experiment=digits
 
 test: $(STAMP) ## the tests, without those marked slow or gpu
 	$(BIN)/python -m pytest -n 2

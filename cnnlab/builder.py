@@ -228,7 +228,7 @@ class _Builder:
             )
         if self.traits.create_graph and self.trainer.clip_norm is not None:
             raise UsageError(
-                "`trainer.clip_norm`: this optimizer bounds its step by a trust region and takes no clipped "
+                "`trainer.clip_norm`: this optimizer differentiates the loss itself, and takes no clipped "
                 "gradients; type trainer.clip_norm=null"
             )
         return placement

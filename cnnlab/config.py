@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,9 @@ class Composer:
         return [str(option) for option in self.hydra.config_loader.get_group_options(group)]
 
     def groups(self) -> list[str]:
-        return [name for name in self._folders() if self.options(name)]
+        return [name for name in self._folders if self.options(name)]
 
+    @cached_property
     def _folders(self) -> list[str]:
         return sorted(str(name) for name in self.hydra.config_loader.list_groups("") if name != "hydra")
 
@@ -165,7 +167,7 @@ class Composer:
                 if (
                     is_plain(override)
                     and override.value() is None
-                    and override.key_or_group in self._folders()
+                    and override.key_or_group in self._folders
                 ):
                     (override,) = parser.parse_overrides(
                         [f"~{override.get_key_element()}"]
@@ -181,7 +183,7 @@ class Composer:
         if "=" in text:
             remedy = f"for a text with special characters, quote it twice: {quoted(text)}"
             return f"`{short(text)}`: cannot be read; {remedy}"
-        meant = [f"`{group}={text}`" for group in self._folders() if text in self.options(group)]
+        meant = [f"`{group}={text}`" for group in self._folders if text in self.options(group)]
         return f"`{short(text)}`: expected KEY=VALUE" + (
             f" (did you mean {' or '.join(meant)}?)" if meant else ""
         )
@@ -228,19 +230,22 @@ class Composer:
     def draft(self, overrides: Sequence[str] = (), number: int | None = None) -> Draft:
         """Composes what can be composed, and tells what cannot."""
         parsed, problems = self._parsed(overrides)
-        misused = {line(o): problem for o in parsed if (problem := misuse(o, self._folders()))}
+        misused = {line(o): problem for o in parsed if (problem := misuse(o, self._folders))}
         kept = [override for override in parsed if line(override) not in misused]
         problems += misused.values()
         try:
-            composed = self._composed(kept, overrides, number)
+            loaded = self._composed(kept)
         except _Refused:
             try:
-                kept, more = self._sorted_out(kept)
+                kept, loaded, more = self._sorted_out(kept)
                 problems += more
-                composed = self._composed(kept, overrides, number)
-            except _Refused as refusal:
+            except _Refused as refusal:  # not even the defaults compose
                 return Draft(None, (*problems, str(refusal)))
         left_out = {*overrides} - {*map(line, kept)}
+        try:
+            composed = self._resolved(loaded, overrides, number)
+        except Exception as error:  # where a cell goes, hydra.sweep, may have an interpolation of its own
+            return Draft(None, (*problems, f"hydra.sweep: {reason(error)}"))
         return Draft(composed, tuple(problems), frozenset(map(first_key, left_out)))
 
     def load(self, overrides: Iterable[str], mode: RunMode = RunMode.RUN) -> DictConfig:
@@ -252,17 +257,19 @@ class Composer:
         except Exception as error:  # Hydra's own, OmegaConf's, YAML's, a file's encoding, ...
             raise _Refused(reason(error)) from error
 
-    def _composed(self, parsed: Sequence[Override], overrides: Sequence[str], number: int | None) -> Composed:
+    def _composed(self, parsed: Iterable[Override]) -> DictConfig:
+        """Hydra's composition, all of whose interpolations resolve. Raises `_Refused`."""
         loaded = self.load(map(line, parsed))
         try:
-            return self._resolved(loaded, overrides, number)
+            for key in loaded:
+                _plain(loaded, key) if key != "hydra" else loaded.hydra.run.dir
         except Exception as error:  # an interpolation, or a resolver's own error
             raise _Refused(reason(error)) from error
+        return loaded
 
     def _resolved(self, loaded: DictConfig, overrides: Sequence[str], number: int | None) -> Composed:
         config = {str(key): _plain(loaded, key) for key in loaded if key != "hydra"}
         hydra = loaded.hydra
-        choices = {str(group): option for group, option in hydra.runtime.choices.items() if "/" not in group}
         if number is None:
             run_dir, sweep_dir = Path(str(hydra.run.dir)), None
         else:
@@ -270,58 +277,61 @@ class Composer:
                 hydra.job.num = hydra.job.id = number
             sweep_dir = Path(str(hydra.sweep.dir))
             run_dir = sweep_dir / str(hydra.sweep.subdir)
-        return Composed(config, run_dir, choices, tuple(overrides), self.config_dirs, sweep_dir)
+        return Composed(config, run_dir, options_taken(hydra), tuple(overrides), self.config_dirs, sweep_dir)
 
     # ---- when Hydra refuses: which override, and what was meant ----
 
-    def _sorted_out(self, parsed: Sequence[Override]) -> tuple[list[Override], list[str]]:
-        """The overrides that compose, and what is wrong with each of the others."""
-        base = self.load([])
-        groups = {
-            *self._folders(),
-            *(str(name) for name in base.hydra.runtime.choices if "/" not in str(name)),
-        }
-        chosen = [override for override in parsed if is_choice(override, groups)]
-        wrong = {o.key_or_group: problem for o in chosen if (problem := self._wrong_option(o))}
-        kept, refused = self._one_by_one(
-            [override for override in chosen if override.key_or_group not in wrong]
-        )
-        problems = [*wrong.values(), *refused.values()]
-        if kept:
-            base = self.load(map(line, kept))
-        config: Any = OmegaConf.to_container(base)
-        choices = base.hydra.runtime.choices
-        for override in parsed:
-            if is_choice(override, groups) or first_key(override.key_or_group) in {*wrong, *refused}:
-                continue  # the keys of a group whose option is not known cannot be told
-            problem = self._wrong_option(override) or wrong_key(override, config, choices, groups)
-            if problem:
-                problems.append(problem + self._remedy(override, config))
-            else:
-                kept.append(override)
-        kept, refused = self._one_by_one(kept)
-        return kept, [*problems, *refused.values()]
-
-    def _one_by_one(self, parsed: Sequence[Override]) -> tuple[list[Override], dict[str, str]]:
-        """The overrides that compose together, in order, and why the others (by key) do not."""
+    def _sorted_out(self, parsed: Sequence[Override]) -> tuple[list[Override], DictConfig, list[str]]:
+        """The overrides that compose, what they compose to, and what is wrong with each of the others."""
+        groups = {*self._folders, *options_taken(self._defaults.hydra)}
+        problems: list[str] = []
         kept: list[Override] = []
-        refused: dict[str, str] = {}
+
+        def judge(override: Override, problem: str | None) -> None:
+            problems.append(problem) if problem else kept.append(override)
+
+        for override in parsed:
+            if is_choice(override, groups):
+                judge(override, self._wrong_option(override))
+        kept, base, refusals = self._one_by_one(kept)
+        problems += refusals
+        unknown = {o.key_or_group for o in parsed if is_choice(o, groups)} - {o.key_or_group for o in kept}
+        config: Any = OmegaConf.to_container(base)
+        for override in parsed:
+            if is_choice(override, groups) or first_key(override.key_or_group) in unknown:
+                continue  # the keys of a group whose option is not known cannot be told
+            problem = self._wrong_option(override) or wrong_key(
+                override, config, options_taken(base.hydra), groups
+            )
+            judge(override, problem and problem + self._remedy(override, config))
+        kept, loaded, refusals = self._one_by_one(kept)
+        return kept, loaded, [*problems, *refusals]
+
+    @cached_property
+    def _defaults(self) -> DictConfig:
+        return self._composed([])
+
+    def _one_by_one(self, parsed: Sequence[Override]) -> tuple[list[Override], DictConfig, list[str]]:
+        """The overrides that compose together, what they compose to, and why the others do not."""
+        if not parsed:
+            return [], self._defaults, []
         try:
-            self._composed(parsed, (), None)
-            return list(parsed), refused
+            return list(parsed), self._composed(parsed), []
         except _Refused:
             pass
+        kept: list[Override] = []
+        composed, refusals = self._defaults, []
         for override in parsed:
             try:
-                self._composed([*kept, override], (), None)
+                composed = self._composed([*kept, override])
                 kept.append(override)
             except _Refused as refusal:
-                refused[override.key_or_group] = f"`{short(line(override))}`: {refusal}"
-        return kept, refused
+                refusals.append(f"`{short(line(override))}`: {refusal}")
+        return kept, composed, refusals
 
     def _wrong_option(self, override: Override) -> str | None:
         group = override.key_or_group
-        named = group in self._folders() or group.startswith("hydra/")
+        named = group in self._folders or group.startswith("hydra/")
         return wrong_option(override, self.options(group)) if named and is_choice(override, [group]) else None
 
     def _remedy(self, override: Override, config: Mapping[str, Any]) -> str:
@@ -329,6 +339,11 @@ class Composer:
         group, name, *_ = [*override.key_or_group.split("."), ""]
         absent = group in LISTS and name in self.options(group) and name not in config[group]
         return f"; to have it, type {group}=[{name}]" if absent else ""
+
+
+def options_taken(hydra: Any) -> dict[str, Any]:
+    """The option taken of each group, Hydra's own groups left out."""
+    return {str(group): option for group, option in hydra.runtime.choices.items() if "/" not in str(group)}
 
 
 def _plain(config: DictConfig, key: Any) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -141,6 +144,11 @@ def _step(wanted: StepKind, device: torch.device, closure: bool, world: int) -> 
             f"`trainer.step={wanted.value}`: this optimizer evaluates the loss several times a step, which only "
             "the eager step does; type trainer.step=eager"
         )
+    if wanted is StepKind.compiled and device.type == "cpu" and shutil.which(_compiler()) is None:
+        raise UsageError(
+            f"`trainer.step=compiled`: torch.compile needs a C++ compiler, and there is no `{_compiler()}` (nor "
+            "another named by CXX); install one, or type trainer.step=eager"
+        )
     if wanted is StepKind.captured and device.type != "cuda":
         raise UsageError(
             f"`trainer.step=captured`: CUDA graphs need a CUDA device, this run is on {device.type}; "
@@ -149,3 +157,9 @@ def _step(wanted: StepKind, device: torch.device, closure: bool, world: int) -> 
     if wanted is StepKind.captured and world > 1:
         raise UsageError("`trainer.step=captured` runs on one process; type trainer.step=eager under torchrun")
     return wanted
+
+
+def _compiler() -> str:
+    """The C++ compiler that torch.compile calls, as it looks for it."""
+    usual = {"darwin": "clang++", "win32": "cl"}
+    return os.environ.get("CXX") or usual.get(sys.platform, "g++")

@@ -240,6 +240,11 @@ class _Trial:
                 f"`trainer.accumulate={trainer.accumulate}`: this optimizer differentiates the loss twice, "
                 "and needs the whole batch in one piece for it; type trainer.accumulate=1"
             )
+        if traits.create_graph and trainer.clip_norm is not None:
+            self.refuse(
+                f"`trainer.clip_norm={trainer.clip_norm:g}`: this optimizer differentiates the loss itself, and "
+                "takes no clipped gradients; type trainer.clip_norm=null"
+            )
 
     # ---- what only the parts together can tell: targets, sizes, heads, parameter names ----
 

@@ -26,7 +26,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,15 +37,17 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cnnlab.builder import build
+from cnnlab.builder import build, with_overrides
 from cnnlab.config import Composed, Composer, composer
-from cnnlab.errors import CnnlabError, ConfigError, DataError
+from cnnlab.errors import ConfigError, DataError, DivergedError
 from cnnlab.train import fit
 from cnnlab.validate import check
 
 REPORT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "composition.md"
 TIME_LIMIT = 60
 """Seconds a row may take."""
+SMALL_RATE = 1e-3
+"""Of the default rate, for a row that diverges with it: eight samples and a hundred layers are no fair trial."""
 
 COMMON = (
     "data.limit=8",
@@ -87,7 +89,6 @@ STAND_INS: dict[str, tuple[str, ...]] = {
     "model=inception_v3": ("model.width=0.1",),
     "optim=lbfgs": ("optim.max_iter=2",),
     "optim=newton_cg": ("optim.max_iter=2",),
-    "loss=cross_entropy": ("loss.class_weights=null",),
 }
 """Options in a smaller size, so that a row takes a second: the code is the same, the numbers are not."""
 
@@ -311,10 +312,12 @@ def pairs_of(row: Mapping[str, str]) -> list[frozenset[Choice]]:
 def to_blame(row: Row, refused: Callable[[Row], bool]) -> Row:
     """The choices of a refused row without which it would not be refused: none of them can be left out.
 
-    The smallest refused prefix ends with one of them; it moves to the front, until the front alone is refused.
+    The smallest refused prefix ends with one of them; it moves to the front, until the front alone is refused. What
+    the bases differ in comes first, so that most trials need one base only.
     """
     front: list[Choice] = []
-    rest = list(row.items())
+    of_bases = {factor for base in BASES for factor in base}
+    rest = sorted(row.items(), key=lambda choice: choice[0] not in of_bases)
     while not refused(dict(front)):
         low, high = 0, len(rest)  # front + rest[:high] is refused, front + rest[:low] is not
         while high - low > 1:
@@ -340,8 +343,18 @@ class Result:
     failed: dict[frozenset[Choice], str] = field(default_factory=dict)
     still: list[str] = field(default_factory=list)
     """Rows in which no weight moved."""
+    slowed: list[str] = field(default_factory=list)
+    """Rows that diverged at their optimizer's default rate and trained at `SMALL_RATE` times it."""
     missing: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a row trained: whether a weight moved, and whether that took a smaller rate."""
+
+    moved: bool
+    slowed: bool = False
 
 
 class RowFailed(Exception):
@@ -354,11 +367,36 @@ class Lab:
     def __init__(self, open_composer: Composer, space: Space):
         self._composer = open_composer
         self._space = space
+        self.bases = [base for base in BASES if all(o in space.factors[f] for f, o in base.items())]
         self._default = open_composer.compose(COMMON).config
         self._changes: dict[Choice, dict[tuple[str, ...], Any]] = {}
 
     def compose(self, row: Row) -> Composed:
         return self._composer.compose(self._space.overrides(row))
+
+    def refused_options(self) -> dict[Choice, str]:
+        """Options that no network takes, with the reason. One that the bases' networks do not take, and another
+        does, makes a base of that one."""
+        refused = {}
+        for factor, options in self._space.factors.items():
+            for option in options:
+                choices = {factor: option}
+                reason = self.refused_everywhere(choices)
+                if reason is None:
+                    continue
+                base = next((base for base in self._other_bases() if self._taken({**base, **choices})), None)
+                if base is None:
+                    refused[factor, option] = reason
+                else:
+                    self.bases.append(base)
+        return refused
+
+    def _other_bases(self) -> Iterator[Row]:
+        for model, base in itertools.product(self._space.factors["model"], BASES):
+            yield {**base, "model": model}
+
+    def _taken(self, choices: Row) -> bool:
+        return self.refusal(self.put_together({**self._space.defaults, **choices})) is None
 
     def refusal(self, composed: Composed) -> str | None:
         """Why the check refuses it."""
@@ -373,19 +411,23 @@ class Lab:
     def refused_everywhere(self, choices: Row) -> str | None:
         """Why these choices are refused, beside each of the bases."""
         reasons = []
-        for base in BASES:
-            reason = self.refusal(self._put_together({**self._space.defaults, **base, **choices}))
+        for row in self.beside_bases(choices):
+            reason = self.refusal(self.put_together(row))
             if reason is None:
                 return None
             reasons.append(reason)
         return min(reasons, key=len)
 
+    def beside_bases(self, choices: Row) -> list[Row]:
+        """The choices with all else at its default, once for each base that this makes a difference to."""
+        rows = [{**self._space.defaults, **base, **choices} for base in self.bases]
+        return [row for n, row in enumerate(rows) if row not in rows[:n]]
+
     def fails_everywhere(self, choices: Row) -> str | None:
         """Why these choices do not train, beside each of the bases that the check accepts."""
         reasons = []
-        for base in BASES:
-            row = {**self._space.defaults, **base, **choices}
-            composed = self.compose(row)
+        for row in self.beside_bases(choices):
+            composed = self.put_together(row)
             if self.refusal(composed) is not None:
                 continue
             try:
@@ -396,22 +438,27 @@ class Lab:
             return None
         return min(reasons, key=len, default=None)
 
-    def train(self, composed: Composed) -> bool:
-        """Builds and fits it; whether a weight moved. Raises `RowFailed`."""
+    def train(self, composed: Composed, rate: float = 1.0) -> Trained:
+        """Builds and fits it, with the rate times `rate`. Raises `RowFailed`."""
+        optim = {**composed.config["optim"], "lr": rate * composed.config["optim"]["lr"]}
         try:
             with warnings.catch_warnings(), time_limit(TIME_LIMIT):
                 warnings.simplefilter("error")
-                run = build(composed)
+                run = build(with_overrides(composed, optim=optim))
                 before = [p.detach().clone() for p in run.step.parameters]
                 metrics = fit(run)
+        except DivergedError as error:
+            if rate < 1:
+                raise RowFailed(f"DivergedError: {error}") from error
+            return replace(self.train(composed, SMALL_RATE), slowed=True)
         except Exception as error:
             raise RowFailed(f"{type(error).__name__}: {error}") from error
         infinite = [name for name, value in metrics.items() if not math.isfinite(value)]
         if infinite:
             raise RowFailed(f"not finite: {', '.join(infinite)}")
-        return any(not torch.equal(old, new) for old, new in zip(before, run.step.parameters))
+        return Trained(any(not torch.equal(old, new) for old, new in zip(before, run.step.parameters)))
 
-    def _put_together(self, row: Row) -> Composed:
+    def put_together(self, row: Row) -> Composed:
         """The row as composed, from the differences that its options make: composing takes 0.13 s, and to blame
         the right choices takes some twenty trials."""
         config = json.loads(json.dumps(self._default))
@@ -457,11 +504,16 @@ def cover(lab: Lab, space: Space, *, seed: int = 0, limit: int | None = None, co
     began = time.perf_counter()
     covering = Covering(space.factors, seed)
     result = Result({factor: len(options) for factor, options in space.factors.items()}, covering.total)
+    for choice, reason in lab.refused_options().items():
+        result.refused[frozenset({choice})] = reason
+        covering.avoid(frozenset({choice}))
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pairs, {task.fields[rows]} rows, {task.fields[state]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=console is None) as progress:
         bar = progress.add_task("", total=covering.total, rows=0, state="")
         while covering.missing and (limit is None or result.rows < limit):
-            one_row(lab, space, covering, result)
+            learned = one_row(lab, space, covering, result)
+            if learned is not None:
+                progress.console.print(learned, markup=False, highlight=False, soft_wrap=True)
             state = f"{result.refused_rows} refused, {len(result.failed)} failed"
             progress.update(bar, completed=covering.total - len(covering.missing), rows=result.rows, state=state)
     result.missing = len(covering.missing)
@@ -469,10 +521,11 @@ def cover(lab: Lab, space: Space, *, seed: int = 0, limit: int | None = None, co
     return result
 
 
-def one_row(lab: Lab, space: Space, covering: Covering, result: Result) -> None:
+def one_row(lab: Lab, space: Space, covering: Covering, result: Result) -> str | None:
+    """Judges one more row; what was learned of choices that do not go together."""
     pair, row = covering.row()
     if row is None:
-        row = beside_a_base(lab, space, pair)
+        row = beside_a_base(lab, pair)
     result.rows += 1
     composed = lab.compose(row)
     if lab.refusal(composed) is not None:
@@ -481,27 +534,29 @@ def one_row(lab: Lab, space: Space, covering: Covering, result: Result) -> None:
         combination = frozenset(blamed.items())
         result.refused[combination] = str(lab.refused_everywhere(blamed))
         covering.avoid(combination)
-        return
+        return f"refused: {words(combination)}: {result.refused[combination]}"
     try:
-        moved = lab.train(composed)
+        trained = lab.train(composed)
     except RowFailed as error:
         blamed = to_blame(row, lambda choices: choices == row or lab.fails_everywhere(choices) is not None)
         combination = frozenset(blamed.items())
         result.failed[combination] = f"{error} [{' '.join(space.overrides(row))}]"
         covering.avoid(combination)
         covering.drop([pair])
-        return
-    if not moved:
-        result.still.append(" ".join(f"{factor}={option}" for factor, option in row.items()))
+        return f"FAILED: {words(combination)}: {result.failed[combination]}"
+    line = " ".join(f"{factor}={option}" for factor, option in row.items())
+    result.still += [] if trained.moved else [line]
+    result.slowed += [line] if trained.slowed else []
     fresh = [pair for pair in pairs_of(row) if pair in covering.missing]
     result.trained_pairs += len(fresh)
     covering.drop(fresh)
+    return None
 
 
-def beside_a_base(lab: Lab, space: Space, pair: frozenset[Choice]) -> Row:
+def beside_a_base(lab: Lab, pair: frozenset[Choice]) -> Row:
     """The pair beside the first base with which it passes the check; beside the first one if there is none."""
-    rows = [{**space.defaults, **base, **dict(pair)} for base in BASES]
-    return next((row for row in rows if lab.refusal(lab.compose(row)) is None), rows[0])
+    rows = lab.beside_bases(dict(pair))
+    return next((row for row in rows if lab.refusal(lab.put_together(row)) is None), rows[0])
 
 
 # ---- telling ----
@@ -537,6 +592,7 @@ def as_json(result: Result, space: Space) -> dict[str, Any]:
         "rows_refused": result.refused_rows,
         "refused": told(result.refused),
         "failed": told(result.failed),
+        "rows_at_a_smaller_rate": result.slowed,
         "rows_without_a_moved_weight": result.still,
         "seconds": round(result.seconds, 1),
     }
@@ -569,7 +625,8 @@ def as_markdown(result: Result, space: Space, seed: int) -> str:
         f"In a smaller size than their name says: {stand_ins}. Data that comes in files is read from generated files "
         "of its own format.",
         "",
-        f"Rows in which no weight moved: {len(result.still)}.",
+        f"Rows that diverged at their optimizer's default rate (and ended with exit code 4's message), and trained at "
+        f"{SMALL_RATE:g} of it: {len(result.slowed)}. Rows in which no weight moved: {len(result.still)}.",
         "",
         "## Refused",
         "",

@@ -15,6 +15,7 @@ TINY = (
     "trainer.device=cpu",
     "trainer.precision=fp32",
     "trainer.threads=1",
+    "stats=off",
 )
 """Two updates of a network of 5,000 parameters."""
 

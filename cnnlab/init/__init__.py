@@ -15,6 +15,7 @@ from cnnlab.init.schemes import (
     Xavier,
     Zeros,
 )
+from cnnlab.init.whitening import Whitening
 
 __all__ = [
     "LSUV",
@@ -30,6 +31,7 @@ __all__ = [
     "PaperAlexNet",
     "PaperVgg",
     "TruncatedNormal",
+    "Whitening",
     "Xavier",
     "Zeros",
 ]

@@ -153,16 +153,12 @@ class AlexNet(FeatureModule):
             poolings = min(3, (min(image_size) // 4).bit_length() - 1)
             left = divided(image_size, 2**poolings)
             grid = (min(6, left[0]), min(6, left[1]))
-            self.notes.append(
-                f"{poolings} of 3 poolings, the classifier sees {grid[0]}x{grid[1]} (paper: 6x6)"
-            )
+            self.notes.append(f"{poolings} of 3 poolings, the classifier sees {grid[0]}x{grid[1]} (paper: 6x6)")
         if variant == "paper":
             self.own_init = {"_target_": "cnnlab.init.PaperAlexNet"}
         plan = _PLANS[variant]
         channels = tuple(2 * scaled(count // 2, width) for count in plan.channels)  # even: two groups
-        self.features = _conv_stack(
-            plan, channels, poolings, in_channels, pool, norm, activation, small=small
-        )
+        self.features = _conv_stack(plan, channels, poolings, in_channels, pool, norm, activation, small=small)
         self.stage_channels = (channels[0], channels[1], channels[4], channels[4])
         self.avgpool = nn.AdaptiveAvgPool2d(grid)
         hidden = scaled(4096, width)

@@ -86,9 +86,7 @@ class CNN(ConvNet):
         activation = nn.ReLU if activation is None else activation
         widths = tuple(widths)
         if not widths:
-            raise ValueError(
-                "expected at least one block, received model.widths=[]; model.widths=[32,64,128]"
-            )
+            raise ValueError("expected at least one block, received model.widths=[]; model.widths=[32,64,128]")
         if kernel % 2 == 0:
             raise ValueError(
                 f"expected an odd kernel, received {kernel}; model.kernel={kernel + 1} keeps the resolution"

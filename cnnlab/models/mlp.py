@@ -70,9 +70,7 @@ class MLP(ConvNet):
         activation = nn.ReLU if activation is None else activation
         hidden = tuple(hidden)
         if not hidden:
-            raise ValueError(
-                "expected at least one hidden layer, received model.hidden=[]; model.hidden=[256]"
-            )
+            raise ValueError("expected at least one hidden layer, received model.hidden=[]; model.hidden=[256]")
         require_spatial(norm, (1, 1), "an MLP", "another model")
         self.stem = "none"
         self.notes: list[str] = []

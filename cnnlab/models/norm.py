@@ -43,9 +43,7 @@ def group(channels: int, *, groups: PositiveInt | None = None, eps: Positive = 1
         ValueError: `groups` does not divide `channels`.
     """
     if groups is None:
-        groups = max(
-            count for count in range(1, 33) if channels % count == 0 and (count == 1 or 2 * count <= channels)
-        )
+        groups = max(count for count in range(1, 33) if channels % count == 0 and (count == 1 or 2 * count <= channels))
     if channels % groups:
         raise ValueError(
             f"expected a number of groups that divides {channels} channels, received {groups}; "

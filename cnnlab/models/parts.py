@@ -17,9 +17,7 @@ Pool = Literal["max", "avg", "conv"]
 DropRate = Annotated[float, Range(low=0, below=1)]
 
 
-def choose_stem(
-    stem: Stem, image_size: tuple[int, int], *, imagenet_from: int = 64
-) -> Literal["imagenet", "small"]:
+def choose_stem(stem: Stem, image_size: tuple[int, int], *, imagenet_from: int = 64) -> Literal["imagenet", "small"]:
     """What `auto` stands for: ImageNet's stem where the shorter side has `imagenet_from` pixels or more."""
     if stem == "auto":
         return "imagenet" if min(image_size) >= imagenet_from else "small"
@@ -81,9 +79,7 @@ def conv_norm(
     return nn.Conv2d(in_channels, out_channels, kernel, bias=bias, **options), normalizer
 
 
-def downsampler(
-    pool: Pool, channels: int, kernel: int, stride: int, padding: int = 0, **max_options: Any
-) -> nn.Module:
+def downsampler(pool: Pool, channels: int, kernel: int, stride: int, padding: int = 0, **max_options: Any) -> nn.Module:
     """Maximum pooling, average pooling, or the strided convolution of the same geometry that learns its own.
 
     `max_options` go to `nn.MaxPool2d` only.

@@ -59,12 +59,8 @@ class CheckpointedSequential(nn.Sequential):
         length = math.isqrt(len(blocks) - 1) + 1
         for start in range(0, len(blocks), length):
             segment = blocks[start : start + length]
-            if (
-                torch.compiler.is_compiling()
-            ):  # the compiler recomputes values only, never the buffers' updates
+            if torch.compiler.is_compiling():  # the compiler recomputes values only, never the buffers' updates
                 x = checkpoint(_chain, segment, x, use_reentrant=False)
             else:
-                x = checkpoint(
-                    _chain, segment, x, use_reentrant=False, context_fn=partial(_contexts, segment)
-                )
+                x = checkpoint(_chain, segment, x, use_reentrant=False, context_fn=partial(_contexts, segment))
         return x

@@ -80,9 +80,7 @@ class _Block(nn.Module):
         elif options.projection == "A":
             self.downsample = PaddedShortcut(in_channels, out_channels, stride)
         else:
-            self.downsample = nn.Sequential(
-                *conv_norm(options.norm, in_channels, out_channels, 1, stride=stride)
-            )
+            self.downsample = nn.Sequential(*conv_norm(options.norm, in_channels, out_channels, 1, stride=stride))
 
     def join(self, x: Tensor, branch: Tensor) -> Tensor:
         if not self.shortcut:
@@ -98,9 +96,7 @@ class BasicBlock(_Block):
     expansion = 1
     residual_norm = "bn2"
 
-    def __init__(
-        self, in_channels: int, channels: int, stride: int, drop: float, options: BlockOptions
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, drop: float, options: BlockOptions) -> None:
         super().__init__(options, drop)
         norm = options.norm
         self.conv1, self.bn1 = conv_norm(norm, in_channels, channels, 3, stride=stride, padding=1)
@@ -121,9 +117,7 @@ class Bottleneck(_Block):
     expansion = 4
     residual_norm = "bn3"
 
-    def __init__(
-        self, in_channels: int, channels: int, stride: int, drop: float, options: BlockOptions
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, drop: float, options: BlockOptions) -> None:
         super().__init__(options, drop)
         norm, out_channels = options.norm, channels * self.expansion
         first, second = (stride, 1) if options.stride_first else (1, stride)
@@ -187,9 +181,7 @@ class _ResidualNet(ConvNet):
         require_spatial(options.norm, smallest, name, "larger images")
 
         kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-        self.conv1, self.bn1 = conv_norm(
-            options.norm, in_channels, width, kernel, stride=stride, padding=kernel // 2
-        )
+        self.conv1, self.bn1 = conv_norm(options.norm, in_channels, width, kernel, stride=stride, padding=kernel // 2)
         self.act = options.activation()
         self.maxpool = downsampler(pool, width, 3, 2, 1) if self.stem == "imagenet" else nn.Identity()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cnnlab.optim.common import hessian_vector_products
 from cnnlab.schema import NonNegative, Positive, PositiveInt
 
 
@@ -76,9 +77,7 @@ class NewtonCG(Optimizer):
         grads = [slope.detach() for slope in slopes]
 
         def hessian_times(vectors: Sequence[Tensor]) -> list[Tensor]:
-            products = torch.autograd.grad(
-                slopes, params, grad_outputs=list(vectors), retain_graph=True, materialize_grads=True
-            )
+            products = hessian_vector_products(slopes, params, vectors)
             return list(torch._foreach_add(products, list(vectors), alpha=self.damping))
 
         radius = self._radius(params)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cnnlab.optim.common import hessian_vector_products
 from cnnlab.rng import derive
 from cnnlab.schema import Momentum, NonNegative, Positive, PositiveInt
 
@@ -93,9 +94,7 @@ class SophiaH(pytorch_optimizer.SophiaH):
             probes = [torch.randn(param.shape, generator=rng, device=param.device) for param in params]
             if self.distribution == "rademacher":
                 probes = [torch.where(probe < 0, -1.0, 1.0) for probe in probes]
-            products = torch.autograd.grad(
-                slopes, params, grad_outputs=probes, retain_graph=True, materialize_grads=True
-            )
+            products = hessian_vector_products(slopes, params, probes)
             torch._foreach_addcmul_(total, probes, products)
         torch._foreach_div_(total, self.num_samples)
         return total

@@ -142,14 +142,18 @@ class Selection:
     waited: int = 0
 
     def offer(self, value: float, epoch: int) -> bool:
-        """Whether `value` is the best so far (the first counts; a NaN never does)."""
+        """Whether `value` is the best so far (the first counts; a NaN never does).
+
+        Of equal values the later one is kept: a small validation set gives many ties, and the network that has
+        trained for longer is the better guess. For the patience a tie is no progress.
+        """
         sign = 1 if self.direction == "max" else -1
-        better = value == value and (self.value is None or sign * value > sign * self.value)
-        if better:
-            self.value, self.epoch, self.waited = value, epoch, 0
-        else:
-            self.waited += 1
-        return better
+        progress = value == value and (self.value is None or sign * value > sign * self.value)
+        self.waited = 0 if progress else self.waited + 1
+        if progress or value == self.value:
+            self.value, self.epoch = value, epoch
+            return True
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
@@ -128,7 +129,10 @@ def answer(open_composer: Composer, args: Arguments) -> int:
     if args.cfg is not None:
         _show_config(open_composer, args, args.overrides)
     elif args.info is not None:
+        root = logging.getLogger()  # by which Hydra tells its view, from a handler that it would leave behind
+        kept, level = root.handlers[:], root.level
         hydra.show_info(args.info, config_name=name, overrides=open_composer.lines(args.overrides))
+        root.handlers[:], root.level = kept, level
     else:
         from hydra._internal.utils import get_args_parser
 

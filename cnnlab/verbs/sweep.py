@@ -20,7 +20,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 
-from cnnlab.config import Composed, Composer, make_importable
+from cnnlab.config import Composed, Composer, make_importable, options_taken
 from cnnlab.errors import CnnlabError, ConfigError, DataError, InterruptedRun, Terminated, UsageError
 from cnnlab.overrides import line
 from cnnlab.rundir import SCHEMA_VERSION, RunDir, claim, config_hash, jsonable, write_json
@@ -196,9 +196,7 @@ def _launcher(
     settings = [*shared, f"hydra.sweep.dir='{quoted}'", "hydra.output_subdir=null"]
     config = open_composer.load(settings, RunMode.MULTIRUN)
     if config.hydra.sweeper._target_ != BASIC_SWEEPER:
-        raise UsageError(
-            "hydra/sweeper: all cells are checked before the first one starts; type hydra/sweeper=basic"
-        )
+        raise UsageError("hydra/sweeper: all cells are checked before the first one starts; type hydra/sweeper=basic")
     callbacks = Callbacks(config)
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=HydraContext(config_loader=open_composer.hydra.config_loader, callbacks=callbacks),
@@ -227,8 +225,8 @@ def run_cell(config: Any, *, config_dirs: Sequence[str], json_output: bool) -> N
     make_importable(config_dirs)
     hydra = HydraConfig.get()
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    folder, choices = Path(hydra.runtime.output_dir), dict(hydra.runtime.choices)
-    composed = Composed(plain, folder, choices, tuple(hydra.overrides.task), tuple(config_dirs))
+    folder = Path(hydra.runtime.output_dir)
+    composed = Composed(plain, folder, options_taken(hydra), tuple(hydra.overrides.task), tuple(config_dirs))
     label = f"cell {hydra.job.num}"
     out = sys.stderr if json_output else sys.stdout
     run = RunDir(folder)
@@ -247,15 +245,22 @@ def run_cell(config: Any, *, config_dirs: Sequence[str], json_output: bool) -> N
         kind = "" if isinstance(error, CnnlabError) else f"{type(error).__name__}: "
         print(f"{label}: {kind}{error}", file=sys.stderr, flush=True)
     finally:
-        gc.collect()  # the next cell gets the memory
+        _free_gpu_memory()
+
+
+def _free_gpu_memory() -> None:
+    """The next cell of this process gets what the last one had; cycles keep tensors alive until they are collected."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 # ---- the end ----
 
 
-def report(
-    records: Sequence[Mapping[str, Any]], folder: Path, seconds: float, *, json_output: bool = False
-) -> None:
+def report(records: Sequence[Mapping[str, Any]], folder: Path, seconds: float, *, json_output: bool = False) -> None:
     """The table of a sweep's cells and the reasons of those that did not complete; or all of it as JSON."""
     if json_output:
         print(json.dumps(jsonable({"sweep": str(folder), "seconds": round(seconds, 3), "cells": records})))
@@ -272,9 +277,7 @@ def report(
     measured = dict.fromkeys(name for record in records for name in record["metrics"])
     names = [name for name in measured if name.rpartition("/")[2] not in LOSS_PARTS]
     for heading in ("cell", *varied, "status", *names, "seconds"):
-        table.add_column(
-            heading, justify="right" if heading in (*names, "seconds") else "left", overflow="fold"
-        )
+        table.add_column(heading, justify="right" if heading in (*names, "seconds") else "left", overflow="fold")
     for record in records:
         table.add_row(
             str(record["cell"]),

@@ -41,9 +41,7 @@ def seeded_call(model: nn.Module, x: Tensor) -> Any:
     return model(x)
 
 
-def assert_same_network(
-    ours: nn.Module, theirs: nn.Module, x: Tensor, evaluated: Tensor | None = None
-) -> None:
+def assert_same_network(ours: nn.Module, theirs: nn.Module, x: Tensor, evaluated: Tensor | None = None) -> None:
     """Loads their weights into ours; logits, running statistics and (in training) aux must agree.
 
     `x` are the images in training, `evaluated` (or the same) those in evaluation.

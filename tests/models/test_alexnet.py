@@ -52,9 +52,7 @@ def test_a_chosen_norm_takes_the_place_of_the_papers_own():
     ("side", "sides"), [(4, (4, 4, 4, 4)), (8, (8, 4, 4, 4)), (28, (28, 14, 7, 7)), (32, (32, 16, 8, 4))]
 )
 def test_small_images_keep_a_map_for_the_classifier(variant, pool, side, sides):
-    model = AlexNet(
-        num_classes=3, in_channels=1, image_size=(side, side), width=0.0625, variant=variant, pool=pool
-    )
+    model = AlexNet(num_classes=3, in_channels=1, image_size=(side, side), width=0.0625, variant=variant, pool=pool)
     x = images(side, channels=1)
     stages = model.features(x).stages
     assert tuple(stage.shape[-1] for stage in stages) == sides

@@ -31,9 +31,7 @@ def test_layer_and_instance_norm_have_their_moments():
     for factory, axes in ((norms.layer, (1, 2, 3)), (norms.instance, (2, 3))):
         y = factory(6)(x)
         torch.testing.assert_close(y.mean(axes), torch.zeros_like(y.mean(axes)), atol=1e-5, rtol=0)
-        torch.testing.assert_close(
-            y.var(axes, correction=0), torch.ones_like(y.mean(axes)), atol=1e-3, rtol=0
-        )
+        torch.testing.assert_close(y.var(axes, correction=0), torch.ones_like(y.mean(axes)), atol=1e-3, rtol=0)
     assert norms.batch(6, eps=1e-3, momentum=0.2).momentum == 0.2
     assert isinstance(norms.no_norm(6), nn.Identity)
 

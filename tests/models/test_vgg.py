@@ -49,9 +49,7 @@ def test_the_first_poolings_are_left_out_for_small_images(side, acting):
 
 def test_keys_do_not_depend_on_pooling_or_stem():
     def keys(**options):
-        return {
-            k for k in VGG(num_classes=10, in_channels=1, width=0.125, **options).state_dict() if "feat" in k
-        }
+        return {k for k in VGG(num_classes=10, in_channels=1, width=0.125, **options).state_dict() if "feat" in k}
 
     expected = keys(image_size=(64, 64))
     assert keys(image_size=(8, 8)) == expected
@@ -78,9 +76,7 @@ def test_features_are_reachable_as_module_and_as_method():
 
 def test_dropout_is_the_papers_and_can_be_set():
     def rates(**options):
-        return {
-            module.p for module in VGG(**options, width=0.125).modules() if isinstance(module, nn.Dropout)
-        }
+        return {module.p for module in VGG(**options, width=0.125).modules() if isinstance(module, nn.Dropout)}
 
     assert rates(**IMAGENET) == {0.5}
     assert rates(**IMAGENET, dropout=0.0) == {0.0}

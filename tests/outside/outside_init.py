@@ -1,4 +1,5 @@
-"""An initialization from outside: sparse weights (Martens 2010, "Deep learning via Hessian-free optimization", section 5)."""
+"""An initialization from outside: sparse weights (Martens 2010, "Deep learning via Hessian-free optimization",
+section 5)."""
 
 from __future__ import annotations
 

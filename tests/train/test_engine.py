@@ -37,10 +37,14 @@ RUNS = {
     "uneven": ("norm=group", "optim=momentum", "trainer.log_every=1", "data.limit=99", "stats.every=3"),
     "empty part": ("norm=group", "optim=momentum", "trainer.log_every=1", "data.limit=97", "stats.every=3",
                    "regularization.l2=1e-3", "trainer.clip_norm=1", "augment=standard"),
-    "micro-batches": ("norm=group", "trainer.accumulate=3", "data.limit=97", "trainer.precision=fp16"),
+    "micro-batches": ("norm=group", "trainer.accumulate=3", "data.limit=97"),
+    "fp16": ("norm=group", "data.limit=97", "trainer.precision=fp16"),
     "lbfgs": ("norm=group", "optim=lbfgs", "optim.max_iter=2", "data.limit=97", "regularization.l2=1e-3"),
 }  # fmt: skip
 """At 97 samples the last batch has one: the second rank's part of it is empty."""
+
+TOLERANCE = {"fp16": 0.02, "lbfgs": 1e-3}
+"""Of weights and losses; 2e-5 otherwise. fp16 rounds by the shape of the batch, a line search amplifies."""
 
 STATEFUL = (
     "model=cnn", "model.widths=[4,8]", "regularization.dropout=0.3", "regularization.ema=0.9", "optim=momentum",
@@ -98,19 +102,20 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_learn_what_one_does(two, name: str):
+def test_two_processes_learn_what_one_does(two, name: str, tmp_path: Path):
     _, (first, second) = two
-    run, said = watched(*RUNS[name])
-    tolerance = {"micro-batches": 3e-3, "lbfgs": 1e-3}.get(name, 2e-5)
+    run, said = watched(*RUNS[name], folder=tmp_path)
+    tolerance = TOLERANCE.get(name, 2e-5)
     for key, value in run.model.state_dict().items():
         assert torch.allclose(first[name]["model"][key], value, atol=tolerance), key
         assert torch.equal(first[name]["model"][key], second[name]["model"][key]), key
-    assert len(first[name]["records"]) == len(said.records)
     for mine, alone in zip(first[name]["records"], said.records, strict=True):
         assert mine.keys() == alone.keys()
-        for key, value in alone.items():
-            expected = value if isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=0.02 if "acc" in key else 1e-3)
-            assert mine[key] == expected, key
+        for key in ("split", "step", "epoch", "lr"):
+            assert mine.get(key) == alone.get(key)
+        for key in ("loss", "data_loss", "penalty"):
+            assert mine[key] == pytest.approx(alone[key], rel=tolerance, abs=tolerance)
+        assert mine["accuracy"] == pytest.approx(alone["accuracy"], abs=0.02)
     assert second[name]["records"] == first[name]["records"], "figures are reduced, on every rank"
 
 
@@ -123,7 +128,8 @@ def test_statistics_are_those_of_the_whole_batch(two, name: str):
     for mine, alone in zip(first[name]["stats"], said.stats, strict=True):
         assert mine.keys() == alone.keys()
         for tag, value in alone.items():
-            assert mine[tag] == (value if tag in ("layers", "tensors") else pytest.approx(value, rel=2e-3, abs=1e-5, nan_ok=True)), tag
+            names = tag in ("layers", "tensors")
+            assert mine[tag] == (value if names else pytest.approx(value, rel=2e-3, abs=1e-5, nan_ok=True)), tag
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -140,7 +146,7 @@ def test_every_sample_is_seen_once_an_epoch(two, name: str):
     assert not np.isnan(evidence).any()
     alone = fitted(*RUNS[name], folder=folder / f"{name} alone")
     assert alone.clock.samples == 2 * samples
-    assert np.allclose(evidence, sample_losses(RunDir(folder / f"{name} alone")), atol=2e-2)
+    assert np.allclose(evidence, sample_losses(RunDir(folder / f"{name} alone")), atol=5 * TOLERANCE.get(name, 2e-3))
 
 
 @pytest.mark.parametrize("after", [2, 4, 7])
