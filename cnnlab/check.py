@@ -18,7 +18,7 @@ from os import PathLike
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Union
 
-from cnnlab.errors import closest, did_you_mean, listing
+from cnnlab.errors import closest, did_you_mean, listing, short
 from cnnlab.schema import Range
 
 MISSING = "???"
@@ -174,9 +174,7 @@ def _parts_in(value: Any, where: str) -> Iterator[tuple[Mapping[str, Any], str]]
 
 def _is_default(value: Any, parameter: inspect.Parameter | None) -> bool:
     """What the author chose is right, whatever the annotation says (`limit: float = None`)."""
-    return (
-        parameter is not None and type(value) is type(parameter.default) and bool(value == parameter.default)
-    )
+    return parameter is not None and type(value) is type(parameter.default) and bool(value == parameter.default)
 
 
 def check_section(section: type, node: Any, path: str) -> list[str]:
@@ -363,7 +361,7 @@ def _how_to_type(where: str, value: Any, hint: Any) -> str:
         if meant:
             return f" (did you mean `{meant}`?)"
         listed = any(_is_list_type(option) and _fits([value], option) for option in options)
-        return f"; type {where}=[{value}]" if listed else ""
+        return f"; type {where}=[{short(value)}]" if listed else ""
     if not _is_number(value):
         return ""
     if str in options:
@@ -382,9 +380,7 @@ def _is_list_type(hint: Any) -> bool:
 def _names(option: Any) -> Sequence[Any]:
     if typing.get_origin(option) is Literal:
         return typing.get_args(option)
-    return (
-        [member.value for member in option] if isinstance(option, type) and issubclass(option, Enum) else []
-    )
+    return [member.value for member in option] if isinstance(option, type) and issubclass(option, Enum) else []
 
 
 def _show(value: Any) -> str:
@@ -392,4 +388,4 @@ def _show(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return repr(value) if isinstance(value, str) else str(value)
+    return short(repr(value) if isinstance(value, str) else str(value))

@@ -80,10 +80,7 @@ def _message(error: Exception) -> str:
         remedy = "type a smaller trainer.batch_size, or trainer.accumulate=2 for the same batch in two pieces"
         return f"the device has not enough memory; {remedy}\n({error})"
     notes = getattr(error, "__notes__", ["HYDRA_FULL_ERROR=1 shows the traceback"])
-    return (
-        f"{type(error).__name__}: {error}\nThis is a fault of cnnlab or of a part from outside. "
-        + "; ".join(notes)
-    )
+    return f"{type(error).__name__}: {error}\nThis is a fault of cnnlab or of a part from outside. " + "; ".join(notes)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from cnnlab.errors import ConfigError, UsageError
+from cnnlab.errors import ConfigError, UsageError, short
 from cnnlab.overrides import (
     LISTS,
     first_key,
@@ -39,7 +39,6 @@ from cnnlab.overrides import (
     misuse,
     quoted,
     reason,
-    short,
     swept,
     wrong_key,
     wrong_option,
@@ -128,9 +127,7 @@ class Composer:
         for folder in self.config_dirs:
             if not Path(folder).is_dir():
                 raise UsageError(f"--config-dir: expected a folder, received {folder}, which is none")
-            last = SearchPathQuery(
-                provider="schema"
-            )  # after the shipped configs, as Hydra's own --config-dir
+            last = SearchPathQuery(provider="schema")  # after the shipped configs, as Hydra's own --config-dir
             search_path.prepend(provider="command-line", path=f"file://{folder}", anchor=last)
         make_importable(self.config_dirs)
         hydra_version.setbase("1.3")
@@ -164,18 +161,10 @@ class Composer:
         for text in overrides:
             try:
                 (override,) = parser.parse_overrides([text])
-                if (
-                    is_plain(override)
-                    and override.value() is None
-                    and override.key_or_group in self._folders
-                ):
-                    (override,) = parser.parse_overrides(
-                        [f"~{override.get_key_element()}"]
-                    )  # Hydra's way to say so
+                if is_plain(override) and override.value() is None and override.key_or_group in self._folders:
+                    (override,) = parser.parse_overrides([f"~{override.get_key_element()}"])  # Hydra's way to say so
                 parsed.append(override)
-            except (
-                Exception
-            ):  # the grammar's message counts tokens; a number too long for int() is a ValueError
+            except Exception:  # the grammar's message counts tokens; a number too long for int() is a ValueError
                 problems.append(self._unreadable(text))
         return parsed, problems
 
@@ -184,9 +173,7 @@ class Composer:
             remedy = f"for a text with special characters, quote it twice: {quoted(text)}"
             return f"`{short(text)}`: cannot be read; {remedy}"
         meant = [f"`{group}={text}`" for group in self._folders if text in self.options(group)]
-        return f"`{short(text)}`: expected KEY=VALUE" + (
-            f" (did you mean {' or '.join(meant)}?)" if meant else ""
-        )
+        return f"`{short(text)}`: expected KEY=VALUE" + (f" (did you mean {' or '.join(meant)}?)" if meant else "")
 
     def lines(self, overrides: Sequence[str]) -> list[str]:
         """The overrides as Hydra takes them (`experiment=null` is `~experiment`). Raises `ConfigError`."""
@@ -300,9 +287,7 @@ class Composer:
         for override in parsed:
             if is_choice(override, groups) or first_key(override.key_or_group) in unknown:
                 continue  # the keys of a group whose option is not known cannot be told
-            problem = self._wrong_option(override) or wrong_key(
-                override, config, options_taken(base.hydra), groups
-            )
+            problem = self._wrong_option(override) or wrong_key(override, config, options_taken(base.hydra), groups)
             judge(override, problem and problem + self._remedy(override, config))
         kept, loaded, refusals = self._one_by_one(kept)
         return kept, loaded, [*problems, *refusals]

@@ -83,3 +83,8 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
 def listing(names: Iterable[str]) -> str:
     """The known names as one readable list for an error message."""
     return ", ".join(sorted(names)) or "(none)"
+
+
+def short(text: str) -> str:
+    """The text, or its beginning where a message would drown in it."""
+    return text if len(text) <= 100 else text[:97] + "..."

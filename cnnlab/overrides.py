@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.types import Override
 
-from cnnlab.errors import closest, did_you_mean, listing
+from cnnlab.errors import closest, did_you_mean, listing, short
 
 LISTS = ("augment", "probe", "regularization")
 """Groups that take several options at once, `augment=[crop,flip]`."""
@@ -51,10 +51,6 @@ def swept(override: Override) -> list[str]:
 
 
 # ---- in words ----
-
-
-def short(text: str) -> str:
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def quoted(text: str) -> str:
@@ -105,12 +101,7 @@ def wrong_key(
         groups: all groups there are.
     """
     key = override.key_or_group
-    if (
-        override.is_add()
-        or override.is_force_add()
-        or override.package is not None
-        or key.startswith("hydra/")
-    ):
+    if override.is_add() or override.is_force_add() or override.package is not None or key.startswith("hydra/"):
         return None
     node: Any = config
     parts = re.split(r"[./]", key)
@@ -152,9 +143,7 @@ def _elsewhere(key: str, config: Mapping[str, Any], cutoff: float = 0.8) -> str 
     last = re.split(r"[./]", key)[-1]
     names = {path: path.rpartition(".")[2] for path in _paths(config) if not path.startswith("hydra.")}
     found = closest(last, names.values(), cutoff)
-    return min(
-        (path for path, name in names.items() if name == found), key=lambda p: p.count("."), default=None
-    )
+    return min((path for path, name in names.items() if name == found), key=lambda p: p.count("."), default=None)
 
 
 def _paths(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

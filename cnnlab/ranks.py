@@ -63,13 +63,22 @@ class Ranks:
 
     def any(self, flag: int) -> int:
         """The largest flag of all ranks: what one of them saw, all of them act upon at the same step."""
+        return self.vote(flag)()
+
+    def vote(self, flag: int) -> Callable[[], int]:
+        """Starts `any`; what is returned waits for its result. Asked for a step later, it has arrived."""
         if self.world == 1:
-            return flag
+            return lambda: flag
         from torch import distributed
 
         shared = torch.tensor([flag])
-        distributed.all_reduce(shared, op=distributed.ReduceOp.MAX, group=self.control)
-        return int(shared.item())
+        work = distributed.all_reduce(shared, distributed.ReduceOp.MAX, self.control, async_op=True)
+
+        def result() -> int:
+            work.wait()
+            return int(shared.item())
+
+        return result
 
     def share(self, value: Value) -> Value:
         """Rank 0's value, on every rank."""

@@ -160,7 +160,7 @@ class RunDir:
         Raises `UsageError` if this is no run folder, `CheckpointError` if its config is damaged.
         """
         loaded = self._read_yaml("config.yaml")
-        if not isinstance(loaded, dict):
+        if not isinstance(loaded, dict) or not loaded:
             raise CheckpointError(f"{self._hydra / 'config.yaml'} is damaged: expected the config of a run")
         return {str(key): value for key, value in loaded.items()}
 

@@ -74,9 +74,7 @@ class Layout(Enum):
     contiguous = "contiguous"
 
 
-_DURATION = re.compile(
-    r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(steps?|epochs?|examples?|%)\s*", re.IGNORECASE
-)
+_DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(steps?|epochs?|examples?|%)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,7 @@ class Duration:
     def parse(cls, text: str) -> Duration:
         match = _DURATION.fullmatch(str(text))
         if match is None:
-            raise ValueError(
-                f'expected a duration such as "500 steps", "2 epochs" or "10 %", received {text!r}'
-            )
+            raise ValueError(f'expected a duration such as "500 steps", "2 epochs" or "10 %", received {text!r}')
         amount = float(match[1])
         if not math.isfinite(amount):
             raise ValueError(f"expected a finite duration, received {text!r}")

@@ -4,6 +4,7 @@ signature, then every part made for a trial, the network on the meta device."""
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -100,9 +101,7 @@ def check(composed: Composed) -> None:
         raise data_error
 
 
-def _problems(
-    composed: Composed, doubtful: frozenset[str] = frozenset()
-) -> tuple[list[str], DataError | None]:
+def _problems(composed: Composed, doubtful: frozenset[str] = frozenset()) -> tuple[list[str], DataError | None]:
     """Every problem; the parts of `doubtful` groups are left out of the trial."""
     config = composed.config
     by_group = dict(_static(config))
@@ -135,9 +134,7 @@ def _check_group(group: str, node: Any) -> list[str]:
         return [] if optional else [f"`{group}`: expected a part, received none; type {group}=OPTION"]
     problems = check_part(node, group, _wired(group, node))
     if group in FACTORIES and not problems and node.get("_partial_") is not True:
-        problems.append(
-            f"`{group}`: expected `_partial_: true` in its YAML; the network makes a new one at each place"
-        )
+        problems.append(f"`{group}`: expected `_partial_: true` in its YAML; the network makes a new one at each place")
     return problems
 
 
@@ -195,7 +192,7 @@ class _Trial:
         except DataError as error:
             self.data_error = error
         except Exception as error:  # a third party's constructor may raise anything; it is the user's value
-            text = " ".join(str(error).split())
+            text = textwrap.shorten(str(error), 500, placeholder=" ...")
             kind = "" if isinstance(error, ValueError | UsageError) else f"{type(error).__name__}: "
             named = text.startswith(("`", *(f"{group}:" for group in groups), f"{where}."))
             self.refuse(text if named else f"`{where}`: {kind}{text}", *groups[:1])
@@ -290,14 +287,10 @@ class _Trial:
         target = locate(self.config["model"]["_target_"])
         for name in ("dropout", "stochastic_depth"):
             if getattr(regularization, name) is not None and not accepts(target, name):
-                self.refuse(
-                    f"`regularization.{name}`: {target.__name__} has none; type regularization.{name}=null"
-                )
+                self.refuse(f"`regularization.{name}`: {target.__name__} has none; type regularization.{name}=null")
         for group in FACTORIES:
             if self.config[group].get("_target_") is not None and not accepts(target, group):
-                self.refuse(
-                    f"`{group}`: {target.__name__} does not let its {group} be chosen; type {group}=auto"
-                )
+                self.refuse(f"`{group}`: {target.__name__} does not let its {group} be chosen; type {group}=auto")
 
 
 def on_meta(make_model: Callable[[], nn.Module]) -> nn.Module:

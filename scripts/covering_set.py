@@ -12,6 +12,7 @@ So every pair has trained, or is refused for its own sake. A row that fails othe
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -39,7 +40,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cnnlab.builder import build, with_overrides
 from cnnlab.config import Composed, Composer, composer
-from cnnlab.errors import ConfigError, DataError, DivergedError
+from cnnlab.errors import ConfigError, DataError, DivergedError, InterruptedRun
 from cnnlab.train import fit
 from cnnlab.validate import check
 
@@ -121,7 +122,7 @@ class Space:
     def overrides(self, choices: Mapping[str, str]) -> list[str]:
         lines = [f"{factor}={option}" for factor, option in choices.items()]
         extra = [o for line in lines for o in (*self.files.get(line, ()), *STAND_INS.get(line, ()))]
-        return [*COMMON, *lines, *extra]
+        return [*lines, *extra]
 
     def restricted(self, keep: Callable[[str, str], bool]) -> Space:
         """The space of the options for which `keep(factor, option)`; a default always stays."""
@@ -155,10 +156,12 @@ def whole_space(open_composer: Composer, files: Mapping[str, Sequence[str]]) -> 
 @contextmanager
 def data_files() -> Iterator[dict[str, tuple[str, ...]]]:
     """Small files in the formats of the data sets that come in files, and the overrides that find them."""
-    with tempfile.TemporaryDirectory(prefix="cnnlab-covering-") as name, mock.patch(
-        "torchvision.datasets.cifar.check_integrity", lambda path, md5=None: Path(path).is_file()
+    with (
+        tempfile.TemporaryDirectory(prefix="cnnlab-covering-") as name,
+        mock.patch("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: Path(path).is_file()),
     ):
         root, random_state = Path(name), np.random.default_rng(0)
+        images = f"data.root={root / 'folder'}"
         decoded = (f"data.cache={root / 'cache'}", "data.workers=0")
         write_images(root / "folder", random_state)
         write_voc(root / "voc", random_state)
@@ -168,8 +171,8 @@ def data_files() -> Iterator[dict[str, tuple[str, ...]]]:
         yield {
             "data=digits": ("data.val=0.02", "data.test=0.02"),
             "data=shapes": ("data.train=40", "data.val=16", "data.test=16"),
-            "data=folder": (f"data.root={root / 'folder'}", "data.size=16", *decoded),
-            "data=imagenet": (f"data.root={root / 'folder'}", "data.size=64", "data.resize=72", "data.val=0.1", *decoded),
+            "data=folder": (images, "data.size=16", *decoded),
+            "data=imagenet": (images, "data.size=64", "data.resize=72", "data.val=0.1", *decoded),
             "data=voc": (f"data.root={root / 'voc'}", "data.size=24", *decoded),
             "data=masks": (f"data.root={root / 'masks'}", "data.size=[24,32]", "data.val=0.2", *decoded),
             **{
@@ -282,8 +285,10 @@ class Covering:
         """A missing pair, and the best row found with it; `None` where every one runs into what is to be avoided."""
         pair = next(iter(self.missing))
         found = [row for _ in range(5 * self.candidates) if (row := self._complete(pair)) is not None]
-        best = max(found[: self.candidates], key=lambda row: sum(p in self.missing for p in pairs_of(row)), default=None)
-        return pair, best
+        return pair, max(found[: self.candidates], key=self._news, default=None)
+
+    def _news(self, row: Row) -> int:
+        return sum(pair in self.missing for pair in pairs_of(row))
 
     def _complete(self, pair: frozenset[Choice]) -> Row | None:
         row: Row = dict(sorted(pair))
@@ -368,35 +373,12 @@ class Lab:
         self._composer = open_composer
         self._space = space
         self.bases = [base for base in BASES if all(o in space.factors[f] for f, o in base.items())]
-        self._default = open_composer.compose(COMMON).config
-        self._changes: dict[Choice, dict[tuple[str, ...], Any]] = {}
+        self._plain = open_composer.compose([]).config
+        self._common = list(_changes(self._plain, open_composer.compose(COMMON).config))
+        self._changes: dict[Choice, list[_Change]] = {}
 
     def compose(self, row: Row) -> Composed:
-        return self._composer.compose(self._space.overrides(row))
-
-    def refused_options(self) -> dict[Choice, str]:
-        """Options that no network takes, with the reason. One that the bases' networks do not take, and another
-        does, makes a base of that one."""
-        refused = {}
-        for factor, options in self._space.factors.items():
-            for option in options:
-                choices = {factor: option}
-                reason = self.refused_everywhere(choices)
-                if reason is None:
-                    continue
-                base = next((base for base in self._other_bases() if self._taken({**base, **choices})), None)
-                if base is None:
-                    refused[factor, option] = reason
-                else:
-                    self.bases.append(base)
-        return refused
-
-    def _other_bases(self) -> Iterator[Row]:
-        for model, base in itertools.product(self._space.factors["model"], BASES):
-            yield {**base, "model": model}
-
-    def _taken(self, choices: Row) -> bool:
-        return self.refusal(self.put_together({**self._space.defaults, **choices})) is None
+        return self._composer.compose([*COMMON, *self._space.overrides(row)])
 
     def refusal(self, composed: Composed) -> str | None:
         """Why the check refuses it."""
@@ -408,15 +390,42 @@ class Lab:
             return str(error)
         return None
 
-    def refused_everywhere(self, choices: Row) -> str | None:
-        """Why these choices are refused, beside each of the bases."""
-        reasons = []
-        for row in self.beside_bases(choices):
-            reason = self.refusal(self.put_together(row))
-            if reason is None:
-                return None
-            reasons.append(reason)
-        return min(reasons, key=len)
+    def blame(self, row: Row) -> tuple[Row, str]:
+        """The choices of a refused row that are to blame, and the reason.
+
+        They are tried with every network and all data, too. What takes them becomes a base, and the row is cut down
+        again: the fault lay in what they were beside.
+        """
+        while True:
+            blamed = to_blame(row, self.refuses)
+            rows = {tuple(sorted({**base, **blamed}.items())): base for base in self._other_bases()}
+            base = next((base for row, base in rows.items() if self._taken(dict(row))), None)
+            if base is None:
+                return blamed, self._reason(blamed)
+            self.bases.append(base)
+
+    def refuses(self, choices: Row) -> bool:
+        """Whether the check refuses these choices beside each of the bases."""
+        return not any(self.refusal(self.put_together(row)) is None for row in self.beside_bases(choices))
+
+    def _other_bases(self) -> Iterator[Row]:
+        factors = self._space.factors
+        for model, base in itertools.product(factors["model"], BASES):
+            yield {**base, "model": model}
+        for data, task in itertools.product(factors["data"], factors["task"]):
+            yield {"data": data, "task": task}
+
+    def _taken(self, choices: Row) -> bool:
+        return self.refusal(self.put_together({**self._space.defaults, **choices})) is None
+
+    def _reason(self, choices: Row) -> str:
+        """Beside the base that accepts most of the choices one by one: why it refuses them together."""
+        found = []
+        for base in self.bases:
+            reason = self.refusal(self.put_together({**self._space.defaults, **base, **choices}))
+            apart = sum(not self._taken({**base, factor: option}) for factor, option in choices.items())
+            found.append((apart, len(str(reason)), str(reason)))
+        return min(found)[-1]
 
     def beside_bases(self, choices: Row) -> list[Row]:
         """The choices with all else at its default, once for each base that this makes a difference to."""
@@ -447,6 +456,8 @@ class Lab:
                 run = build(with_overrides(composed, optim=optim))
                 before = [p.detach().clone() for p in run.step.parameters]
                 metrics = fit(run)
+        except InterruptedRun:
+            raise
         except DivergedError as error:
             if rate < 1:
                 raise RowFailed(f"DivergedError: {error}") from error
@@ -459,27 +470,36 @@ class Lab:
         return Trained(any(not torch.equal(old, new) for old, new in zip(before, run.step.parameters)))
 
     def put_together(self, row: Row) -> Composed:
-        """The row as composed, from the differences that its options make: composing takes 0.13 s, and to blame
-        the right choices takes some twenty trials."""
-        config = json.loads(json.dumps(self._default))
+        """The row as it would be composed, from the differences that each of its options makes: composing takes
+        half a second, and to find the choices to blame takes a dozen trials."""
+        config = copy.deepcopy(self._plain)
         for choice in row.items():
             if choice not in self._changes:
-                self._changes[choice] = dict(_changes(self._default, self.compose(dict([choice])).config))
-            for (*parents, last), value in self._changes[choice].items():
-                node = config
-                for key in parents:
-                    node = node[key]
-                node[last] = value
+                composed = self._composer.compose(self._space.overrides(dict([choice])))
+                self._changes[choice] = list(_changes(self._plain, composed.config))
+            _apply(self._changes[choice], config)
+        _apply(self._common, config)
         return Composed(config, Path(), {}, ())
 
 
-def _changes(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+_Change = tuple[tuple[str, ...], Any]
+
+
+def _changes(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[_Change]:
     """The paths at which two configs differ; a part with another `_target_`, or other keys, differs as a whole."""
     if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
         for key in old:
             yield from _changes(old[key], new[key], (*path, key))
     elif old != new:
         yield path, new
+
+
+def _apply(changes: Sequence[_Change], config: dict[str, Any]) -> None:
+    for (*parents, last), value in changes:
+        node = config
+        for key in parents:
+            node = node[key]
+        node[last] = copy.deepcopy(value)
 
 
 @contextmanager
@@ -504,9 +524,6 @@ def cover(lab: Lab, space: Space, *, seed: int = 0, limit: int | None = None, co
     began = time.perf_counter()
     covering = Covering(space.factors, seed)
     result = Result({factor: len(options) for factor, options in space.factors.items()}, covering.total)
-    for choice, reason in lab.refused_options().items():
-        result.refused[frozenset({choice})] = reason
-        covering.avoid(frozenset({choice}))
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("pairs, {task.fields[rows]} rows, {task.fields[state]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=console is None) as progress:
         bar = progress.add_task("", total=covering.total, rows=0, state="")
@@ -530,11 +547,7 @@ def one_row(lab: Lab, space: Space, covering: Covering, result: Result) -> str |
     composed = lab.compose(row)
     if lab.refusal(composed) is not None:
         result.refused_rows += 1
-        blamed = to_blame(row, lambda choices: lab.refused_everywhere(choices) is not None)
-        combination = frozenset(blamed.items())
-        result.refused[combination] = str(lab.refused_everywhere(blamed))
-        covering.avoid(combination)
-        return f"refused: {words(combination)}: {result.refused[combination]}"
+        return "\n".join(learn(lab, space, covering, result, row))
     try:
         trained = lab.train(composed)
     except RowFailed as error:
@@ -551,6 +564,25 @@ def one_row(lab: Lab, space: Space, covering: Covering, result: Result) -> str |
     result.trained_pairs += len(fresh)
     covering.drop(fresh)
     return None
+
+
+def learn(lab: Lab, space: Space, covering: Covering, result: Result, row: Row) -> Iterator[str]:
+    """Keeps apart what is to blame for a refused row, and what is like it: where two options do not go together,
+    one of them often does not go with the other's neighbors either."""
+    blamed, reason = lab.blame(row)
+    combination = frozenset(blamed.items())
+    if combination in result.refused:
+        return
+    result.refused[combination] = reason
+    covering.avoid(combination)
+    yield f"refused: {words(combination)}: {reason}"
+    if len(blamed) != 2:
+        return
+    for factor in blamed:
+        for option in space.factors[factor]:
+            like = {**blamed, factor: option}
+            if frozenset(like.items()) in covering.missing and lab.refuses(like):
+                yield from learn(lab, space, covering, result, like)
 
 
 def beside_a_base(lab: Lab, pair: frozenset[Choice]) -> Row:

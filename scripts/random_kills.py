@@ -187,10 +187,7 @@ def main() -> int:
                     completed=sum(len(t.moments) for t in trials),
                     description=f"{identical} of {len(trials)} identical",
                 )
-                if trials[-1].identical:
-                    shutil.rmtree(folder)
-                else:
-                    shutil.copytree(folder, "/tmp/tc/bad", dirs_exist_ok=True); shutil.copytree(unbroken, "/tmp/tc/unb", dirs_exist_ok=True)
+                shutil.rmtree(folder)
     table_of(trials, console)
     kills, identical = sum(len(t.moments) for t in trials), sum(t.identical for t in trials)
     console.print(f"{kills} x {options.signal}: {identical} of {len(trials)} runs bit-identical to the unbroken one")

@@ -20,10 +20,12 @@ class _Block(nn.Module):
     Pooling before the norm layer does its work, and the second convolution's, on a quarter of the pixels.
     """
 
-    def __init__(self, channels: int, out_channels: int, norm: NormFactory, activation: ActivationFactory):
+    def __init__(
+        self, channels: int, out_channels: int, pooled: bool, norm: NormFactory, activation: ActivationFactory
+    ):
         super().__init__()
         self.conv1, self.norm1 = conv_norm(norm, channels, out_channels, 3, padding=1)
-        self.pool = nn.MaxPool2d(2)
+        self.pool = nn.MaxPool2d(2) if pooled else nn.Identity()
         self.act1 = activation()
         self.conv2, self.norm2 = conv_norm(norm, out_channels, out_channels, 3, padding=1)
         self.act2 = activation()
@@ -49,7 +51,7 @@ class SpeedNet(ConvNet):
         scale: factor of the logits; the paper's is 1/9.
 
     Raises:
-        ValueError: images below 9 pixels.
+        ValueError: no block, or images below 3 pixels.
     """
 
     own_init = {"_target_": "cnnlab.init.He", "mode": "fan_in", "distribution": "normal"}
@@ -73,14 +75,20 @@ class SpeedNet(ConvNet):
             raise ValueError("expected at least one block, received model.widths=[]; model.widths=[64,256,256]")
         self.stem = "small"
         self.notes: list[str] = []
-        self.min_size = 2 ** len(widths) + 1
-        require_size(image_size, self.min_size, "this SpeedNet", "fewer model.widths or larger images fit")
+        self.min_size = 3
+        poolings = min(len(widths), (min(image_size) - 1).bit_length() - 1)
+        if poolings < len(widths):
+            self.notes.append(f"the first {len(widths) - poolings} of {len(widths)} poolings are left out")
+        require_size(image_size, self.min_size, "this SpeedNet", "larger images fit")
         self.scale = scale
         stem = 2 * 4 * in_channels
         self.whiten = nn.Conv2d(in_channels, stem, 2)
         self.act = activation()
         channels = (stem, *widths)
-        self.blocks = nn.ModuleList(_Block(before, after, norm, activation) for before, after in pairwise(channels))
+        self.blocks = nn.ModuleList(
+            _Block(before, after, number >= len(widths) - poolings, norm, activation)
+            for number, (before, after) in enumerate(pairwise(channels))
+        )
         self.stage_channels = tuple(widths)
         self.maxpool = nn.AdaptiveMaxPool2d(1)
         self.classifier = nn.Linear(widths[-1], num_classes, bias=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -76,16 +76,18 @@ def parameter_groups(
 def layers(model: nn.Module) -> list[list[str]]:
     """Names of the parameters of each layer, from the input on, as `layer_decay` counts them.
 
-    A layer is a child of the model, in the order of registration, which the lab's and torchvision's
+    A layer is a child of the model (of its only child, where the model is a wrapper around another network), in the order of registration, which the lab's and torchvision's
     networks share with the forward pass. A `Sequential` of plain convolutions and linear layers (the
     `features` of VGG) is opened into its items, one of blocks (a stage of ResNet) is one layer. A child
     without a weight of its own (a norm layer) belongs to the layer before it. The whole head is the last
     layer.
     """
     head = head_parameters(model)
+    inside, prefix = _unwrapped(model, [name for name, _ in model.named_parameters() if name not in head])
     by_key: dict[str, list[str]] = {}
     for name, _ in model.named_parameters():
-        by_key.setdefault("head" if name in head else _layer_of(model, name), []).append(name)
+        key = "head" if name in head else _layer_of(inside, name.removeprefix(prefix))
+        by_key.setdefault(key, []).append(name)
     last = by_key.pop("head", None)
     found: list[list[str]] = []
     for names in by_key.values():
@@ -130,6 +132,18 @@ def freeze_parameters(model: nn.Module, prefixes: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(frozen))
 
 
+def _unwrapped(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, str]:
+    """The module whose children are the layers, and what precedes its parameters' names: a network of another
+    library is the only child of ours."""
+    children = {name.partition(".")[0] for name in names}
+    only = getattr(model, children.pop()) if len(children) == 1 else None
+    if not isinstance(only, nn.Module) or isinstance(only, nn.Sequential) or not list(only.children()):
+        return model, ""
+    prefix = names[0].partition(".")[0] + "."
+    inside, deeper = _unwrapped(only, [name.removeprefix(prefix) for name in names])
+    return inside, prefix + deeper
+
+
 def _layer_of(model: nn.Module, name: str) -> str:
     child, _, rest = name.partition(".")
     module = getattr(model, child)
@@ -140,9 +154,7 @@ def _layer_of(model: nn.Module, name: str) -> str:
     return child if rest else "(own)"
 
 
-def _scaled_layers(
-    model: nn.Module, layer_decay: float, head_lr: float
-) -> Iterator[tuple[str, float, list[str]]]:
+def _scaled_layers(model: nn.Module, layer_decay: float, head_lr: float) -> Iterator[tuple[str, float, list[str]]]:
     """Label, rate as a multiple of the base rate, and parameter names of each layer."""
     head = head_parameters(model)
     if head_lr != 1 and not head:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 
 from cnnlab import checkpoint
 from cnnlab.errors import InterruptedRun
@@ -25,6 +26,7 @@ class Checkpointer(Listener):
         self.enabled = enabled
         self._seconds = 60 * minutes
         self._saved_at = time.monotonic()
+        self._vote: Callable[[], int] = lambda: 0
 
     def on_start(self, run: Run) -> None:
         if run.folder is not None and run.is_main:
@@ -34,11 +36,13 @@ class Checkpointer(Listener):
 
     def on_step(self, run: Run, result: StepResult) -> None:
         due = self.enabled and time.monotonic() - self._saved_at >= self._seconds
-        wish = run.ranks.any(run.interrupted_by or (_DUE if due else 0))
+        vote = run.ranks.vote(run.interrupted_by or (_DUE if due else 0))
+        if run.ranks.world > 1:  # counted a step later, so that no rank waits for the others here
+            vote, self._vote = self._vote, vote
+        wish = vote()
         if wish:
             self._save(run)
-        if wish and wish != _DUE:
-            raise InterruptedRun(self._farewell(run, wish), wish)
+            self._stop_for(run, wish)
 
     def on_epoch(self, run: Run, figures: dict[str, float]) -> None:
         better = False
@@ -48,9 +52,7 @@ class Checkpointer(Listener):
             if hasattr(run.schedule, "observe"):
                 run.schedule.observe(value, run.selection.direction)
         self._save(run, best=better)
-        wish = run.ranks.any(run.interrupted_by)
-        if wish:
-            raise InterruptedRun(self._farewell(run, wish), wish)
+        self._stop_for(run, run.ranks.any(run.interrupted_by))
 
     def on_trained(self, run: Run) -> None:
         """The test split is evaluated with the checkpoint that val chose."""
@@ -65,6 +67,8 @@ class Checkpointer(Listener):
 
     def _save(self, run: Run, *, best: bool = False) -> None:
         self._saved_at = time.monotonic()
+        pending = self._vote()
+        self._vote = lambda: 0 if pending == _DUE else pending
         if not self.enabled:
             return
         run.tell("on_save")
@@ -73,9 +77,10 @@ class Checkpointer(Listener):
             checkpoint.save(run.state.state_dict(), *paths)
         run.ranks.wait()
 
-    def _farewell(self, run: Run, number: int) -> str:
-        where = f"at step {run.clock.step} of {run.total_steps}"
-        name = signal.Signals(number).name
+    def _stop_for(self, run: Run, wish: int) -> None:
+        if wish in (0, _DUE):
+            return
+        where = f"interrupted by {signal.Signals(wish).name} at step {run.clock.step} of {run.total_steps}"
         if not self.enabled or run.folder is None:
-            return f"interrupted by {name} {where}; nothing was saved (trainer.checkpoint=false)"
-        return f"interrupted by {name} {where}; saved. Go on with: cnnlab train resume={run.folder.path}"
+            raise InterruptedRun(f"{where}; nothing was saved (trainer.checkpoint=false)", wish)
+        raise InterruptedRun(f"{where}; saved. Go on with: cnnlab train resume={run.folder.path}", wish)

@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-from cnnlab.config import CONFIG_NAME, Composed, Composer, composer
+from cnnlab.config import CONFIG_NAME, Composed, Composer
 from cnnlab.errors import UsageError, did_you_mean
 
 
@@ -76,9 +76,7 @@ def override_parser(verb: str = "train", description: str = "", examples: str = 
     flag("-c", "--cfg", choices=["job", "hydra", "all"], help="print the composed config and stop")
     flag("-p", "--package", help="the part of it to print")
     flag("--resolve", action="store_true", help="resolve its interpolations")
-    flag(
-        "-cd", "--config-dir", action="append", default=[], metavar="DIR", help="a folder of your own configs"
-    )
+    flag("-cd", "--config-dir", action="append", default=[], metavar="DIR", help="a folder of your own configs")
     flag("-cn", "--config-name", default=CONFIG_NAME, metavar="NAME", help="another primary config")
     flag("-i", "--info", nargs="?", const="all", choices=list(_INFO), help="print Hydra's view of the config")
     flag("--hydra-help", action="store_true", help="Hydra's own settings")
@@ -108,16 +106,11 @@ def experiment(open_composer: Composer, args: Arguments) -> Composed:
     return checked(open_composer, args.overrides)
 
 
-def ask_hydra(raw: Sequence[str], config_dirs: Sequence[str] = ()) -> int:
-    """Answers `--help`, `--cfg job`, `--info` as Hydra's users expect. Raises what a run would."""
-    args = parse(raw)
-    folders = list(dict.fromkeys([*config_dirs, *args.config_dirs]))
-    with composer(folders, args.config_name) as open_composer:
-        return answer(open_composer, args)
-
-
 def answer(open_composer: Composer, args: Arguments) -> int:
-    """`ask_hydra` with a composer at hand; with `-m`, `--cfg` prints one document a cell."""
+    """Answers `--help`, `--cfg job`, `--info` as Hydra's users expect; with `-m`, `--cfg` prints one document a cell.
+
+    Raises what a run would.
+    """
     if args.multirun and args.cfg is not None:
         for number, cell in enumerate(open_composer.cells(args.overrides)):
             open_composer.compose(cell, number)

@@ -38,9 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def evaluate_run(
-    folder: RunDir, split: str, which: str = "best", device: str | None = None
-) -> dict[str, float]:
+def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | None = None) -> dict[str, float]:
     """The metrics of the checkpoint `which` of a run on `split`, named as in its `run.json`.
 
     It computes as the run did (precision and layout), where it finds the kind of device that the run had. A
@@ -66,9 +64,7 @@ def evaluate_run(
         config["trainer"]["device"] = device
     composed = Composed(config, folder.path, {}, ())
     check(composed)
-    trainer = as_recorded(
-        bind_section(Trainer, config["trainer"]), state.get("origin", {}).get("choices", {})
-    )
+    trainer = as_recorded(bind_section(Trainer, config["trainer"]), state.get("origin", {}).get("choices", {}))
     for name in ("device", "precision", "layout"):
         config["trainer"][name] = getattr(trainer, name).value
     run = build(composed, resumed=True)

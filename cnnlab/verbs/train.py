@@ -12,8 +12,8 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 
 from cnnlab.config import Composed, Composer, composer
-from cnnlab.errors import ConfigError, UsageError
-from cnnlab.overrides import is_plain, line, short, wrong_key
+from cnnlab.errors import ConfigError, UsageError, short
+from cnnlab.overrides import is_plain, line, wrong_key
 from cnnlab.rundir import RESUMABLE, RunDir, config_hash, environment, flatten, jsonable
 from cnnlab.verbs.arguments import answer, override_parser, parse
 from cnnlab.verbs.reopen import reopened
@@ -157,9 +157,7 @@ def _refusal(override: Override, stored: Composed, groups: Collection[str]) -> s
     """Why a run cannot go on with this override, or `None`."""
     key, config = override.key_or_group, stored.config
     has = stored.choices.get(key, flatten(config).get(key, config.get(key)))
-    if is_plain(override) and (
-        key in RESUMABLE or (key in {*groups, *flatten(config)} and has == override.value())
-    ):
+    if is_plain(override) and (key in RESUMABLE or (key in {*groups, *flatten(config)} and has == override.value())):
         return None
     if override.is_hydra_override():
         return f"`{short(line(override))}`: a run goes on in its own folder; leave this out"

@@ -1,0 +1,133 @@
+"""The import graph: a module imports only from floors below its own, and what is heavy loads only where it is used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cnnlab
+
+ROOT = Path(cnnlab.__file__).parent
+
+FLOORS: list[set[str]] = [
+    {"__init__", "errors", "schema"},
+    {"check", "overrides", "rundir", "protocols", "rng", "measure"},
+    {"config", "parts", "device", "ranks", "sinks", "receptive_field"},
+    {"data", "models", "init", "optim", "losses", "augment"},
+    {"tasks", "observe", "checkpoint", "summarize"},
+    {"train"},
+    {"builder"},
+    {"validate"},
+    {"verbs"},
+    {"cli"},
+    {"completion", "__main__"},
+]
+"""Low to high; a name is a module of `cnnlab` or a package with all that is in it."""
+
+PARTS = FLOORS[3]
+"""What is swapped."""
+
+NO_TORCH = {"errors", "schema", "check", "overrides", "config", "parts", "rundir", "cli", "completion"}
+HEAVY = {"torchvision", "sklearn", "torchmetrics", "timm", "pytorch_optimizer", "matplotlib", "pandas", "scipy"}
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.glob("**/*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+
+
+def unit_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def floor_of(unit: str) -> int:
+    return next(number for number, floor in enumerate(FLOORS) if unit in floor)
+
+
+def imports(path: Path, *, top_level: bool) -> Iterator[str]:
+    """Full names of the modules that a file imports; at the top level only, those that loading it loads."""
+    tree = ast.parse(path.read_text())
+    for node in _loaded(tree) if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            module = node.module or ""
+            names = [alias.name for alias in node.names]
+            inside = [f"{module}.{name}" for name in names if _is_module(f"{module}.{name}")]
+            yield from inside or [module]
+
+
+def _loaded(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from _loaded(child)
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT.parent / name.replace(".", "/")
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def test_every_module_has_a_floor():
+    listed = set().union(*FLOORS)
+    assert {unit_of(path) for path in modules()} <= listed
+    assert sum(map(len, FLOORS)) == len(listed)
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_imports_go_down(path: Path):
+    own = unit_of(path)
+    for name in imports(path, top_level=True):
+        if not name.startswith("cnnlab."):
+            continue
+        other = name.split(".")[1]
+        if other == own:
+            continue
+        assert floor_of(other) < floor_of(own), f"{name_of(path)} imports {name}, which is not below it"
+
+
+def test_the_loop_knows_no_part():
+    """`train` runs on protocols: it imports no concrete part, not even inside a function."""
+    for path in modules():
+        if unit_of(path) == "train":
+            concrete = {name.split(".")[1] for name in imports(path, top_level=False) if name.startswith("cnnlab.")}
+            assert not concrete & (PARTS - {"data"}), name_of(path)
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_what_is_heavy_loads_where_it_is_used(path: Path):
+    loaded = {name.split(".")[0] for name in imports(path, top_level=True)}
+    assert not loaded & (HEAVY - _allowed(path)), name_of(path)
+    if unit_of(path) in NO_TORCH:
+        assert "torch" not in loaded, name_of(path)
+
+
+def _allowed(path: Path) -> set[str]:
+    """A module that is about one such package is loaded only by those who ask for it."""
+    return {"pytorch_optimizer"} if name_of(path) == "optim.sophia" else set()
+
+
+def test_training_on_digits_loads_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from cnnlab.cli import main\n"
+        "assert main(['train', '--cfg', 'job']) == 0\n"
+        "assert 'torch' not in sys.modules, 'a config is composed without torch'\n"
+        "import cnnlab.validate\n"
+        f"print([name for name in {sorted(HEAVY)!r} if name in sys.modules], file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr.strip() == "[]"
