@@ -226,9 +226,9 @@ class _Builder:
                 "this optimizer differentiates the loss twice, which needs the whole batch in one piece; "
                 "type trainer.accumulate=1 and run it on one process"
             )
-        if self.traits.create_graph and self.trainer.clip_norm is not None:
+        if (self.traits.closure or self.traits.create_graph) and self.trainer.clip_norm is not None:
             raise UsageError(
-                "`trainer.clip_norm`: this optimizer differentiates the loss itself, and takes no clipped "
+                "`trainer.clip_norm`: this optimizer searches along the loss's own slope, and takes no clipped "
                 "gradients; type trainer.clip_norm=null"
             )
         return placement
@@ -400,7 +400,7 @@ class _Builder:
         evidence = Evidence(own, len(run.loaders["train"].split), run.device, self.ranks)
         fingerprints = " ".join(f"{name}:{loader.split.fingerprint}" for name, loader in run.loaders.items())
         origin = Origin({"config": config_hash(self.config), "data": fingerprints}, placement.choices())
-        parts = {
+        parts: dict[str, Any] = {
             "origin": origin,
             "model": run.model,
             "optimizer": run.optimizer,

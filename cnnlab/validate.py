@@ -237,9 +237,9 @@ class _Trial:
                 f"`trainer.accumulate={trainer.accumulate}`: this optimizer differentiates the loss twice, "
                 "and needs the whole batch in one piece for it; type trainer.accumulate=1"
             )
-        if traits.create_graph and trainer.clip_norm is not None:
+        if (traits.closure or traits.create_graph) and trainer.clip_norm is not None:
             self.refuse(
-                f"`trainer.clip_norm={trainer.clip_norm:g}`: this optimizer differentiates the loss itself, and "
+                f"`trainer.clip_norm={trainer.clip_norm:g}`: this optimizer searches along the loss's own slope, and "
                 "takes no clipped gradients; type trainer.clip_norm=null"
             )
 

@@ -372,7 +372,8 @@ class Lab:
     def __init__(self, open_composer: Composer, space: Space):
         self._composer = open_composer
         self._space = space
-        self.bases = [base for base in BASES if all(o in space.factors[f] for f, o in base.items())]
+        self._first_bases = [base for base in BASES if all(o in space.factors[f] for f, o in base.items())]
+        self.bases = list(self._first_bases)
         self._plain = open_composer.compose([]).config
         self._common = list(_changes(self._plain, open_composer.compose(COMMON).config))
         self._changes: dict[Choice, list[_Change]] = {}
@@ -398,25 +399,37 @@ class Lab:
         """
         while True:
             blamed = to_blame(row, self.refuses)
-            rows = {tuple(sorted({**base, **blamed}.items())): base for base in self._other_bases()}
-            base = next((base for row, base in rows.items() if self._taken(dict(row))), None)
-            if base is None:
+            if self._another_base(blamed) is None:
                 return blamed, self._reason(blamed)
-            self.bases.append(base)
+
+    def _another_base(self, choices: Row) -> Row | None:
+        """A row with these choices that takes another network or other data, from then on a base; or `None`."""
+        factors = self._space.factors
+        others = [{**base, "model": model} for model, base in itertools.product(factors["model"], self._first_bases)]
+        others += [{"data": data, "task": task} for data, task in itertools.product(factors["data"], factors["task"])]
+        bases = {tuple(sorted({**base, **choices}.items())): base for base in others}
+        for base in bases.values():
+            row = {**self._space.defaults, **base, **choices}
+            if self.refusal(self.put_together(row)) is None:
+                self.bases.append(base)
+                return row
+        return None
+
+    def beside_any_base(self, choices: Row) -> Row | None:
+        """A row with these choices that the check accepts, or `None` where no network and no data help."""
+        return self.beside_a_base(choices) or self._another_base(choices)
 
     def refuses(self, choices: Row) -> bool:
         """Whether the check refuses these choices beside each of the bases."""
-        return not any(self.refusal(self.put_together(row)) is None for row in self.beside_bases(choices))
-
-    def _other_bases(self) -> Iterator[Row]:
-        factors = self._space.factors
-        for model, base in itertools.product(factors["model"], BASES):
-            yield {**base, "model": model}
-        for data, task in itertools.product(factors["data"], factors["task"]):
-            yield {"data": data, "task": task}
+        return self.beside_a_base(choices) is None
 
     def _taken(self, choices: Row) -> bool:
         return self.refusal(self.put_together({**self._space.defaults, **choices})) is None
+
+    def beside_a_base(self, choices: Row) -> Row | None:
+        """A row with these choices that the check accepts, or `None` where each base is refused beside them."""
+        rows = self.beside_bases(choices)
+        return next((row for row in rows if self.refusal(self.put_together(row)) is None), None)
 
     def _reason(self, choices: Row) -> str:
         """Beside the base that accepts most of the choices one by one: why it refuses them together."""
@@ -529,8 +542,10 @@ def cover(lab: Lab, space: Space, *, seed: int = 0, limit: int | None = None, co
         bar = progress.add_task("", total=covering.total, rows=0, state="")
         while covering.missing and (limit is None or result.rows < limit):
             learned = one_row(lab, space, covering, result)
-            if learned is not None:
+            if learned:
                 progress.console.print(learned, markup=False, highlight=False, soft_wrap=True)
+            if progress.console.is_terminal is False and result.rows % 50 == 0:
+                progress.console.print(f"{result.rows} rows, {len(covering.missing):,} pairs to go")
             state = f"{result.refused_rows} refused, {len(result.failed)} failed"
             progress.update(bar, completed=covering.total - len(covering.missing), rows=result.rows, state=state)
     result.missing = len(covering.missing)
@@ -542,7 +557,9 @@ def one_row(lab: Lab, space: Space, covering: Covering, result: Result) -> str |
     """Judges one more row; what was learned of choices that do not go together."""
     pair, row = covering.row()
     if row is None:
-        row = beside_a_base(lab, pair)
+        row = lab.beside_any_base(dict(pair))
+    if row is None:  # what each of the others allows, another one forbids
+        return "\n".join(learn(lab, space, covering, result, dict(pair)))
     result.rows += 1
     composed = lab.compose(row)
     if lab.refusal(composed) is not None:
@@ -583,12 +600,6 @@ def learn(lab: Lab, space: Space, covering: Covering, result: Result, row: Row) 
             like = {**blamed, factor: option}
             if frozenset(like.items()) in covering.missing and lab.refuses(like):
                 yield from learn(lab, space, covering, result, like)
-
-
-def beside_a_base(lab: Lab, pair: frozenset[Choice]) -> Row:
-    """The pair beside the first base with which it passes the check; beside the first one if there is none."""
-    rows = lab.beside_bases(dict(pair))
-    return next((row for row in rows if lab.refusal(lab.put_together(row)) is None), rows[0])
 
 
 # ---- telling ----

@@ -22,7 +22,7 @@ from cnnlab.config import composer
 CHEAP = {
     "activation": ("relu", "prelu"),
     "augment": ("[standard]", "[mixup]"),
-    "data": ("shapes",),
+    "data": ("shapes", "cifar10"),
     "init": ("lsuv",),
     "loss": ("focal", "dice"),
     "model": ("cnn", "mlp"),

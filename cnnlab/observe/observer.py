@@ -100,8 +100,8 @@ class Observer:
     Args:
         every: steps between the readings of a probe that states no cadence of its own.
         total_steps: of the run.
-        max_records: sampled steps of a run at most. All cadences are stretched by one whole factor when they, or
-            `MAX_FIGURES`, would not do otherwise.
+        max_records: sampled steps at most, of the run and of each time that it is prolonged. All cadences are
+            stretched by one whole factor when they would exceed this, or `MAX_FIGURES`.
     """
 
     def __init__(
@@ -203,8 +203,11 @@ class Observer:
             self.stretch += 1
 
     def state_dict(self) -> dict[str, int]:
-        return {"stretch": self.stretch, "records": self._records, "figures": self._figures}
+        counts = {"records": self._records, "figures": self._figures}
+        return {"stretch": self.stretch, **counts, "total_steps": self._total_steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes on with the cadences of the run that is resumed."""
-        self.stretch, self._records, self._figures = state["stretch"], state["records"], state["figures"]
+        self.stretch = state["stretch"]
+        if state["total_steps"] == self._total_steps:
+            self._records, self._figures = state["records"], state["figures"]

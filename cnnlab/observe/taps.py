@@ -137,8 +137,7 @@ class Taps:
             slot.grad = row  # the backward pass adds to the bank, in place: a CUDA graph needs one address
             self.slots.append(slot)
         self._handles = [
-            module.register_forward_hook(_Tap(self, row, bounds_of(module)))
-            for row, (_, module) in enumerate(layers)
+            module.register_forward_hook(_Tap(self, row, bounds_of(module))) for row, (_, module) in enumerate(layers)
         ]
 
     def __len__(self) -> int:

@@ -76,11 +76,11 @@ def parameter_groups(
 def layers(model: nn.Module) -> list[list[str]]:
     """Names of the parameters of each layer, from the input on, as `layer_decay` counts them.
 
-    A layer is a child of the model (of its only child, where the model is a wrapper around another network), in the order of registration, which the lab's and torchvision's
-    networks share with the forward pass. A `Sequential` of plain convolutions and linear layers (the
-    `features` of VGG) is opened into its items, one of blocks (a stage of ResNet) is one layer. A child
-    without a weight of its own (a norm layer) belongs to the layer before it. The whole head is the last
-    layer.
+    A layer is a child of the model (or of its only child, where it wraps another library's network), in the
+    order of registration, which the lab's and torchvision's networks share with the forward pass. A
+    `Sequential` of plain convolutions and linear layers (the `features` of VGG) is opened into its items, one
+    of blocks (a stage of ResNet) is one layer. A child without a weight of its own (a norm layer) belongs to
+    the layer before it. The whole head is the last layer.
     """
     head = head_parameters(model)
     inside, prefix = _unwrapped(model, [name for name, _ in model.named_parameters() if name not in head])

@@ -14,11 +14,11 @@ def confusion(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
     As in the losses, void is in dense targets (N, H, W) only: of 1000 labels (N,), 255 is one. It falls into a row
     that is cut off, since the host would have to wait for the size of what a boolean mask keeps.
     """
-    row = torch.where(target == VOID, classes, target) if target.ndim > 1 else target
-    row, predicted = row.flatten(), predicted.flatten()
-    counts = torch.zeros((classes + 1) * classes, dtype=torch.int64, device=row.device)
-    counts.scatter_add_(0, row * classes + predicted, torch.ones_like(row))
-    return counts.view(classes + 1, classes)[:classes]
+    dense = target.ndim > 1
+    row = torch.where(target == VOID, classes, target) if dense else target
+    cell = torch.add(predicted, row, alpha=classes).flatten()
+    counts = cell.new_zeros((classes + dense) * classes).scatter_add_(0, cell, torch.ones_like(cell))
+    return counts.view(-1, classes)[:classes]
 
 
 def picture_grid(images: Tensor, columns: int = 8, rows: int = 2, gap: int = 1) -> Tensor:

@@ -112,8 +112,18 @@ class UnpoolDecoder(nn.Module):
     def forward(self, features: Features) -> dict[str, Tensor]:
         x = self.bottleneck(features.stages[-1])
         for block, indices, size in zip(self.blocks, features.indices[::-1], features.sizes[::-1], strict=True):
-            x = block(functional.max_unpool2d(x, indices, 2, output_size=size))
+            x = block(_unpool(x, indices, size))
         return {"logits": self.classifier(x)}
+
+
+def _unpool(x: Tensor, indices: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, C, h, w) -> (N, C, *size), zeros but where `indices` point.
+
+    `max_unpool2d`, but without its refusal under `trainer.deterministic`: windows that do not overlap have no
+    index twice.
+    """
+    empty = x.new_zeros(*x.shape[:2], size[0] * size[1])
+    return empty.scatter(2, indices.flatten(2), x.flatten(2)).unflatten(2, size)
 
 
 class NearestDecoder(nn.Module):
@@ -133,5 +143,3 @@ class NearestDecoder(nn.Module):
         for block, lateral in zip(list(self.blocks)[-2::-1], maps[-2::-1], strict=True):
             x = block(functional.interpolate(x, size=lateral.shape[-2:], mode="nearest") + lateral)
         return {"logits": functional.interpolate(self.classifier(x), size=self.size, mode="nearest")}
-
-

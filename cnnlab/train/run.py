@@ -175,11 +175,15 @@ class Run:
 
     def _finish(self, error: BaseException | None) -> None:
         status, reason = _status_of(error)
-        if status == "failed" and self.folder is not None and self.is_main and not isinstance(error, CnnlabError):
-            text = "".join(traceback.format_exception(error))
-            (self.folder.path / "error.txt").write_text(text)
-        self._record_status(status, reason)
-        self.tell("on_end", error)
+        try:
+            if status == "failed" and self.folder is not None and self.is_main and not isinstance(error, CnnlabError):
+                text = "".join(traceback.format_exception(error))
+                (self.folder.path / "error.txt").write_text(text)
+            self._record_status(status, reason)
+            self.tell("on_end", error)
+        except OSError:  # a full disk must not hide what ended the run
+            if error is None:
+                raise
 
     def _record_status(self, status: str, reason: str | None = None) -> None:
         if self.folder is None or not self.is_main:

@@ -151,7 +151,8 @@ class EagerStep:
             self.ranks.sum_([p.grad for p in self.parameters if p.grad is not None])
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        look.gradients(count, 1.0 if self.scaler is None else self.scaler._scale)  # a tensor: no sync
+        scale = None if self.scaler is None else self.scaler._scale  # a tensor, so nobody waits for the device
+        look.gradients(count, 1.0 if scale is None else scale)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
 
@@ -223,7 +224,7 @@ class ClosureStep(EagerStep):
                 first = result
             return self.mean_loss(result, count)
 
-        self.optimizer.step(closure)
+        self.optimizer.step(closure)  # type: ignore[arg-type]
         for action in self.after_update:
             action()
         look.updated()
@@ -260,7 +261,7 @@ class GraphClosureStep(ClosureStep):
 
         self.zero_grad()
         look.before_update()
-        self.optimizer.step(closure)
+        self.optimizer.step(closure)  # type: ignore[arg-type]
         look.gradients(count)
         for action in self.after_update:
             action()

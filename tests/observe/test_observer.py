@@ -71,6 +71,27 @@ def test_a_run_leaves_at_most_max_records(total: int, cadences: tuple[int, ...])
     assert records[0]["step"] == 0
 
 
+def test_a_run_that_is_prolonged_is_watched_on():
+    def observer(total: int) -> Observer:
+        return Observer(nn.Linear(2, 2), [Counting(every=1)], None, every=1, total_steps=total, max_records=10)
+
+    def sampled(watching: Observer, steps: range) -> list[int]:
+        found = []
+        for step in steps:
+            with watching(step) as look:
+                look.gradients(1)
+            found += [] if look is IDLE else [step]
+        return found
+
+    first = observer(100)
+    assert len(sampled(first, range(50))) == 5
+    same, longer = observer(100), observer(1000)
+    for resumed in (same, longer):
+        resumed.load_state_dict(first.state_dict())
+    assert sampled(same, range(50, 100)) == [50, 60, 70, 80, 90]
+    assert 5 < len(sampled(longer, range(50, 1000))) <= 10
+
+
 def test_large_records_are_taken_more_rarely(monkeypatch: pytest.MonkeyPatch):
     """A network of a thousand layers must not write gigabytes."""
     monkeypatch.setattr(module, "MAX_FIGURES", 1000)

@@ -64,6 +64,14 @@ def test_layers_of_a_plain_net_are_its_convolutions_and_the_head():
     ]
 
 
+def test_layers_of_another_librarys_network_are_those_inside_the_wrapper():
+    wrapper = nn.Module()
+    wrapper.network = Residual()
+    assert layers(wrapper) == [[f"network.{name}" for name in names] for names in layers(Residual())]
+    wrapper.head = nn.Conv2d(4, 2, 1)
+    assert [names[0] for names in layers(wrapper)][-2:] == ["network.fc.weight", "head.weight"]
+
+
 @pytest.mark.parametrize("make", [Residual, plain])
 @pytest.mark.parametrize("options", [{}, {"layer_decay": 0.5}, {"head_lr": 2.0, "decay_norm_and_bias": True}])
 def test_every_parameter_is_in_exactly_one_group(make, options):

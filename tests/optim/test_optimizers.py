@@ -321,6 +321,16 @@ def test_newton_cg_refuses_a_radius_beyond_its_bound():
         NewtonCG([nn.Parameter(torch.ones(1))], radius=2.0, max_radius=1.0)
 
 
+def test_newton_cg_takes_a_loss_that_is_linear_in_a_parameter():
+    curved, linear = nn.Parameter(torch.tensor([2.0])), nn.Parameter(torch.tensor([1.0]))
+    optimizer = NewtonCG([curved, linear], radius=5.0, tolerance=1e-6)
+    optimizer.step(lambda: (curved.square() + linear).sum())
+    assert (curved.square() + linear).item() < 5
+    straight = nn.Parameter(torch.tensor([1.0]))
+    NewtonCG([straight], radius=0.5).step(lambda: straight.sum())  # no curvature at all: to the boundary
+    assert straight.item() == pytest.approx(0.5)
+
+
 def test_newton_cg_leaves_unused_parameters_where_they_are():
     used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     NewtonCG([used, unused], radius=5.0).step(lambda: used.square().sum())

@@ -13,8 +13,8 @@ from cnnlab.tasks.segmentation import NearestDecoder, UnpoolDecoder
 from cnnlab.validate import check
 
 SCENES = (
-    "data=shapes", "data.limit=null", "data.train=48", "data.val=16", "data.test=16", "data.size=16", "task=segmentation",
-    "trainer.batch_size=16", "data.noise=0.02", "data.clutter=0",
+    "data=shapes", "data.limit=null", "data.train=48", "data.val=16", "data.test=16", "data.size=16",
+    "task=segmentation", "trainer.batch_size=16", "data.noise=0.02", "data.clutter=0",
 )  # fmt: skip
 BACKBONES = {
     "vgg": ("model=vgg", "norm=batch"),
@@ -79,9 +79,16 @@ def test_the_unpooling_decoder_puts_each_value_back_where_its_maximum_stood():
     logits = decoder(Features((x, pooled), (indices,), ((7, 6),)))["logits"]
     assert logits.shape == (2, 5, 7, 6)
     (restored,) = seen
-    assert restored.shape == x.shape
+    assert torch.equal(restored, functional.max_unpool2d(pooled, indices, 2, output_size=(7, 6)))
     assert torch.equal(restored[restored != 0], x[restored != 0])
     assert (restored != 0).sum() == pooled.numel()
+
+
+def test_unpooling_is_deterministic_where_that_is_asked_for():
+    try:
+        fitted(*SCENES, *BACKBONES["vgg"], "trainer.deterministic=true", "trainer.max_steps=2")
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_image_and_mask_are_augmented_together():

@@ -201,7 +201,8 @@ def test_weights_that_depend_on_data_begin_alike(two):
 
 # ---- the real thing: torchrun and the command line ----
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "cnnlab", "train"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+TORCHRUN += ["-m", "cnnlab", "train"]
 LONG = [
     "trainer.device=cpu", "trainer.precision=fp32", "trainer.threads=1", "trainer.epochs=6", "data.limit=400",
     "norm=group", "stats.every=5", "trainer.log_every=5",

@@ -39,10 +39,12 @@ def test_a_run_says_what_the_contract_promises(tmp_path: Path):
     assert record["epochs"] == 2
     assert record["seconds"] > 0
     assert record["images_per_second"] > 0
-    assert set(record["metrics"]) == {f"test/{n}" for n in ("loss", "data_loss", "penalty", "accuracy", "balanced_accuracy")}
+    named = ("loss", "data_loss", "penalty", "accuracy", "balanced_accuracy")
+    assert set(record["metrics"]) == {f"test/{name}" for name in named}
     records = list(read_records(tmp_path / "metrics.jsonl"))
     assert [(r["split"], r["epoch"], r["step"]) for r in records] == [
-        ("train", 0, 3), ("train", 0, 4), ("val", 1, 4), ("train", 1, 6), ("train", 1, 8), ("val", 2, 8), ("test", 2, 8),
+        ("train", 0, 3), ("train", 0, 4), ("val", 1, 4), ("train", 1, 6), ("train", 1, 8), ("val", 2, 8),
+        ("test", 2, 8),
     ]  # fmt: skip
     for r in records:
         assert {"step", "epoch", "split", "loss", "data_loss", "penalty", "accuracy"} <= r.keys()
@@ -104,7 +106,9 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation(tmp_path: Path):
     assert (run.selection.value, run.selection.epoch) == (0.7, 3)
     assert checkpoint.load(tmp_path / "checkpoints" / "best.pt")["clock"]["epoch"] == 3
     assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["clock"]["epoch"] == 5
-    assert RunDir(tmp_path).read()["best"] == {"metric": "val/accuracy", "value": 0.7, "epoch": 3}  # of equal values the later
+    assert RunDir(tmp_path).read()["best"] == {"metric": "val/accuracy", "value": 0.7, "epoch": 3}, (
+        "of equal ones the later"
+    )
 
 
 @pytest.mark.parametrize("ema", ["0.0", "0.8"])

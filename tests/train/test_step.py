@@ -230,6 +230,7 @@ def test_lbfgs_accumulates():
     [
         (("optim=newton_cg", "trainer.accumulate=2"), "accumulate"),
         (("optim=newton_cg", "trainer.clip_norm=1"), "clip_norm"),
+        (("optim=lbfgs", "trainer.clip_norm=1"), "clip_norm"),
         (("optim=lbfgs", "trainer.precision=bf16"), "precision"),
         (("optim=lbfgs", "trainer.step=compiled"), "step"),
         (("trainer.step=captured",), "captured"),
@@ -346,9 +347,7 @@ def test_inductor_learns_what_eager_does():
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_step_on_the_gpu_learns_what_the_cpu_does(step: str, precision: str):
     cpu, expected = watched("norm=group")
-    gpu, said = watched(
-        "norm=group", "trainer.device=cuda", f"trainer.step={step}", f"trainer.precision={precision}"
-    )
+    gpu, said = watched("norm=group", "trainer.device=cuda", f"trainer.step={step}", f"trainer.precision={precision}")
     assert gpu.step.name == step
     for a, b in zip(said.losses, expected.losses, strict=True):
         assert torch.allclose(a.cpu(), b, atol=1e-3 if precision == "fp32" else 0.1)
@@ -373,13 +372,14 @@ def test_no_step_waits_for_the_gpu(step: str):
         batch, count = next(batches)
         with run.observer(number) as look:
             run.step(batch, count, number, look)
+        run.clock.advance(count)
     batch, count = next(batches)
     torch.cuda.set_sync_debug_mode("error")
     try:
         with run.observer(2) as look:
             result = run.step(batch, count, 2, look)
-        for listener in run.listeners:
-            listener.on_step(run, result)
+        run.clock.advance(count)
+        run.tell("on_step", result)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
