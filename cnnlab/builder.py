@@ -39,9 +39,7 @@ MIN_STATISTICS_BATCH = 2
 """Samples that batch statistics need; an epoch's last batch with fewer is left out."""
 
 
-def make_network(
-    config: Mapping[str, Any], spec: DataSpec, task: Task, regularization: Regularization
-) -> nn.Module:
+def make_network(config: Mapping[str, Any], spec: DataSpec, task: Task, regularization: Regularization) -> nn.Module:
     """The network of a config for such data, with the task's head in place. Raises `ValueError` if they do not
     go together."""
     model = make(
@@ -275,9 +273,7 @@ class _Builder:
             )
         evaluation = trainer.eval_batch_size or max(trainer.batch_size, 256)
         loaders = {
-            name: Loader(
-                split, min(evaluation, len(split)), shuffle=False, transform=transform(False), **common
-            )
+            name: Loader(split, min(evaluation, len(split)), shuffle=False, transform=transform(False), **common)
             for name, split in splits.items()
             if name != "train"
         }
@@ -340,9 +336,7 @@ class _Builder:
                 always=placement.step is not StepKind.eager,
                 ranks=self.ranks,
             )
-        return Observer(
-            model, probes, taps, every=stats.every, total_steps=total_steps, max_records=stats.max_records
-        )
+        return Observer(model, probes, taps, every=stats.every, total_steps=total_steps, max_records=stats.max_records)
 
     def step(
         self,
@@ -431,9 +425,7 @@ class _Builder:
 
         run.observer.receive = receive if run.is_main else None
 
-    def facts(
-        self, run: Run, placement: Placement, pipeline: Pipeline, splits: Mapping[str, Split]
-    ) -> dict[str, str]:
+    def facts(self, run: Run, placement: Placement, pipeline: Pipeline, splits: Mapping[str, Split]) -> dict[str, str]:
         parameters = sum(p.numel() for p in run.model.parameters())
         model = self.config["model"]["_target_"].rpartition(".")[2]
         notes = getattr(run.model, "notes", [])

@@ -207,9 +207,7 @@ def _sliding(field: Field, kernel: Any, stride: Any, padding: Any, dilation: Any
     return Field(windows[0], windows[1])
 
 
-def _convolution(
-    field: Field, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor
-) -> Field:
+def _convolution(field: Field, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Field:
     weight, stride, padding, dilation, transposed = args[1], args[3], args[4], args[5], args[6]
     if tensor.ndim != 4:
         return Field(_whole(None), _whole(None))
@@ -217,13 +215,9 @@ def _convolution(
     if not transposed:
         return _sliding(field, kernel, stride, padding, dilation)
     windows = []
-    for window, k, s, p, d in zip(
-        field.windows, kernel, _pair(stride), _pair(padding), _pair(dilation), strict=True
-    ):
+    for window, k, s, p, d in zip(field.windows, kernel, _pair(stride), _pair(padding), _pair(dilation), strict=True):
         reach = (k - 1) * d
-        seen = (
-            math.ceil((reach + 1) / s) - 1
-        )  # further inputs that one output can get, around (p - reach / 2) / s
+        seen = math.ceil((reach + 1) / s) - 1  # further inputs that one output can get, around (p - reach / 2) / s
         center = (p - reach / 2) / s
         windows.append(window.widened(seen / 2 - center, seen / 2 + center, 1 / s))
     return Field(windows[0], windows[1])
@@ -233,9 +227,7 @@ def _pool(field: Field, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, A
     return _pooling(field, args, dilation=1)
 
 
-def _max_pool(
-    field: Field, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor
-) -> Field:
+def _max_pool(field: Field, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Field:
     return _pooling(field, args, dilation=args[4] if len(args) > 4 else 1)
 
 
@@ -245,9 +237,7 @@ def _pooling(field: Field, args: Sequence[Any], dilation: Any) -> Field:
     return _sliding(field, kernel, stride, args[3] if len(args) > 3 else 0, dilation)
 
 
-def _adaptive(
-    field: Field, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor
-) -> Field:
+def _adaptive(field: Field, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Field:
     """Cell i of m covers positions floor(i·n/m) to ceil((i + 1)·n/m) of n."""
     windows = []
     for window in field.windows:
@@ -306,9 +296,7 @@ def _permute(field: Field, tensor: Tensor, args: Sequence[Any], kwargs: dict[str
     return _moved(field, [dim % tensor.ndim for dim in args[1]])
 
 
-def _transpose(
-    field: Field, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor
-) -> Field:
+def _transpose(field: Field, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Field:
     first, second = (args[1] % tensor.ndim, args[2] % tensor.ndim) if len(args) > 2 else (0, tensor.ndim - 1)
     order = list(range(tensor.ndim))
     order[first], order[second] = order[second], order[first]
@@ -318,8 +306,7 @@ def _transpose(
 def _moved(field: Field, order: Sequence[int]) -> Field:
     """`order[i]` is the dimension that comes to place i."""
     windows = [
-        window if window.axis is None else replace(window, axis=order.index(window.axis))
-        for window in field.windows
+        window if window.axis is None else replace(window, axis=order.index(window.axis)) for window in field.windows
     ]
     return Field(windows[0], windows[1])
 

@@ -187,9 +187,7 @@ class _Meter(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return (
-            False  # torch would import its compiler (1.3 s) to keep it out of a pass that is never compiled
-        )
+        return False  # torch would import its compiler (1.3 s) to keep it out of a pass that is never compiled
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -323,9 +321,7 @@ def _first_tensor(output: Any) -> Tensor | None:
     """Of a tensor, a mapping (`logits` comes first) or a sequence."""
     if isinstance(output, Tensor):
         return output
-    values = (
-        output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    )
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
     return next((tensor for value in values if (tensor := _first_tensor(value)) is not None), None)
 
 

@@ -170,11 +170,11 @@ def data_files() -> Iterator[dict[str, tuple[str, ...]]]:
         write_mnist(root / "sets", random_state)
         yield {
             "data=digits": ("data.val=0.02", "data.test=0.02"),
-            "data=shapes": ("data.train=40", "data.val=16", "data.test=16"),
+            "data=shapes": ("data.size=16", "data.train=40", "data.val=16", "data.test=16"),
             "data=folder": (images, "data.size=16", *decoded),
             "data=imagenet": (images, "data.size=64", "data.resize=72", "data.val=0.1", *decoded),
-            "data=voc": (f"data.root={root / 'voc'}", "data.size=24", *decoded),
-            "data=masks": (f"data.root={root / 'masks'}", "data.size=[24,32]", "data.val=0.2", *decoded),
+            "data=voc": (f"data.root={root / 'voc'}", "data.size=16", *decoded),
+            "data=masks": (f"data.root={root / 'masks'}", "data.size=[16,24]", "data.val=0.2", *decoded),
             **{
                 f"data={kind}": (f"data.root={root / 'sets'}",)
                 for kind in ("cifar10", "cifar100", "mnist", "fashion_mnist")

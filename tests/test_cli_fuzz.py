@@ -17,14 +17,14 @@ KEYS = """
     stats schedule schedule.warmup schedule.final data data.limit data.size data.val loss loss.class_weights init
     norm activation task normalize paths.outputs experiment debug local hydra.run.dir hydra.sweep.dir hydra
     hydra/launcher hydra.job.chdir lr epochs x model.width model.depth model@y optim/lr _a a.b.c ß " '
-""".split()  # noqa: SIM905 (a list of short quoted strings is hard to read)
+""".split()
 VALUES = """
     0 1 -1 3 1e3 1e400 -0 0x1 1_000 nan inf -inf true False null ??? abc sgd adam resnet vgg cosine crop none auto
     cpu fp32 5% '' "" 'a,b' "x [] [1] [1,2,3] [a,b] [[1]] [a {} {a:1} {a:{b:2}} {_target_:torch.nn.ReLU} ${seed}
     ${x.y} ${optim} ${now:%Y} ${oc.env:HOME} ${} ${ $ 1,2 a,b range(3) range( choice(1,2) interval(0,1) glob(*)
     sort(2,1) shuffle(range(2)) int(3.5) float(x) str(3) extend_list(a) ../.. a/b C:\\x é 日本 🙂 a\\,b \\ ( ) = == a=b
     : ; & # % @ !
-""".split()  # noqa: SIM905 (a list of short quoted strings is hard to read)
+""".split()
 VALUES += ["", " ", "a b", "5 %", "\t", "\n", "9" * 30, "9" * 5000, "[" * 200, "a" * 3000]
 STARTS = ["", "", "", "", "", "+", "++", "~", "-", "--", "@"]
 ROUNDS = 16

@@ -22,7 +22,7 @@ from cnnlab.config import composer
 CHEAP = {
     "activation": ("relu", "prelu"),
     "augment": ("[standard]", "[mixup]"),
-    "data": ("shapes", "cifar10"),
+    "data": ("shapes", "folder"),
     "init": ("lsuv",),
     "loss": ("focal", "dice"),
     "model": ("cnn", "mlp"),
@@ -109,7 +109,6 @@ def test_a_small_covering_set_trains(space: Space) -> None:
     assert result.trained_pairs + refused_pairs(result, small) == result.pairs
     refused = {tuple(sorted(combination)) for combination in result.refused}
     assert (("data", "digits"), ("task", "segmentation")) in refused
-    assert (("model", "mlp"), ("task", "segmentation")) in refused
     assert all(reason for reason in result.refused.values())
 
 

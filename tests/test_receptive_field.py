@@ -35,9 +35,7 @@ def support(net, size):
     net = net.double().eval()
     for parameter in net.parameters():
         nn.init.uniform_(parameter.data, 0.5, 1.5, generator=torch.Generator().manual_seed(0))
-    image = (
-        torch.rand(1, 1, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
-    )
+    image = torch.rand(1, 1, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
     image.requires_grad_(True)
     output = net(image)
     middle = (output.shape[-2] // 2, output.shape[-1] // 2)
@@ -67,21 +65,13 @@ def tracked(net, size):
 
 EXACT = {
     "3x3 three times": nn.Sequential(conv(3), conv(3), conv(3)),
-    "strided, padded, even kernel": nn.Sequential(
-        conv(7, stride=2, padding=3), conv(4, stride=3, padding=1), conv(2)
-    ),
-    "dilated": nn.Sequential(
-        conv(3, dilation=2), conv(3, dilation=4, padding=4), conv((1, 5), padding=(0, 2))
-    ),
+    "strided, padded, even kernel": nn.Sequential(conv(7, stride=2, padding=3), conv(4, stride=3, padding=1), conv(2)),
+    "dilated": nn.Sequential(conv(3, dilation=2), conv(3, dilation=4, padding=4), conv((1, 5), padding=(0, 2))),
     "asymmetric": nn.Sequential(conv((1, 7), padding=(0, 3)), conv((7, 1), padding=(3, 0)), conv((3, 1))),
     "pools": nn.Sequential(conv(3, padding=1), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), conv(3)),
-    "norm and activations": nn.Sequential(
-        conv(3), nn.BatchNorm2d(1), nn.ReLU(), nn.GELU(), nn.Dropout(), conv(3)
-    ),
+    "norm and activations": nn.Sequential(conv(3), nn.BatchNorm2d(1), nn.ReLU(), nn.GELU(), nn.Dropout(), conv(3)),
     "residual": Apply(lambda x, a, b: F.relu(b(F.relu(a(x))) + x), conv(3, padding=1), conv(3, padding=1)),
-    "residual in place": Apply(
-        lambda x, a, b: (b(a(x)).add_(x)).relu_(), conv(3, padding=1), conv(5, padding=2)
-    ),
+    "residual in place": Apply(lambda x, a, b: (b(a(x)).add_(x)).relu_(), conv(3, padding=1), conv(5, padding=2)),
     "sliced and padded shortcut": Apply(
         lambda x, a: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 0)).sum(1, keepdim=True) + a(x), conv(3, 2, 1)
     ),

@@ -204,9 +204,7 @@ class Block(nn.Module):
 
 
 def test_1202_layers_take_less_than_three_seconds_and_a_bounded_table():
-    net = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), *(Block(16) for _ in range(600)), nn.Conv2d(16, 10, 1)
-    )
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *(Block(16) for _ in range(600)), nn.Conv2d(16, 10, 1))
     start = time.process_time()
     summary = summarize(net, (3, 32, 32), batch=128)
     assert time.process_time() - start < 3

@@ -102,9 +102,7 @@ class Pretrained(Channelwise):
     def __init__(self, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[Positive, ...] = IMAGENET_STD):
         super().__init__()
         if len(mean) != len(std):
-            raise ValueError(
-                f"expected as many means as standard deviations, received {len(mean)} and {len(std)}"
-            )
+            raise ValueError(f"expected as many means as standard deviations, received {len(mean)} and {len(std)}")
         self.channels = len(mean)
         self.keep(torch.tensor(tuple(mean)), torch.tensor(tuple(std)))
 

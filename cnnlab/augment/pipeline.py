@@ -144,9 +144,7 @@ class Pipeline:
     ):
         wrong = [name for name, part in parts.items() if not isinstance(part, Geometric | Colour | Barrier)]
         if wrong:
-            raise ValueError(
-                f"expected subclasses of Geometric, Colour or Barrier, received {', '.join(wrong)}"
-            )
+            raise ValueError(f"expected subclasses of Geometric, Colour or Barrier, received {', '.join(wrong)}")
         reasons = {f"augment.{name}": part.supports(spec) for name, part in parts.items()}
         reasons["normalize"] = normalize.supports(spec)
         problems = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
@@ -185,9 +183,7 @@ class Pipeline:
         draws = {}
         for name, part in self.parts.items():
             count = part.num_draws(channels, size)
-            drawn = rng.uniform(
-                self.seed, f"augment/{name}", epoch if part.redraw else 0, batch["index"], count
-            )
+            drawn = rng.uniform(self.seed, f"augment/{name}", epoch if part.redraw else 0, batch["index"], count)
             draws[name] = Draws(drawn, epoch, size, channels, self.spec.num_classes)
         return draws
 
@@ -222,8 +218,6 @@ class Pipeline:
         owners["normalize"] = self.normalize
         unknown = sorted(set(state) - set(owners))
         if unknown:
-            raise ValueError(
-                f"expected the state of {', '.join(owners)}, received that of {', '.join(unknown)}"
-            )
+            raise ValueError(f"expected the state of {', '.join(owners)}, received that of {', '.join(unknown)}")
         for name, tensors in state.items():
             owners[name].load_state_dict(tensors)

@@ -51,9 +51,7 @@ class TrivialAugment(Barrier):
         sign = torch.where(draws.uniforms[:, 2] < 0.5, -1.0, 1.0)
         return self.transform(batch, operation, strength, sign, draws)
 
-    def transform(
-        self, batch: Batch, operation: Tensor, strength: Tensor, sign: Tensor, draws: Draws
-    ) -> Batch:
+    def transform(self, batch: Batch, operation: Tensor, strength: Tensor, sign: Tensor, draws: Draws) -> Batch:
         """Number `operation` (N,) of `OPERATIONS`, at `strength` (N,) in [0, 1], in direction `sign` (N,)."""
 
         def chosen(name: str) -> Tensor:

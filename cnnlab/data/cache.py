@@ -175,9 +175,7 @@ def _build(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(
-    folder: Path, root: Path, files: Sequence[str], recipe: Recipe, workers: int
-) -> list[tuple[int, str]]:
+def _write(folder: Path, root: Path, files: Sequence[str], recipe: Recipe, workers: int) -> list[tuple[int, str]]:
     """Writes the entry's files into `folder`; returns the failures."""
     shape = (len(files), recipe.channels, recipe.height, recipe.width)
     per_chunk = max(1, min(_CHUNK_FILES, _CHUNK_BYTES // int(np.prod(shape[1:]))))
@@ -217,9 +215,7 @@ def _unreadable(files: Sequence[str], failures: Sequence[tuple[int, str]]) -> Da
     lines += [f"  {files[row]}: {reason}" for row, reason in failures[:_SHOWN]]
     if len(failures) > _SHOWN:
         lines.append(f"  and {len(failures) - _SHOWN} more")
-    return DataError(
-        "\n".join([*lines, "repair or remove them, or type data.on_error=skip to leave them out"])
-    )
+    return DataError("\n".join([*lines, "repair or remove them, or type data.on_error=skip to leave them out"]))
 
 
 def _decoded_chunks(chunks: Sequence[list[str]], recipe: Recipe, workers: int) -> Iterator[Decoded]:

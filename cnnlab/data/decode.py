@@ -134,9 +134,7 @@ def _fitted(image: Any, recipe: Recipe) -> Any:
         )
         image = image if image.size == scaled else image.resize(scaled, how)
         left, top = (scaled[0] - recipe.width) // 2, (scaled[1] - recipe.height) // 2
-        return (
-            image if scaled == target else image.crop((left, top, left + recipe.width, top + recipe.height))
-        )
+        return image if scaled == target else image.crop((left, top, left + recipe.width, top + recipe.height))
     left, top, width, height = letterbox(image.size[1], image.size[0], recipe.height, recipe.width)
     canvas = Image.new(image.mode, target, 255 if recipe.mask else 0)
     canvas.paste(image.resize((width, height), how), (left, top))

@@ -74,9 +74,7 @@ class ImageFolder:
         workers: NonNegativeInt | None = None,
     ) -> None:
         if resize is not None and size is not None and resize < size:
-            raise ValueError(
-                f"expected data.resize >= data.size, received {resize} < {size}; type data.resize=null"
-            )
+            raise ValueError(f"expected data.resize >= data.size, received {resize} < {size}; type data.resize=null")
         require_fractions(val, test)
         self.root = Path(root).expanduser()
         self.channels = channels
@@ -139,9 +137,7 @@ class ImageFolder:
     def _layout(self) -> dict[str, dict[str, Path]]:
         """Class folders by split; a folder without splits has `train` only."""
         found = subfolders(self.root, _LAYOUT)
-        splits = {
-            _SPLIT_NAMES[name.lower()]: path for name, path in found.items() if name.lower() in _SPLIT_NAMES
-        }
+        splits = {_SPLIT_NAMES[name.lower()]: path for name, path in found.items() if name.lower() in _SPLIT_NAMES}
         if "train" not in splits:
             if splits and len(splits) == len(found):
                 raise DataError(
@@ -215,9 +211,7 @@ def subfolders(folder: Path, layout: str) -> dict[str, Path]:
     """The visible folders in `folder`, by name. Raises `DataError` where there is none."""
     if not folder.is_dir():
         what = "a file" if folder.exists() else "nothing"
-        raise DataError(
-            f"expected a folder at {folder}, received {what}; type data.root=FOLDER, laid out as {layout}"
-        )
+        raise DataError(f"expected a folder at {folder}, received {what}; type data.root=FOLDER, laid out as {layout}")
     with os.scandir(folder) as entries:
         found = {
             entry.name: folder / entry.name
@@ -225,9 +219,7 @@ def subfolders(folder: Path, layout: str) -> dict[str, Path]:
             if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))
         }
     if not found:
-        raise DataError(
-            f"expected one folder a class in {folder}, received none; lay the images out as {layout}"
-        )
+        raise DataError(f"expected one folder a class in {folder}, received none; lay the images out as {layout}")
     return found
 
 

@@ -60,9 +60,7 @@ class Loader:
         transform: Transform | None = None,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world:
-            raise ValueError(
-                f"expected batch_size >= 1 and 0 <= rank < world, received {batch_size}, {rank}, {world}"
-            )
+            raise ValueError(f"expected batch_size >= 1 and 0 <= rank < world, received {batch_size}, {rank}, {world}")
         self.length = len(split)
         self.steps = self.length // batch_size if drop_last else -(-self.length // batch_size)
         if self.steps == 0:

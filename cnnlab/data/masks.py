@@ -16,9 +16,7 @@ from cnnlab.errors import DataError
 from cnnlab.protocols import VOID, DataSpec, Split
 from cnnlab.schema import NonNegativeInt, PositiveInt
 
-_LAYOUT = (
-    "ROOT/images/{train,val,test}/<image>, ROOT/masks/{train,val,test}/<same name>.png, ROOT/classes.txt"
-)
+_LAYOUT = "ROOT/images/{train,val,test}/<image>, ROOT/masks/{train,val,test}/<same name>.png, ROOT/classes.txt"
 
 
 class MaskFolder:
@@ -96,9 +94,7 @@ class MaskFolder:
         return assemble(picture_store.images, {"mask": mask_store.images[:, 0]}, source, parts)
 
     def _decoded(self, files: Sequence[str], recipe: Recipe) -> Store:
-        return decoded(
-            self.root, files, recipe, on_error=self.on_error, cache=self.cache, workers=self.workers
-        )
+        return decoded(self.root, files, recipe, on_error=self.on_error, cache=self.cache, workers=self.workers)
 
     def _classes(self) -> tuple[str, ...]:
         path = self.root / "classes.txt"
@@ -132,8 +128,7 @@ class MaskFolder:
                 masks += [numbers[name] for name in sorted(pictures)]
         if "train" not in given:
             raise DataError(
-                f"expected images in {self.root / 'images' / 'train'}, received none; "
-                f"lay them out as {_LAYOUT}"
+                f"expected images in {self.root / 'images' / 'train'}, received none; lay them out as {_LAYOUT}"
             )
         return images, masks, given
 

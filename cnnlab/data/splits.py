@@ -39,9 +39,7 @@ class TensorSplit:
         self, images: Tensor, targets: Mapping[str, Tensor], fingerprint: str, rows: Tensor | None = None
     ) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(
-                f"expected images (N, C, H, W) uint8, received {tuple(images.shape)} {images.dtype}"
-            )
+            raise ValueError(f"expected images (N, C, H, W) uint8, received {tuple(images.shape)} {images.dtype}")
         for name, target in targets.items():
             if len(target) != len(images):
                 raise ValueError(f"expected {len(images)} rows of `{name}`, received {len(target)}")
@@ -179,9 +177,7 @@ def thinned(
     """The training rows that `imbalance`, then `limit`, leave; `labels` (N,) are those of `rows` (N,)."""
     if imbalance is not None:
         if labels is None:
-            raise ValueError(
-                f"expected data with labels for data.imbalance={imbalance:g}; type data.imbalance=null"
-            )
+            raise ValueError(f"expected data with labels for data.imbalance={imbalance:g}; type data.imbalance=null")
         kept = long_tailed(labels, imbalance, num_classes, seed)
         rows, labels = rows[kept], labels[kept]
     if limit is not None:
@@ -193,9 +189,7 @@ def thinned(
 def require_fractions(val: float, test: float) -> None:
     """Raises `ValueError` where val and test leave nothing to train on."""
     if val + test >= 1:
-        raise ValueError(
-            f"expected data.val + data.test < 1, received {val:g} + {test:g}; type smaller fractions"
-        )
+        raise ValueError(f"expected data.val + data.test < 1, received {val:g} + {test:g}; type smaller fractions")
 
 
 def partitioned(
@@ -252,9 +246,7 @@ def assemble(
                 f"expected samples in every split, received none in {name} ({sizes}); "
                 f"give more data or a larger fraction (data.val, data.test)"
             )
-    return {
-        name: TensorSplit(images, targets, digest(source, name, rows), rows) for name, rows in parts.items()
-    }
+    return {name: TensorSplit(images, targets, digest(source, name, rows), rows) for name, rows in parts.items()}
 
 
 def digest(*content: Any) -> str:

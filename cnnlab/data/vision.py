@@ -138,9 +138,7 @@ class TorchvisionSet:
             with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
                 # Numpy 2.4.0 to 2.4.4 warn of how CIFAR's old pickles spell a dtype (numpy#29301, #31177).
                 warnings.filterwarnings("ignore", message=r"dtype\(\): align")
-                found: Any = getattr(datasets, known.kind)(
-                    str(self.root), train=train, download=self.download
-                )
+                found: Any = getattr(datasets, known.kind)(str(self.root), train=train, download=self.download)
         except (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
             raise DataError(self._missing(error)) from error
         pixels = torch.from_numpy(found.data) if isinstance(found.data, np.ndarray) else found.data

@@ -89,9 +89,7 @@ class VocBoxes:
             seed=self.split_seed,
         )
         files = self._files(ids)
-        store = decoded(
-            self.root, files, self.recipe, on_error=self.on_error, cache=self.cache, workers=self.workers
-        )
+        store = decoded(self.root, files, self.recipe, on_error=self.on_error, cache=self.cache, workers=self.workers)
         pixels = torch.tensor([self._objects[name][1] for name in ids])
         boxes = fitted_boxes(pixels, store.sizes, self.recipe)
         parts = store.readable(parts)
@@ -136,9 +134,7 @@ class VocBoxes:
         """The image of each id, relative to the root."""
         folder = self.root / "JPEGImages"
         if not folder.is_dir():
-            raise DataError(
-                f"expected images in {folder}, received no such folder; lay them out as {_LAYOUT}"
-            )
+            raise DataError(f"expected images in {folder}, received no such folder; lay them out as {_LAYOUT}")
         by_id = {
             path.stem: f"JPEGImages/{path.name}"
             for path in sorted(folder.iterdir())

@@ -104,9 +104,7 @@ class Xavier(Initializer):
     """Var(w) = gain²·2/(fan_in + fan_out): a compromise between keeping activations' and gradients' variance
     (Glorot & Bengio 2010, equation 12; uniform: equation 16)."""
 
-    def __init__(
-        self, distribution: Distribution = "uniform", gain: Positive = 1.0, *, zero_residual: bool = False
-    ):
+    def __init__(self, distribution: Distribution = "uniform", gain: Positive = 1.0, *, zero_residual: bool = False):
         super().__init__(zero_residual=zero_residual)
         self.distribution = distribution
         self.gain = gain

@@ -196,9 +196,7 @@ class Console(Listener):
     def _last_words(self, run: Any, error: BaseException | None) -> list[str]:
         """The closing block: how it ended, what came of it, what to type next."""
         seconds = self._now() - self._start[0]
-        lines = [
-            f"{_status(error)} after {run.clock.step:,} of {run.total_steps:,} steps, {duration(seconds)}"
-        ]
+        lines = [f"{_status(error)} after {run.clock.step:,} of {run.total_steps:,} steps, {duration(seconds)}"]
         if self._best is not None:
             lines.append(f"  best   val/{run.task.monitor[0]} {self._best[0]:.4g} in epoch {self._best[1]}")
         if self._tested:

@@ -104,9 +104,7 @@ def _reference(values: Sequence[float]) -> float:
 _UPDATE_RATIO = "update/ratio"
 _DEAD = _Rule("activation/dead", "dead units", _share(0.1, 0.5), lambda r, v: f"{v:.0%} dead", share=True)
 _ZEROS = _Rule("activation/zeros", "zeros", _share(0.9, 0.99), lambda r, v: f"{v:.1%} zero", share=True)
-_SATURATED = _Rule(
-    "activation/saturated", "saturated", _share(0.1, 0.5), lambda r, v: f"{v:.0%} saturated", share=True
-)
+_SATURATED = _Rule("activation/saturated", "saturated", _share(0.1, 0.5), lambda r, v: f"{v:.0%} saturated", share=True)
 _RULES = (
     _Rule(
         "activation/std",

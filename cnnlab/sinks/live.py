@@ -62,9 +62,7 @@ def render(shown: Snapshot, facts: bool = True, wide: bool = True) -> Renderable
         parts.append(_metrics(shown))
     if shown.health:
         parts.append(_health(shown, wide))
-    return Panel(
-        Group(*parts), title=Text(f" {shown.title} ", "bold"), title_align="left", border_style="bright_black"
-    )
+    return Panel(Group(*parts), title=Text(f" {shown.title} ", "bold"), title_align="left", border_style="bright_black")
 
 
 def _facts(shown: Snapshot) -> RenderableType:

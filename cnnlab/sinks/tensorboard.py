@@ -152,9 +152,7 @@ class TensorBoard(Listener):
         for quantity, (names, numbers) in quantities.items():
             history = self._histories.get(quantity)
             if history is None or history.names != names:
-                history = self._histories[quantity] = History(
-                    names, log=_kind(quantity) not in _SHARES + _SIGNED
-                )
+                history = self._histories[quantity] = History(names, log=_kind(quantity) not in _SHARES + _SIGNED)
             history.add(step, numbers)
         self._taken += 1
 
@@ -197,10 +195,7 @@ def _histograms(record: Mapping[str, Any], most: int) -> Iterator[Any]:
             finite = [edge for edge in edges if math.isfinite(edge)]
             if finite:
                 # JSON has null for an infinite edge, and only the outermost ones can be
-                edges = [
-                    edge if math.isfinite(edge) else finite[0 if at == 0 else -1]
-                    for at, edge in enumerate(edges)
-                ]
+                edges = [edge if math.isfinite(edge) else finite[0 if at == 0 else -1] for at, edge in enumerate(edges)]
                 yield histogram(f"{_kind(quantity)}_histogram/{name}", edges, layers[name]["counts"])
 
 

@@ -117,9 +117,7 @@ def _show(described: dict[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading == "group" else "right")
     for group in described["groups"]:
         decay = "" if group["weight_decay"] is None else f"{group['weight_decay']:g}"
-        table.add_row(
-            group["name"], f"{group['tensors']:,}", f"{group['parameters']:,}", f"{group['lr']:g}", decay
-        )
+        table.add_row(group["name"], f"{group['tensors']:,}", f"{group['parameters']:,}", f"{group['lr']:g}", decay)
     console.print(table)
     console.print("Learning rate by epoch", highlight=False)
     for line in draw(described["schedule"]["lr"], described["schedule"]["epoch"][-1]):

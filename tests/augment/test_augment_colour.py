@@ -51,9 +51,7 @@ def test_hue_is_torchvisions(turn):
 
     images = torch.rand(3, 3, 12, 14, generator=torch.Generator().manual_seed(0))
     images[0, :, :3] = images[0, :1, :3]  # grey pixels
-    torch.testing.assert_close(
-        turn_hue(images, torch.full((3,), turn)), adjust_hue(images, turn), atol=2e-6, rtol=0
-    )
+    torch.testing.assert_close(turn_hue(images, torch.full((3,), turn)), adjust_hue(images, turn), atol=2e-6, rtol=0)
 
 
 def test_neighbouring_colour_parts_fold_exactly():
@@ -67,9 +65,7 @@ def test_neighbouring_colour_parts_fold_exactly():
         "again": Contrast(0.3),
     }
     folded, unfolded = (
-        Pipeline(parts, Identity(), spec=spec(), seed=0, fold=fold)(batch_of(images), epoch=0, train=True)[
-            "image"
-        ]
+        Pipeline(parts, Identity(), spec=spec(), seed=0, fold=fold)(batch_of(images), epoch=0, train=True)["image"]
         for fold in (True, False)
     )
     torch.testing.assert_close(folded, unfolded, atol=3e-6, rtol=0)

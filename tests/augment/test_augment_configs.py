@@ -54,9 +54,7 @@ def test_a_normalization_builds_and_runs(name, composed):
     assert bool(torch.isfinite(normalize(images)).all())
 
 
-@pytest.mark.parametrize(
-    "group, name", [("augment", n) for n in AUGMENTS] + [("normalize", n) for n in NORMALIZES]
-)
+@pytest.mark.parametrize("group, name", [("augment", n) for n in AUGMENTS] + [("normalize", n) for n in NORMALIZES])
 def test_the_key_is_the_files_name_and_every_knob_has_its_default(group, name, composed):
     text = (CONFIGS / group / f"{name}.yaml").read_text()
     assert text.startswith("# ")

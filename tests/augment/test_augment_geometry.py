@@ -74,13 +74,9 @@ def test_resized_crop_stays_inside_the_image_and_in_its_ranges(seed):
     assert bool((part_x * part_y <= 0.9 + 1e-4).all())
     uncut = (part_x < 1) & (part_y < 1)
     assert bool((part_x * part_y >= 0.1 - 1e-4)[uncut].all())
-    assert bool(
-        ((part_x / part_y)[uncut] <= 2 + 1e-3).all() and ((part_x / part_y)[uncut] >= 0.5 - 1e-3).all()
-    )
+    assert bool(((part_x / part_y)[uncut] <= 2 + 1e-3).all() and ((part_x / part_y)[uncut] >= 0.5 - 1e-3).all())
     for axis, part in ((0, part_x), (1, part_y)):
-        assert bool(
-            (inverse[:, axis, 2].abs() + part * (20, 16)[axis] / 2 <= (20, 16)[axis] / 2 + 1e-3).all()
-        )
+        assert bool((inverse[:, axis, 2].abs() + part * (20, 16)[axis] / 2 <= (20, 16)[axis] / 2 + 1e-3).all())
 
 
 @pytest.mark.parametrize("part, dims", [(HorizontalFlip(), [3]), (VerticalFlip(), [2])])
@@ -111,9 +107,7 @@ def test_an_exact_group_is_the_parts_one_after_the_other():
     images = pictures(64)
     parts = {"crop": PadCrop(4, "reflect"), "flip": HorizontalFlip(), "vertical_flip": VerticalFlip()}
     results = [
-        Pipeline(parts, Identity(), spec=spec(), seed=3, fold=fold)(batch_of(images), epoch=1, train=True)[
-            "image"
-        ]
+        Pipeline(parts, Identity(), spec=spec(), seed=3, fold=fold)(batch_of(images), epoch=1, train=True)["image"]
         for fold in (True, False)
     ]
     assert torch.equal(*results)
@@ -132,9 +126,9 @@ def test_an_affine_group_is_the_parts_one_after_the_other_up_to_interpolation():
         "flip": HorizontalFlip(),
     }
     folded, unfolded = (
-        Pipeline(parts, Identity(), spec=spec(size=(48, 48)), seed=0, fold=fold)(
-            batch_of(images), epoch=0, train=True
-        )["image"][:, :, 14:-14, 14:-14]
+        Pipeline(parts, Identity(), spec=spec(size=(48, 48)), seed=0, fold=fold)(batch_of(images), epoch=0, train=True)[
+            "image"
+        ][:, :, 14:-14, 14:-14]
         for fold in (True, False)
     )
     assert (folded - unfolded).abs().max() < 0.03
@@ -262,9 +256,7 @@ def test_a_single_row_of_pixels():
 
 
 def test_wrong_knobs_are_refused():
-    with pytest.raises(
-        ValueError, match="expected fill to be one of zeros, edge, reflect, received 'mirror'"
-    ):
+    with pytest.raises(ValueError, match="expected fill to be one of zeros, edge, reflect, received 'mirror'"):
         PadCrop(4, "mirror")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="low <= high"):
         Scale(1.2, 0.8)

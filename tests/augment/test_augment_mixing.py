@@ -62,9 +62,7 @@ def test_quantiles_are_scipys(alpha):
     torch.testing.assert_close(BetaQuantile(alpha)(u), expected, atol=3e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "alpha, closed", [(1.0, lambda u: u), (0.5, lambda u: torch.sin(u * torch.pi / 2) ** 2)]
-)
+@pytest.mark.parametrize("alpha, closed", [(1.0, lambda u: u), (0.5, lambda u: torch.sin(u * torch.pi / 2) ** 2)])
 def test_quantiles_in_closed_form(alpha, closed):
     """Beta(1, 1) is uniform and Beta(1/2, 1/2) the arcsine distribution."""
     u = torch.linspace(0, 1 - 2**-24, 5001)

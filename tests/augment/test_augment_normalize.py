@@ -100,9 +100,7 @@ def test_whitened_values_have_the_identity_as_covariance(kind, correlated):
 def test_epsilon_leaves_the_variance_that_it_should(correlated):
     """Variances λ / (λ + ε), in decreasing order."""
     epsilon = 0.02
-    eigenvalues = torch.linalg.eigvalsh(
-        torch.cov((correlated.double() / 255).flatten(1).T, correction=0)
-    ).flip(0)
+    eigenvalues = torch.linalg.eigvalsh(torch.cov((correlated.double() / 255).flatten(1).T, correction=0)).flip(0)
     values = fitted(augment.PcaWhitening(epsilon), correlated)(correlated).flatten(1)
     variance = values.var(0, correction=0).double()
     torch.testing.assert_close(variance, eigenvalues / (eigenvalues + epsilon), atol=1e-4, rtol=1e-3)

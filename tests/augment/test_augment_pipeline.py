@@ -190,9 +190,7 @@ def test_state_restores_what_was_fitted():
     fitted = pipeline_of(parts(), images)
     state = fitted.state_dict()
     assert set(state) == {"augment.pca_noise", "normalize"}
-    assert all(
-        isinstance(t, Tensor) and t.device.type == "cpu" for part in state.values() for t in part.values()
-    )
+    assert all(isinstance(t, Tensor) and t.device.type == "cpu" for part in state.values() for t in part.values())
     restored = Pipeline(parts(), augment.Standardize(), spec=spec(), seed=5)
     with pytest.raises(RuntimeError, match="fit"):
         restored(batch_of(images), epoch=0, train=True)
@@ -204,7 +202,5 @@ def test_state_restores_what_was_fitted():
 
 
 def test_what_is_no_augmentation_is_refused():
-    with pytest.raises(
-        ValueError, match="expected subclasses of Geometric, Colour or Barrier, received flip"
-    ):
+    with pytest.raises(ValueError, match="expected subclasses of Geometric, Colour or Barrier, received flip"):
         Pipeline({"flip": torch.nn.Identity()}, augment.Identity(), spec=spec(), seed=0)  # type: ignore[dict-item]

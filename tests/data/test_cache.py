@@ -31,9 +31,7 @@ def files(root: Path) -> list[str]:
 
 
 def build(root: Path, workers: int | None = 0, recipe: Recipe = RECIPE) -> Store:
-    return decoded(
-        root, files(root), recipe, on_error="raise", cache=str(root.parent / "cache"), workers=workers
-    )
+    return decoded(root, files(root), recipe, on_error="raise", cache=str(root.parent / "cache"), workers=workers)
 
 
 def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,9 +117,7 @@ def test_a_damaged_entry_is_built_again(root: Path, damage: str) -> None:
     else:
         (entry / "meta.json").write_text("{")
     again = build(root)
-    assert len(again.images) == 9 and [path.name for path in (root.parent / "cache").iterdir()] == [
-        entry.name
-    ]
+    assert len(again.images) == 9 and [path.name for path in (root.parent / "cache").iterdir()] == [entry.name]
 
 
 def test_builders_at_once_agree(root: Path) -> None:

@@ -128,9 +128,7 @@ def test_colour_modes_decode_to_the_colour(tmp_path: Path, mode: str, suffix: st
     assert (abs(array.astype(int) - np.array(RED)[:, None, None]) <= tolerance).all()
 
 
-@pytest.mark.parametrize(
-    "mode, suffix", [("L", "png"), ("LA", "png"), ("I;16", "png"), ("I;16", "tif"), ("L", "jpg")]
-)
+@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("LA", "png"), ("I;16", "png"), ("I;16", "tif"), ("L", "jpg")])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grey_modes_decode_to_the_level(tmp_path: Path, mode: str, suffix: str, channels: int) -> None:
     path = tmp_path / f"image.{suffix}"

@@ -103,13 +103,9 @@ def test_shapes_areas_are_those_of_the_figures() -> None:
 
 def test_shapes_are_a_function_of_seed_split_and_index() -> None:
     few, many = (Shapes(train=n, val=10, test=10).load() for n in (130, 300))
-    assert torch.equal(
-        few["train"].fetch(torch.arange(130))["image"], many["train"].fetch(torch.arange(130))["image"]
-    )
+    assert torch.equal(few["train"].fetch(torch.arange(130))["image"], many["train"].fetch(torch.arange(130))["image"])
     assert few["val"].fingerprint == many["val"].fingerprint
-    assert not torch.equal(
-        few["val"].fetch(torch.arange(10))["image"], few["test"].fetch(torch.arange(10))["image"]
-    )
+    assert not torch.equal(few["val"].fetch(torch.arange(10))["image"], few["test"].fetch(torch.arange(10))["image"])
     other = Shapes(train=1, val=10, test=1, split_seed=1).load()
     assert other["val"].fingerprint != few["val"].fingerprint
 

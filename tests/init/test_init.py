@@ -118,9 +118,7 @@ def test_orthogonal_is_orthonormal_in_every_group(name):
     matrices = filled(layer, inits.Orthogonal(gain=2.0)).flatten(1).unflatten(0, (groups, -1))
     rows, columns = matrices.shape[1:]
     gram = matrices @ matrices.mT if rows <= columns else matrices.mT @ matrices
-    torch.testing.assert_close(
-        gram, 4 * torch.eye(min(rows, columns)).expand(groups, -1, -1), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(gram, 4 * torch.eye(min(rows, columns)).expand(groups, -1, -1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -137,9 +135,7 @@ def test_delta_passes_the_input_on(groups):
 
 def test_zeros_and_constant_leave_every_unit_of_a_layer_the_same_gradient():
     x, target = torch.randn(16, 3, 6, 6), torch.randint(5, (16,))
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(24, 5)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(24, 5))
     for init in (inits.Zeros(), inits.Constant(0.01)):
         init(model, 0)
         model.zero_grad()
@@ -156,9 +152,7 @@ def test_zeros_and_constant_leave_every_unit_of_a_layer_the_same_gradient():
 def test_xavier_falls_behind_he_by_a_factor_of_root_two_a_layer():
     """He et al. 2015, section 2.2: with equal fans the ratio of pre-activations is exactly 2^(-l/2)."""
     depth = 30
-    model = nn.Sequential(
-        *[part for _ in range(depth) for part in (nn.Conv2d(12, 12, 3, padding=1), nn.ReLU())]
-    )
+    model = nn.Sequential(*[part for _ in range(depth) for part in (nn.Conv2d(12, 12, 3, padding=1), nn.ReLU())])
     images = torch.randn(8, 12, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def stds(init):

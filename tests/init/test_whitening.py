@@ -38,10 +38,7 @@ def test_the_rest_of_the_network_keeps_its_own_init() -> None:
     init(white, 0)
     init.calibrate(white, images())
     init(plain, 0)
-    same = {
-        name: torch.equal(p, q)
-        for (name, p), q in zip(white.named_parameters(), plain.parameters(), strict=True)
-    }
+    same = {name: torch.equal(p, q) for (name, p), q in zip(white.named_parameters(), plain.parameters(), strict=True)}
     assert [name for name, equal in same.items() if not equal] == ["whiten.weight"]
 
 

@@ -168,9 +168,7 @@ def test_bce_is_torchs_summed_over_the_classes(flat, pos_weight):
 def test_bce_smooths_towards_the_uniform_distribution(flat):
     logits, target = flat
     smoothed = 0.8 * F.one_hot(target, CLASSES) + 0.2 / CLASSES
-    torch.testing.assert_close(
-        BCE(CLASSES, label_smoothing=0.2)(logits, target), BCE(CLASSES)(logits, smoothed)
-    )
+    torch.testing.assert_close(BCE(CLASSES, label_smoothing=0.2)(logits, target), BCE(CLASSES)(logits, smoothed))
 
 
 # --- focal
@@ -215,9 +213,7 @@ def test_a_mixed_sample_has_the_mixture_of_its_focal_losses(flat):
     other = (target + 1) % CLASSES
     mixed = 0.3 * F.one_hot(target, CLASSES) + 0.7 * F.one_hot(other, CLASSES)
     for loss in (Focal(CLASSES), Focal(CLASSES, variant="softmax", prior=None)):
-        torch.testing.assert_close(
-            loss(logits, mixed), 0.3 * loss(logits, target) + 0.7 * loss(logits, other)
-        )
+        torch.testing.assert_close(loss(logits, mixed), 0.3 * loss(logits, target) + 0.7 * loss(logits, other))
 
 
 def test_prior_is_the_probability_that_every_class_starts_with():

@@ -34,9 +34,7 @@ class Residual(nn.Module):
 
 def plain():
     features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
-    model = nn.Sequential(
-        OrderedDict(features=features, classifier=nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
-    )
+    model = nn.Sequential(OrderedDict(features=features, classifier=nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))))
     model.classifier_modules = ("classifier",)
     return model
 
@@ -133,12 +131,8 @@ def test_extra_keys_survive_in_torchs_groups():
 def test_freezing_takes_whole_components_of_a_name():
     model = Residual()
     frozen = freeze_parameters(model, ["layer1", "fc.bias"])
-    assert frozen == [name for name, _ in model.named_parameters() if name.startswith("layer1.")] + [
-        "fc.bias"
-    ]
-    assert all(
-        parameter.requires_grad == (name not in frozen) for name, parameter in model.named_parameters()
-    )
+    assert frozen == [name for name, _ in model.named_parameters() if name.startswith("layer1.")] + ["fc.bias"]
+    assert all(parameter.requires_grad == (name not in frozen) for name, parameter in model.named_parameters())
 
 
 def test_frozen_parameters_are_in_no_group():

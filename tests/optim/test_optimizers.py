@@ -144,9 +144,7 @@ def test_momentum_preset_is_v_equals_beta_v_plus_g():
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_rmsprop_has_epsilon_inside_the_root(momentum, weight_decay):
     weight = nn.Parameter(torch.ones(4))
-    optimizer = RMSPropInside(
-        [weight], lr=0.05, decay=0.9, eps=0.5, momentum=momentum, weight_decay=weight_decay
-    )
+    optimizer = RMSPropInside([weight], lr=0.05, decay=0.9, eps=0.5, momentum=momentum, weight_decay=weight_decay)
     w, s, v = torch.ones(4, dtype=torch.float64), 0.0, 0.0
     for step, g in enumerate(gradients(4)):
         rate = 0.05 / (1 + step)  # the rate is inside the velocity
@@ -295,9 +293,7 @@ def test_newton_cg_leaves_a_saddle_along_negative_curvature():
     optimizer = NewtonCG([x])
     for _ in range(15):
         optimizer.step(lambda: x[0] ** 2 - x[1] ** 2 + x[1] ** 4 / 4)
-    torch.testing.assert_close(
-        x.detach().abs(), torch.tensor([0, 2**0.5], dtype=torch.float64), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(x.detach().abs(), torch.tensor([0, 2**0.5], dtype=torch.float64), atol=1e-6, rtol=0)
 
 
 def test_newton_cg_undoes_a_step_that_does_not_lower_the_loss_and_shrinks_the_radius():

@@ -171,9 +171,7 @@ def test_a_terminal_gets_a_live_display_with_everything_on_it(terminal):
     steps(listener, run, clock, 15)
     listener.on_record(run, metric_record(15, "train", accuracy=0.25))
     listener.notice("a line from elsewhere")
-    listener.on_stats(
-        run, stats_record(15, 1000, **{"activation/std": [0.98**layer for layer in range(1000)]})
-    )
+    listener.on_stats(run, stats_record(15, 1000, **{"activation/std": [0.98**layer for layer in range(1000)]}))
     listener.on_record(run, metric_record(15, "val", accuracy=0.5))
     before = len(terminal.getvalue())
     listener.on_epoch(run, {})
@@ -220,8 +218,6 @@ def test_plain_lines_on_a_terminal_when_asked_or_needed(terminal, monkeypatch, r
     assert "\x1b" not in terminal.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.7, "1:00"), (754, "12:34"), (3723, "1:02:03")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.7, "1:00"), (754, "12:34"), (3723, "1:02:03")])
 def test_duration(seconds, text):
     assert duration(seconds) == text

@@ -196,9 +196,7 @@ def test_hparams_has_the_config_and_the_final_metrics_and_makes_no_folder(tmp_pa
 
 
 def test_a_failed_run_is_marked_so(tmp_path, hparams_page):
-    write(
-        tmp_path / "run", records=[metric_record(10, "val", accuracy=0.1)], error=DivergedError("loss is nan")
-    )
+    write(tmp_path / "run", records=[metric_record(10, "val", accuracy=0.1)], error=DivergedError("loss is nan"))
     _, (group,) = hparams_page(tmp_path)
     assert group.sessions[0].status == api_pb2.STATUS_FAILURE
 
@@ -220,9 +218,7 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path):
     for step in (10, 20, 25):
         first.on_record(run, metric_record(step, "train", accuracy=0.1))
         record = stats_record(step)
-        stats.write(
-            record if step == 10 else {k: v for k, v in record.items() if k not in ("layers", "tensors")}
-        )
+        stats.write(record if step == 10 else {k: v for k, v in record.items() if k not in ("layers", "tensors")})
     del first  # killed: no on_end
 
     resumed = fake_run(tmp_path, step=20, resumed=True)
