@@ -101,6 +101,7 @@ def test_every_group_is_a_factor(space: Space) -> None:
         assert space.defaults[group] in space.factors[group]
 
 
+@pytest.mark.slow
 def test_a_small_covering_set_trains(space: Space) -> None:
     small = space.restricted(lambda factor, option: option in CHEAP.get(factor, ()))
     with composer() as open_composer:
