@@ -248,8 +248,7 @@ class Composer:
         """Hydra's composition, all of whose interpolations resolve. Raises `_Refused`."""
         loaded = self.load(map(line, parsed))
         try:
-            for key in loaded:
-                _plain(loaded, key) if key != "hydra" else loaded.hydra.run.dir
+            self._resolved(loaded, (), None)
         except Exception as error:  # an interpolation, or a resolver's own error
             raise _Refused(reason(error)) from error
         return loaded
@@ -274,21 +273,24 @@ class Composer:
         problems: list[str] = []
         kept: list[Override] = []
 
-        def judge(override: Override, problem: str | None) -> None:
-            problems.append(problem) if problem else kept.append(override)
-
-        for override in parsed:
-            if is_choice(override, groups):
-                judge(override, self._wrong_option(override))
+        chosen = [override for override in parsed if is_choice(override, groups)]
+        for override in chosen:
+            if problem := self._wrong_option(override):
+                problems.append(problem)
+            else:
+                kept.append(override)
         kept, base, refusals = self._one_by_one(kept)
         problems += refusals
-        unknown = {o.key_or_group for o in parsed if is_choice(o, groups)} - {o.key_or_group for o in kept}
+        unknown = {o.key_or_group for o in chosen} - {o.key_or_group for o in kept}
         config: Any = OmegaConf.to_container(base)
         for override in parsed:
-            if is_choice(override, groups) or first_key(override.key_or_group) in unknown:
+            if override in chosen or first_key(override.key_or_group) in unknown:
                 continue  # the keys of a group whose option is not known cannot be told
             problem = self._wrong_option(override) or wrong_key(override, config, options_taken(base.hydra), groups)
-            judge(override, problem and problem + self._remedy(override, config))
+            if problem:
+                problems.append(problem + self._remedy(override, config))
+            else:
+                kept.append(override)
         kept, loaded, refusals = self._one_by_one(kept)
         return kept, loaded, [*problems, *refusals]
 

@@ -21,8 +21,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 
 from cnnlab.config import Composed, Composer, make_importable, options_taken
-from cnnlab.errors import CnnlabError, ConfigError, DataError, InterruptedRun, Terminated, UsageError
-from cnnlab.overrides import line
+from cnnlab.errors import CheckpointError, CnnlabError, ConfigError, DataError, InterruptedRun, Terminated, UsageError
 from cnnlab.rundir import SCHEMA_VERSION, RunDir, claim, config_hash, jsonable, write_json
 from cnnlab.verbs.arguments import Arguments
 
@@ -154,10 +153,7 @@ class SweepDir:
         """
         records = []
         for number, (cell, path) in enumerate(zip(self.cells, self.runs, strict=True)):
-            run = RunDir(path)
-            if over and run.read().get("status") in (None, "running"):
-                run.update(status="failed", reason="its process ended without a word")
-            found = run.read()
+            found = _outcome(RunDir(path), over)
             records.append(
                 {
                     "cell": number,
@@ -175,6 +171,16 @@ class SweepDir:
         return records
 
 
+def _outcome(run: RunDir, over: bool) -> dict[str, Any]:
+    """The cell's `run.json`."""
+    try:
+        if over and run.read().get("status") in (None, "running"):
+            run.update(status="failed", reason="its process ended without a word")
+        return run.read()
+    except CheckpointError as error:
+        return {"status": "failed", "reason": str(error)}
+
+
 def _own(overrides: Sequence[str]) -> list[str]:
     """A cell's overrides without those of Hydra, which are the sweep's."""
     return [text for text in overrides if not text.lstrip("+~").startswith(("hydra.", "hydra/"))]
@@ -190,9 +196,10 @@ def _launcher(
 
     Its sweeper has nothing left to do: the cells are listed and checked. Raises `UsageError` for another one.
     """
-    # Settings of Hydra go to the whole sweep; a cell's own .hydra is written by the run itself.
-    shared = [line(o) for o in open_composer.parse(cells[0]) if o.is_hydra_override()]
+    lines = [open_composer.lines(cell) for cell in cells]
+    shared = [text for text in lines[0] if all(text in cell for cell in lines)]
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    # A cell's own .hydra is written by the run itself.
     settings = [*shared, f"hydra.sweep.dir='{quoted}'", "hydra.output_subdir=null"]
     config = open_composer.load(settings, RunMode.MULTIRUN)
     if config.hydra.sweeper._target_ != BASIC_SWEEPER:
@@ -203,7 +210,7 @@ def _launcher(
         task_function=partial(run_cell, config_dirs=open_composer.config_dirs, json_output=json_output),
         config=config,
     )
-    own = [[text for text in open_composer.lines(cell) if text not in shared] for cell in cells]
+    own = [_own(cell) for cell in lines]  # Hydra adds its settings to each
     size = config.hydra.sweeper.max_batch_size or len(own)
 
     def launch() -> None:
