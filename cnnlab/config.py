@@ -34,6 +34,7 @@ from cnnlab.overrides import (
     LISTS,
     first_key,
     is_choice,
+    is_for_hydra,
     is_plain,
     line,
     misuse,
@@ -62,7 +63,7 @@ class Composed:
 
     `config` holds plain values with all interpolations resolved; `run_dir` is where Hydra's settings put the
     run, and `sweep_dir` the sweep that it is a cell of; `choices` maps each group to the option taken;
-    `overrides` are the command line's; `config_dirs` are the user's own folders.
+    `overrides` are the command line's without Hydra's; `config_dirs` are the user's own folders.
     """
 
     config: dict[str, Any]
@@ -263,7 +264,8 @@ class Composer:
                 hydra.job.num = hydra.job.id = number
             sweep_dir = Path(str(hydra.sweep.dir))
             run_dir = sweep_dir / str(hydra.sweep.subdir)
-        return Composed(config, run_dir, options_taken(hydra), tuple(overrides), self.config_dirs, sweep_dir)
+        own = tuple(text for text in overrides if not is_for_hydra(text))
+        return Composed(config, run_dir, options_taken(hydra), own, self.config_dirs, sweep_dir)
 
     # ---- when Hydra refuses: which override, and what was meant ----
 

@@ -28,6 +28,11 @@ def first_key(text: str) -> str:
     return re.split(r"[./@=]", text.lstrip("+~"))[0]
 
 
+def is_for_hydra(text: str) -> bool:
+    """Whether an override is about Hydra's own settings."""
+    return text.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
 def is_plain(override: Override) -> bool:
     """Whether it sets what is there: no `+`, no `~`, no sweep."""
     added = override.is_add() or override.is_force_add()

@@ -92,7 +92,9 @@ def test_no_experiment(shared_composer: Composer, override: str):
 
 
 def test_hydra_settings_move_the_run(shared_composer: Composer):
-    assert shared_composer.compose(["hydra.run.dir=here/it is"]).run_dir == Path("here/it is")
+    composed = shared_composer.compose(["hydra.run.dir=here/it is", "seed=1"])
+    assert composed.run_dir == Path("here/it is")
+    assert composed.overrides == ("seed=1",), "the same experiment elsewhere has the same overrides"
 
 
 def test_the_python_api_composes():

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from cnnlab.config import Composed, Composer, make_importable, options_taken
 from cnnlab.errors import CheckpointError, CnnlabError, ConfigError, DataError, InterruptedRun, Terminated, UsageError
+from cnnlab.overrides import is_for_hydra
 from cnnlab.rundir import SCHEMA_VERSION, RunDir, claim, config_hash, jsonable, write_json
 from cnnlab.verbs.arguments import Arguments
 
@@ -136,7 +137,7 @@ class SweepDir:
             ) from error
 
     def _asked(self) -> list[tuple[list[str], str]]:
-        return [(_own(cell.overrides), config_hash(cell.config)) for cell in self.cells]
+        return [(list(cell.overrides), config_hash(cell.config)) for cell in self.cells]
 
     def _recorded(self) -> list[tuple[list[str], str]] | None:
         """What `sweep.json` says was asked for; `None` where there is none to read."""
@@ -158,7 +159,7 @@ class SweepDir:
                 {
                     "cell": number,
                     "run": os.path.relpath(path, self.path),
-                    "overrides": _own(cell.overrides),
+                    "overrides": list(cell.overrides),
                     "config_hash": config_hash(cell.config),
                     "status": found.get("status", "pending"),
                     "reason": found.get("reason"),
@@ -179,11 +180,6 @@ def _outcome(run: RunDir, over: bool) -> dict[str, Any]:
         return run.read()
     except CheckpointError as error:
         return {"status": "failed", "reason": str(error)}
-
-
-def _own(overrides: Sequence[str]) -> list[str]:
-    """A cell's overrides without those of Hydra, which are the sweep's."""
-    return [text for text in overrides if not text.lstrip("+~").startswith(("hydra.", "hydra/"))]
 
 
 # ---- running the cells ----
@@ -210,7 +206,7 @@ def _launcher(
         task_function=partial(run_cell, config_dirs=open_composer.config_dirs, json_output=json_output),
         config=config,
     )
-    own = [_own(cell) for cell in lines]  # Hydra adds its settings to each
+    own = [[text for text in cell if not is_for_hydra(text)] for cell in lines]  # Hydra adds its settings to each
     size = config.hydra.sweeper.max_batch_size or len(own)
 
     def launch() -> None:
