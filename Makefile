@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup demo test test-all test-gpu check format wheel clean
+.PHONY: help setup demo test test-all test-gpu bench check format wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -29,6 +29,9 @@ test-all: $(STAMP) ## all tests that this machine can run, the slow ones too
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+bench: $(STAMP) ## how fast the default experiment trains, and where its time goes
+	$(BIN)/cnnlab bench experiment=digits
 
 check: $(STAMP) ## ruff and types
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,23 +13,28 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cnnlab import checkpoint, rng
-from cnnlab.augment import Pipeline
+from cnnlab.augment import Pipeline, fitted
 from cnnlab.check import bind_section, locate
 from cnnlab.config import Composed
+from cnnlab.data.cache import cache_folder
+from cnnlab.data.choice import loaded, with_decoder
 from cnnlab.data.loader import Loader
-from cnnlab.device import Placement, as_recorded, place
+from cnnlab.device import Placement, as_recorded, has_compiler, place
 from cnnlab.errors import CheckpointError, UsageError
 from cnnlab.losses.penalty import l1, l2, max_norm_
+from cnnlab.models.dropout import has_dropout, set_dropout_kind
 from cnnlab.observe.observer import Observer
 from cnnlab.observe.taps import Taps
+from cnnlab.optim.decay import decouple_decay
 from cnnlab.optim.groups import head_parameters, parameter_groups
-from cnnlab.optim.traits import Traits
+from cnnlab.optim.traits import Traits, accelerated
 from cnnlab.parts import make
-from cnnlab.protocols import Batch, ConvNet, DataSpec, Split, Task
+from cnnlab.protocols import Batch, ConvNet, Data, DataSpec, Split, Task
 from cnnlab.ranks import Ranks
 from cnnlab.rundir import RunDir, config_hash
-from cnnlab.schema import Groups, Layout, Precision, Regularization, Stats, StepKind, Trainer
+from cnnlab.schema import DropoutKind, Groups, Layout, Loading, Precision, Regularization, Stats, StepKind, Trainer
 from cnnlab.tasks.classification import class_counts
+from cnnlab.train import trial
 from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.recorder import Evidence, Recorder
 from cnnlab.train.run import Run
@@ -42,6 +48,7 @@ MIN_STATISTICS_BATCH = 2
 def make_network(config: Mapping[str, Any], spec: DataSpec, task: Task, regularization: Regularization) -> nn.Module:
     """The network of a config for such data, with the task's head in place. Raises `ValueError` if they do not
     go together."""
+    kind = regularization.dropout_kind
     model = make(
         config["model"],
         num_classes=spec.num_classes,
@@ -49,14 +56,22 @@ def make_network(config: Mapping[str, Any], spec: DataSpec, task: Task, regulari
         image_size=spec.size,
         activation=make(config["activation"]),
         norm=make(config["norm"]),
-        dropout=regularization.dropout,
+        dropout=0.0 if kind is DropoutKind.spatial else regularization.dropout,
         stochastic_depth=regularization.stochastic_depth,
     )
     head = task.head(model)
     if head is not None:
         if not isinstance(model, ConvNet):
             raise ValueError(f"this task replaces the head, which {type(model).__name__} does not let it")
+        had_dropout = has_dropout(model)
         model.replace_head(head)
+        if regularization.dropout and had_dropout and not has_dropout(model) and kind is not DropoutKind.spatial:
+            raise ValueError(
+                f"`regularization.dropout={regularization.dropout:g}`: this task's head takes the place of the "
+                "classifier, and of the dropout in it; type regularization.dropout_kind=spatial, which acts before the "
+                "head, or regularization.dropout=null"
+            )
+    set_dropout_kind(model, kind, regularization.dropout)
     return model
 
 
@@ -79,13 +94,25 @@ def make_pipeline(config: Mapping[str, Any], spec: DataSpec, seed: int) -> Pipel
     return Pipeline(parts, make(config["normalize"]), spec=spec, seed=seed)
 
 
-def make_optimizer(config: Mapping[str, Any], model: nn.Module, groups: Groups) -> torch.optim.Optimizer:
-    """The optimizer over the parameter groups; each group states its `base_lr`."""
+def make_optimizer(config: Mapping[str, Any], model: nn.Module, groups: Groups, **fast: Any) -> torch.optim.Optimizer:
+    """The optimizer over the parameter groups; each group states its `base_lr`.
+
+    Args:
+        fast: what `cnnlab.optim.traits.accelerated` found for the device.
+    """
     node = config["optim"]
     traits = Traits.of(locate(node["_target_"]))
+    decoupled = bind_section(Regularization, config["regularization"]).decoupled_decay
+    if decoupled and node.get("weight_decay"):
+        raise ValueError(
+            f"`regularization.decoupled_decay={decoupled:g}`: this optimizer decays by itself "
+            f"(optim.weight_decay={node['weight_decay']:g}); type optim.weight_decay=0, or "
+            "regularization.decoupled_decay=0"
+        )
     listed = parameter_groups(
         model,
         weight_decay=node.get("weight_decay") if traits.weight_decay else None,
+        decoupled_decay=decoupled,
         decay_norm_and_bias=groups.decay_norm_and_bias,
         layer_decay=groups.layer_decay,
         head_lr=groups.head_lr,
@@ -93,9 +120,13 @@ def make_optimizer(config: Mapping[str, Any], model: nn.Module, groups: Groups) 
         single_group=traits.single_group,
     )
     first = next(iter(inspect.signature(locate(node["_target_"])).parameters))
-    optimizer = make(node, **{first: listed})
+    optimizer = make({**node, **fast}, **{first: listed})
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
+        if fast and group["params"][0].is_cuda:  # read by the kernel, so that a captured update follows the schedule
+            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+    if decoupled:
+        decouple_decay(optimizer)
     return optimizer
 
 
@@ -149,9 +180,11 @@ class _Builder:
         self.ranks = ranks
         self.resumed = resumed
         self.seed = int(config["seed"])
+        self.choices = choices
         self.trainer: Trainer = as_recorded(bind_section(Trainer, config["trainer"]), choices)
         self.regularization: Regularization = bind_section(Regularization, config["regularization"])
         self.groups: Groups = bind_section(Groups, config["groups"])
+        self.loading: Loading = bind_section(Loading, config["loading"])
         self.stats: Stats = bind_section(Stats, config["stats"])
         self.traits = Traits.of(locate(config["optim"]["_target_"]))
         self.notices: list[str] = []
@@ -160,9 +193,10 @@ class _Builder:
         placement = self.place()
         data = make(self.config["data"])
         spec: DataSpec = data.spec()
-        splits: dict[str, Split] = data.load()
+        splits = self.splits(placement)
         pipeline = make_pipeline(self.config, spec, self.seed)
-        pipeline.fit(splits["train"])
+        # In turn: the others find in the cache what took rank 0 long.
+        self.ranks.in_turn(lambda: fitted.fit(pipeline, splits["train"], self.config, cache_folder(None)))
         counts = class_counts(splits["train"].labels, spec.num_classes)
         task = make_task(self.config, spec, counts)
         model, init = self.network(spec, task, placement)
@@ -172,19 +206,26 @@ class _Builder:
         if self.trainer.max_steps is not None:
             total_steps = min(total_steps, self.trainer.max_steps)
         ema = Ema(model, self.regularization.ema) if self.regularization.ema else None
-        optimizer = make_optimizer(self.config, model, self.groups)
+        optimizer = self.optimizer(model, placement)
         schedule = make(self.config["schedule"])
         if hasattr(schedule, "resolve"):
             schedule.resolve(loaders["train"].steps, total_steps, self.trainer.batch_size)
         observer = self.observer(model, placement, total_steps)
         forward = Forward(model, task, placement.device, placement.dtype)
-        step = self.step(forward, model, optimizer, placement, ema, loaders["train"].batch_size)
+
+        def make_step(kind: StepKind) -> EagerStep:
+            return self.step(forward, model, optimizer, replace(placement, step=kind), ema, loaders["train"])
+
+        step = self.settle(make_step, placement, loaders["train"], total_steps, observer.taps)
+        if self.trainer.step is StepKind.auto and step.name in StepKind.__members__:
+            placement = replace(placement, step=StepKind(step.name))  # what a resumed run takes unasked
         run = Run(
             config=self.config,
             trainer=self.trainer,
             folder=self.folder,
             model=model,
             task=task,
+            spec=spec,
             forward=forward,
             step=step,
             optimizer=optimizer,
@@ -231,6 +272,17 @@ class _Builder:
             )
         return placement
 
+    def splits(self, placement: Placement) -> dict[str, Split]:
+        """The data, and how its files are decoded."""
+
+        def data(loading: Loading) -> Data:
+            return make(self.config["data"], loading=loading)
+
+        splits = loaded(data, self.loading, self.ranks, self.choices.get("data_path"))
+        chosen = with_decoder(self.loading, splits["train"], placement.device, self.choices.get("decode"))
+        self.loading = self.ranks.share(chosen)
+        return splits
+
     def loaders(
         self,
         splits: Mapping[str, Split],
@@ -253,6 +305,7 @@ class _Builder:
             "rank": self.ranks.rank,
             "world": self.ranks.world,
             "device": placement.device,
+            "loading": self.loading,
         }
         trainer = self.trainer
         drop_last = trainer.drop_last
@@ -321,6 +374,12 @@ class _Builder:
         if not last:
             self.notices.append("loss: this network names no classifier with a bias, so the loss's prior has no effect")
 
+    def optimizer(self, model: nn.Module, placement: Placement) -> torch.optim.Optimizer:
+        node = self.config["optim"]
+        captured = placement.step is StepKind.captured
+        fast = accelerated(locate(node["_target_"]), node, placement.device, captured=captured)
+        return make_optimizer(self.config, model, self.groups, **fast)
+
     def observer(self, model: nn.Module, placement: Placement, total_steps: int) -> Observer:
         stats = self.stats
         nodes = self.config["probe"] if stats.enabled else {}
@@ -336,7 +395,16 @@ class _Builder:
                 always=placement.step is not StepKind.eager,
                 ranks=self.ranks,
             )
-        return Observer(model, probes, taps, every=stats.every, total_steps=total_steps, max_records=stats.max_records)
+        return Observer(
+            model,
+            probes,
+            taps,
+            every=stats.every,
+            total_steps=total_steps,
+            max_records=stats.max_records,
+            max_overhead=stats.max_overhead,
+            device=placement.device,
+        )
 
     def step(
         self,
@@ -345,7 +413,7 @@ class _Builder:
         optimizer: torch.optim.Optimizer,
         placement: Placement,
         ema: Ema | None,
-        batch_size: int,
+        train: Loader,
     ) -> EagerStep:
         trainer, regularization = self.trainer, self.regularization
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -370,10 +438,42 @@ class _Builder:
         if self.traits.closure:
             return ClosureStep(forward, optimizer, parameters, **arguments)
         if placement.step is StepKind.compiled:
-            return CompiledStep(forward, optimizer, parameters, batch_size=batch_size, **arguments)
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(None) / "inductor"))
+            return CompiledStep(forward, optimizer, parameters, batch_size=train.batch_size, **arguments)
         if placement.step is StepKind.captured:
-            return CapturedStep(forward, optimizer, parameters, batch_size=batch_size, **arguments)
+            return CapturedStep(forward, optimizer, parameters, batch_size=train.batch_size, **arguments)
         return EagerStep(forward, optimizer, parameters, **arguments)
+
+    def settle(
+        self,
+        make_step: Callable[[StepKind], EagerStep],
+        placement: Placement,
+        train: Loader,
+        total_steps: int,
+        taps: Taps | None,
+    ) -> EagerStep:
+        """The step that the run takes: the wanted one, or the best of those that work here."""
+        step = make_step(placement.step)
+        if self.trainer.step is not StepKind.auto or self.traits.closure or self.ranks.world > 1:
+            return step
+
+        def first_batch() -> tuple[Batch, int]:
+            return next(train.batches(0))
+
+        notice = None
+        if isinstance(step, CapturedStep):
+            reason = trial.refusal(step, *first_batch())
+            if reason is not None:
+                step = make_step(StepKind.eager)
+                notice = f"step: eager, as no CUDA graph of this network can be made ({reason})"
+        elif placement.device.type == "cpu" and has_compiler():
+            step, notice = trial.compiled_if_it_pays(
+                step, lambda: make_step(StepKind.compiled), first_batch, total_steps, taps=taps
+            )
+        if taps is not None:
+            taps.keep_open(type(step) is not EagerStep)
+        self.notices += [] if notice is None else [notice]
+        return step
 
     def penalty(self, parameters: list[nn.Parameter]) -> Callable[[], torch.Tensor] | None:
         first, second = self.regularization.l1, self.regularization.l2
@@ -393,7 +493,7 @@ class _Builder:
         recorder = Recorder(own)
         evidence = Evidence(own, len(run.loaders["train"].split), run.device, self.ranks)
         fingerprints = " ".join(f"{name}:{loader.split.fingerprint}" for name, loader in run.loaders.items())
-        origin = Origin({"config": config_hash(self.config), "data": fingerprints}, placement.choices())
+        origin = Origin({"config": config_hash(self.config), "data": fingerprints}, self.chosen(run, placement))
         parts: dict[str, Any] = {
             "origin": origin,
             "model": run.model,
@@ -425,6 +525,18 @@ class _Builder:
 
         run.observer.receive = receive if run.is_main else None
 
+    def waits(self, run: Run, placement: Placement) -> str:
+        """A word where every step waits for the GPU."""
+        if placement.device.type != "cuda":
+            return ""
+        fused = all(group.get("fused") for group in run.optimizer.param_groups)
+        return ", syncs" if self.traits.closure or (run.step.scaler is not None and not fused) else ""
+
+    def chosen(self, run: Run, placement: Placement) -> dict[str, str]:
+        """What a resumed run takes up unasked."""
+        data_path = run.loaders["train"].path.value
+        return {**placement.choices(), "data_path": data_path, "decode": self.loading.decode.value}
+
     def facts(self, run: Run, placement: Placement, pipeline: Pipeline, splits: Mapping[str, Split]) -> dict[str, str]:
         parameters = sum(p.numel() for p in run.model.parameters())
         model = self.config["model"]["_target_"].rpartition(".")[2]
@@ -436,11 +548,17 @@ class _Builder:
         return {
             "model": "; ".join([f"{model}, {parameters:,} parameters", *notes]),
             "data": f"{self.config['data']['_target_'].rpartition('.')[2]}: {sizes}",
+            "data path": run.loaders["train"].route(),
             "input": pipeline.describe(),
             "device": f"{_device_name(placement.device)}{ranks}",
             "step": f"{run.step.name}, {placement.precision.value}, {layout}{accumulate}, "
-            f"{type(run.optimizer).__name__}",
+            f"{_optimizer_name(run.optimizer)}{self.waits(run, placement)}",
         }
+
+
+def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return f"{'fused ' if fused else ''}{type(optimizer).__name__}"
 
 
 def _device_name(device: torch.device) -> str:

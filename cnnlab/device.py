@@ -137,14 +137,14 @@ def _precision(wanted: Precision, device: torch.device, closure: bool, notices: 
 
 
 def _step(wanted: StepKind, device: torch.device, closure: bool, world: int) -> StepKind:
-    if wanted is StepKind.auto:
-        return StepKind.eager
+    if wanted is StepKind.auto:  # of a CUDA graph, the builder finds out whether it can be made
+        return StepKind.captured if device.type == "cuda" and not closure and world == 1 else StepKind.eager
     if closure and wanted is not StepKind.eager:
         raise UsageError(
             f"`trainer.step={wanted.value}`: this optimizer evaluates the loss several times a step, which only "
             "the eager step does; type trainer.step=eager"
         )
-    if wanted is StepKind.compiled and device.type == "cpu" and shutil.which(_compiler()) is None:
+    if wanted is StepKind.compiled and device.type == "cpu" and not has_compiler():
         raise UsageError(
             f"`trainer.step=compiled`: torch.compile needs a C++ compiler, and there is no `{_compiler()}` (nor "
             "another named by CXX); install one, or type trainer.step=eager"
@@ -157,6 +157,11 @@ def _step(wanted: StepKind, device: torch.device, closure: bool, world: int) -> 
     if wanted is StepKind.captured and world > 1:
         raise UsageError("`trainer.step=captured` runs on one process; type trainer.step=eager under torchrun")
     return wanted
+
+
+def has_compiler() -> bool:
+    """Whether `torch.compile` finds the C++ compiler that it needs for a CPU."""
+    return shutil.which(_compiler()) is not None
 
 
 def _compiler() -> str:

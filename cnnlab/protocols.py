@@ -91,10 +91,13 @@ class ConvNet(nn.Module):
     pool_channels: tuple[int, ...] = ()
     """Channels of the map that each entry of `Features.indices` was pooled from."""
     classifier_modules: tuple[str, ...] = ()
+    spatial: bool = True
+    """Whether the stages are maps over the image; those of an MLP have a single position, which sees all of it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.head: nn.Module | None = None
+        self.channel_dropout: nn.Module | None = None
 
     def features(self, x: Tensor) -> Features:
         raise NotImplementedError(f"{type(self).__name__} implements features")
@@ -104,8 +107,28 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, C, H, W) -> a mapping with `logits` (and `aux` where there is a second output in training)."""
-        features = self.features(x)
+        features = self.regularized(self.features(x))
         return self.classify(features) if self.head is None else self.head(features)
+
+    def regularized(self, features: Features) -> Features:
+        """The features with channels of the last stage dropped, in training and where that was asked for."""
+        if self.channel_dropout is None:
+            return features
+        *earlier, last = features.stages
+        return Features((*earlier, self.channel_dropout(last)), features.indices, features.sizes)
+
+    def drop_channels(self, rate: float) -> None:
+        """Drops whole channels of the last stage in training (spatial dropout).
+
+        Raises:
+            ValueError: the stages are no maps.
+        """
+        if not self.spatial:
+            raise ValueError(
+                f"`regularization.dropout_kind=spatial`: {type(self).__name__} has no feature maps to drop channels "
+                "of; type regularization.dropout_kind=inverted, or model=cnn"
+            )
+        self.channel_dropout = nn.Dropout2d(rate)
 
     def replace_head(self, head: nn.Module) -> None:
         """Puts a task's head in the place of the classifier, whose parameters go."""

@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from cnnlab.errors import DataError
 
 Value = TypeVar("Value")
 
@@ -100,6 +103,31 @@ class Ranks:
         distributed.all_gather_object(values, value, group=self.control)
         return values
 
+    def in_turn(self, action: Callable[[], Value]) -> Value:
+        """`action()` of each rank: rank 0 first, then the first process of every other machine, then the rest.
+
+        What an earlier one leaves on disk the later ones find. Where one fails, all do, and nobody waits for it.
+
+        Raises:
+            DataError: another rank's failure, in its words.
+        """
+        turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        found: list[Value] = []
+        for now in range(3 if self.world > 1 else 1):
+            error: Exception | None = None
+            if now == turn:
+                try:
+                    found.append(action())
+                except Exception as caught:
+                    error = caught
+            failures = self.collect(None if error is None else f"{error}" or type(error).__name__)
+            if error is not None:
+                raise error
+            for rank, failure in enumerate(failures):
+                if failure is not None:
+                    raise DataError(f"process {rank}: {failure}")
+        return found[0]
+
     def wait(self) -> None:
         """Returns when all ranks have called it."""
         self.any(0)
@@ -145,7 +173,8 @@ def join() -> Ranks:
             torch.cuda.set_device(local)
         # Both kinds of tensors: a machine with GPUs also runs `trainer.device=cpu`.
         distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    control = distributed.new_group(backend="gloo")
+    # A day: the others wait here while rank 0 decodes a large data set. One that dies closes its connections.
+    control = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
     return Ranks(rank, world, local, control)
 
 

@@ -25,6 +25,9 @@ RESUMABLE = (
     "trainer.checkpoint_minutes",
     "trainer.progress",
     "trainer.threads",
+    "loading.ahead",
+    "loading.workers",
+    "loading.memory_share",
     "regularization.patience",
 )
 """What may change when a run goes on; everything else would make it another run."""
@@ -67,7 +70,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """Equal for runs that ask for the same numbers: what may change on a resume, and names, are left out."""
-    ignored = (*RESUMABLE, "name", "resume", "paths.outputs")
+    ignored = (*RESUMABLE, "name", "resume", "paths.outputs", "loading.path")
     flat = {key: value for key, value in flatten(config).items() if key not in ignored}
     return hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -74,6 +74,28 @@ class Layout(Enum):
     contiguous = "contiguous"
 
 
+class DropoutKind(Enum):
+    inverted = "inverted"
+    """Values that survive are divided by the probability of surviving, in training."""
+    classic = "classic"
+    """Values are multiplied by that probability instead, in evaluation."""
+    spatial = "spatial"
+    """Whole channels of the last feature map are dropped, in place of single values of the classifier."""
+
+
+class DataPath(Enum):
+    auto = "auto"
+    resident = "resident"
+    mapped = "mapped"
+    stream = "stream"
+
+
+class Decoder(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 _DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(steps?|epochs?|examples?|%)\s*", re.IGNORECASE)
 
 
@@ -137,6 +159,23 @@ class Trainer:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """How images get from their files to the device. `auto` looks at sizes; each choice can be forced."""
+
+    path: DataPath = DataPath.auto
+    """`resident`: decoded once, kept in the device's memory, gathered there; `mapped`: decoded once into a file
+    that is memory-mapped, gathered by the CPU; `stream`: decoded anew each epoch, never stored decoded."""
+    ahead: Annotated[int, Range(low=1, high=64)] = 2
+    """Batches that are fetched while the device computes."""
+    workers: Annotated[int, Range(low=0, high=1024)] | None = None
+    """Processes that decode a stream (0: none, the fetching thread does); `null` shares the cores out."""
+    decode: Decoder = Decoder.auto
+    """What decodes the JPEG files of a stream; on a GPU the pixels differ by rounding."""
+    memory_share: Annotated[float, Range(above=0, high=1)] = 0.25
+    """Part of the device's free memory that a split may take; the rest is for weights and activations."""
+
+
+@dataclass(frozen=True)
 class Groups:
     """How parameters are grouped for the optimizer."""
 
@@ -155,11 +194,15 @@ class Regularization:
     """What keeps the fit from following the noise. `null` leaves a choice to the model."""
 
     dropout: Annotated[float, Range(low=0, below=1)] | None = None
+    dropout_kind: DropoutKind = DropoutKind.inverted
+    """What is dropped, and when the scale is made good (see `cnnlab.models.dropout`)."""
     stochastic_depth: Annotated[float, Range(low=0, below=1)] | None = None
     l1: NonNegative = 0.0
     """λ of λ·Σ|w|, part of the reported loss."""
     l2: NonNegative = 0.0
     """λ of λ/2·Σw², part of the reported loss."""
+    decoupled_decay: NonNegative = 0.0
+    """λ of w ← w - lr·λ·w before each update, apart from the gradient, whatever the optimizer."""
     max_norm: Positive | None = None
     """Largest L2 norm of a unit's incoming weights, enforced after each update."""
     ema: Annotated[float, Range(low=0, below=1)] = 0.0
@@ -173,8 +216,12 @@ class Stats:
     """Cadence and bounds of the statistics; which ones are taken is the group `probe`."""
 
     enabled: bool = True
-    every: PositiveInt = 50
-    """Steps between samples of a probe that states no cadence of its own."""
+    every: PositiveInt | None = None
+    """Steps between samples of a probe that states no cadence of its own; `null` takes as many as give 50 samples,
+    and 50 at most."""
+    max_overhead: Annotated[float, Range(above=0, high=1)] | None = 0.01
+    """Share of the training time that the samples may cost (a second is free): where they cost more, they are taken
+    more rarely. `null` keeps to the cadence whatever it costs."""
     samples: PositiveInt = 8
     """Samples of the batch that activation statistics look at."""
     max_records: PositiveInt = 2000

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cnnlab.flops import fused_attention_off, multiply_adds
 from cnnlab.receptive_field import FieldTracker, tensors_in
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Layer:
     `multiply_adds` is for one image, and so is `activation_bytes`: what training keeps for the backward pass.
     `receptive_field` is (height, width) in pixels and `jump` the pixels from one position to the next; both
     are `None` for what does not see the image. `training_only` layers, such as an auxiliary head, do not run
-    in evaluation.
+    in evaluation. `reads` and `writes` are the elements, weights aside, that the operators of one image's forward
+    pass read and write: the traffic of a program that fuses nothing.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Layer:
     jump: tuple[float, float] | None = None
     activation_bytes: int = 0
     training_only: bool = False
+    reads: int = 0
+    writes: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,15 +106,7 @@ def summarize(model: nn.Module, input_shape: Sequence[int], batch: int = 1) -> S
     """
     channels, height, width = input_shape
     shape = (int(channels), int(height), int(width))
-    try:
-        meter, evaluated = _run(_on_meta(model), shape, "meta")
-    except (RuntimeError, NotImplementedError):
-        meter, evaluated = _run(_on_cpu(model), shape, "cpu")
-    called = {layer.name for layer in evaluated.layers}
-    for layer in meter.layers:
-        layer.training_only = layer.name not in called
-        layer.multiply_adds //= _TRAINING_BATCH
-        layer.activation_bytes //= _TRAINING_BATCH
+    meter, evaluated = _metered(model, shape)
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
     return Summary(
@@ -126,6 +122,28 @@ def summarize(model: nn.Module, input_shape: Sequence[int], batch: int = 1) -> S
         training_multiply_adds=sum(layer.multiply_adds for layer in meter.layers),
         activation_bytes=batch * sum(layer.activation_bytes for layer in meter.layers),
     )
+
+
+def calls(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
+    """Every call of a module in a training pass, with the containers' own work (additions, concatenations) too."""
+    channels, height, width = input_shape
+    return _metered(model, (int(channels), int(height), int(width)))[0].layers
+
+
+def _metered(model: nn.Module, shape: tuple[int, int, int]) -> tuple[_Meter, _Meter]:
+    """What a training pass and an evaluation do, an image."""
+    try:
+        training, evaluated = _run(_on_meta(model), shape, "meta")
+    except (RuntimeError, NotImplementedError):
+        training, evaluated = _run(_on_cpu(model), shape, "cpu")
+    called = {layer.name for layer in evaluated.layers}
+    for layer in training.layers:
+        layer.training_only = layer.name not in called
+        layer.multiply_adds //= _TRAINING_BATCH
+        layer.activation_bytes //= _TRAINING_BATCH
+        layer.reads //= _TRAINING_BATCH
+        layer.writes //= _TRAINING_BATCH
+    return training, evaluated
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
@@ -155,7 +173,7 @@ def _run(model: nn.Module, shape: tuple[int, int, int], device: str) -> tuple[_M
     """A forward pass in training and one in evaluation."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     training, evaluated = _Meter(model), _Meter(model)
-    with torch.random.fork_rng(devices=[]), _fused_attention_off():
+    with torch.random.fork_rng(devices=[]), fused_attention_off():
         torch.manual_seed(0)
         image = torch.zeros(_TRAINING_BATCH, *shape, dtype=dtype, device=device)
         with (
@@ -168,18 +186,6 @@ def _run(model: nn.Module, shape: tuple[int, int, int], device: str) -> tuple[_M
         with torch.no_grad(), evaluated.watching(image):
             model.eval()(image)
     return training, evaluated
-
-
-@contextmanager
-def _fused_attention_off() -> Iterator[None]:
-    """In evaluation `nn.MultiheadAttention` may run as one fused operator, whose products nobody would
-    count."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Meter(TorchDispatchMode):
@@ -244,6 +250,9 @@ class _Meter(TorchDispatchMode):
         if self._running:
             layer = self._running[-1]
             layer.multiply_adds += multiply_adds(name, args, output)
+            if not func.is_view:
+                layer.reads += sum(t.numel() for t in tensors_in(args) if _storage(t) not in self._state)
+                layer.writes += sum(t.numel() for t in tensors_in([output]) if t.ndim > 1)  # not: a channel's moments
             for tensor in tensors_in(args):
                 if id(tensor) in self._parameters:
                     self._parameters.discard(id(tensor))
@@ -323,24 +332,6 @@ def _first_tensor(output: Any) -> Tensor | None:
         return output
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
     return next((tensor for value in values if (tensor := _first_tensor(value)) is not None), None)
-
-
-def multiply_adds(name: str, args: Sequence[Any], output: Any) -> int:
-    """Of one aten operator: each output of a convolution or a product is a sum of as many products as its
-    kernel, or inner dimension, is long."""
-    if name == "convolution":
-        inputs, weight, transposed = args[0], args[1], args[6]
-        positions = inputs if transposed else output  # a transposed convolution spreads each input
-        return positions.numel() * weight[0].numel()
-    if name in ("mm", "bmm", "mv", "dot"):
-        return output.numel() * args[0].shape[-1]
-    if name in ("addmm", "baddbmm", "addmv"):
-        return output.numel() * args[1].shape[-1]
-    if name.startswith("_scaled_dot_product"):
-        query, key, value = args[:3]
-        scores = query.numel() // query.shape[-1] * key.shape[-2]
-        return scores * (query.shape[-1] + value.shape[-1])
-    return 0
 
 
 def to_json(summary: Summary) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from cnnlab.errors import ConfigError, DataError, UsageError, did_you_mean
 from cnnlab.optim.traits import Traits
 from cnnlab.parts import make
 from cnnlab.protocols import DataSpec
-from cnnlab.schema import Groups, Regularization, Stats, Trainer
+from cnnlab.schema import DataPath, Decoder, DropoutKind, Groups, Loading, Regularization, Stats, Trainer
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Paths:
 
 SECTIONS = {
     "trainer": Trainer,
+    "loading": Loading,
     "groups": Groups,
     "regularization": Regularization,
     "stats": Stats,
@@ -41,6 +42,7 @@ SECTIONS = {
 VALUES: dict[str, Any] = {"seed": int, "name": str, "resume": str | None}
 
 WIRED = {
+    "data": ("loading",),
     "task": ("loss", "spec"),
     "model": (
         "num_classes",
@@ -210,8 +212,26 @@ class _Trial:
     # ---- each part by itself ----
 
     def spec(self) -> DataSpec | None:
-        data = self.attempt("data", lambda: self.part("data", self.config["data"]), "data")
+        loading = self.loading()
+        data = self.attempt("data", lambda: self.part("data", self.config["data"], loading=loading), "data")
         return None if data is None else self.attempt("data", data.spec, "data")
+
+    def loading(self) -> Loading | None:
+        """The section, once it is one that this data set can follow."""
+        if not self.sound("loading", "data"):
+            return None
+        loading: Loading = bind_section(Loading, self.config["loading"])
+        target = locate(self.config["data"]["_target_"])
+        if loading.path is DataPath.stream and not accepts(target, "loading"):
+            self.refuse(
+                f"`loading.path=stream`: {target.__name__} decodes its images once; type loading.path=auto", "loading"
+            )
+        device = self.config["trainer"].get("device") if self.sound("trainer") else None
+        if loading.decode is Decoder.cuda and device not in ("auto", "cuda", None):
+            self.refuse(
+                f"`loading.decode=cuda`: this run is on trainer.device={device}; type loading.decode=auto", "loading"
+            )
+        return loading
 
     def dry_optimizer(self) -> torch.optim.Optimizer:
         node = self.config["optim"]
@@ -286,6 +306,8 @@ class _Trial:
         """A setting that silently had no effect would be the worst answer."""
         target = locate(self.config["model"]["_target_"])
         for name in ("dropout", "stochastic_depth"):
+            if name == "dropout" and regularization.dropout_kind is DropoutKind.spatial:
+                continue  # acts between the network's features and what reads them
             if getattr(regularization, name) is not None and not accepts(target, name):
                 self.refuse(f"`regularization.{name}`: {target.__name__} has none; type regularization.{name}=null")
         for group in FACTORIES:

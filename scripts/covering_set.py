@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ import random
 import signal
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 import warnings
@@ -61,7 +63,7 @@ COMMON = (
 )
 """Two epochs of one step: what happens between epochs happens, and a schedule's whole length is two steps."""
 
-NOT_FACTORS = ("debug", "experiment", "groups", "local", "paths", "trainer")
+NOT_FACTORS = ("debug", "experiment", "groups", "loading", "local", "paths", "trainer")
 """Groups of presets over the other groups' values; `trainer` and `groups` are covered setting by setting."""
 
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -164,20 +166,35 @@ def data_files() -> Iterator[dict[str, tuple[str, ...]]]:
         images = f"data.root={root / 'folder'}"
         decoded = (f"data.cache={root / 'cache'}", "data.workers=0")
         write_images(root / "folder", random_state)
+        write_shards(root / "shards", random_state)
         write_voc(root / "voc", random_state)
         write_masks(root / "masks", random_state)
         write_cifar(root / "sets", random_state)
         write_mnist(root / "sets", random_state)
+        write_pet(root / "sets" / "oxford-iiit-pet", random_state)
+        write_voc2012(root / "sets" / "VOCdevkit" / "VOC2012", random_state)
         yield {
             "data=digits": ("data.val=0.02", "data.test=0.02"),
             "data=shapes": ("data.size=16", "data.train=40", "data.val=16", "data.test=16"),
             "data=folder": (images, "data.size=16", *decoded),
             "data=imagenet": (images, "data.size=64", "data.resize=72", "data.val=0.1", *decoded),
+            "data=webdataset": (
+                f"data.shards={root / 'shards'}/*.tar",
+                "data.size=16",
+                "data.resize=null",
+                "data.val=0.2",
+                "data.test=0.2",
+                f"data.cache={root / 'cache'}",
+            ),
             "data=voc": (f"data.root={root / 'voc'}", "data.size=16", *decoded),
             "data=masks": (f"data.root={root / 'masks'}", "data.size=[16,24]", "data.val=0.2", *decoded),
             **{
                 f"data={kind}": (f"data.root={root / 'sets'}",)
                 for kind in ("cifar10", "cifar100", "mnist", "fashion_mnist")
+            },
+            **{
+                f"data={kind}": (f"data.root={root / 'sets'}", "data.size=16", "data.val=0.2", *decoded)
+                for kind in ("pet", "pet_segmentation", "voc2012", "voc2012_segmentation")
             },
         }
 
@@ -195,6 +212,19 @@ def write_images(root: Path, state: np.random.Generator) -> None:
     for split, count in (("train", 15), ("val", 5)):
         for kind, number in itertools.product(("cat", "dog"), range(count)):
             _save(root / split / kind / f"{number}.png", _noise(state, 20, 24, 3))
+
+
+def write_shards(root: Path, state: np.random.Generator) -> None:
+    root.mkdir(parents=True)
+    for shard in range(2):
+        with tarfile.open(root / f"{shard}.tar", "w") as archive:
+            for number in range(20):
+                picture = io.BytesIO()
+                Image.fromarray(_noise(state, 20, 24, 3)).save(picture, "PNG")
+                for name, content in ((f"{number}.png", picture.getvalue()), (f"{number}.cls", b"%d" % (number % 2))):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
 
 
 def write_voc(root: Path, state: np.random.Generator) -> None:
@@ -215,6 +245,27 @@ def write_masks(root: Path, state: np.random.Generator) -> None:
         _save(root / "images" / "train" / f"{number}.png", _noise(state, 20, 24, 3))
         _save(root / "masks" / "train" / f"{number}.png", state.integers(0, 3, (20, 24), dtype=np.uint8))
     (root / "classes.txt").write_text("sky\nroad\nhouse\n")
+
+
+def write_pet(root: Path, state: np.random.Generator) -> None:
+    for split, breeds, count in (("trainval", 37, 2), ("test", 8, 1)):
+        names = [(breed, f"Breed_{breed}_{split}_{n}") for breed in range(1, breeds + 1) for n in range(count)]
+        for _, name in names:
+            _save(root / "images" / f"{name}.jpg", _noise(state, 20, 24, 3))
+            trimap = state.integers(1, 4, (20, 24), dtype=np.uint8)
+            _save(root / "annotations" / "trimaps" / f"{name}.png", trimap)
+        (root / "annotations" / f"{split}.txt").write_text("".join(f"{name} {breed} 1 1\n" for breed, name in names))
+
+
+def write_voc2012(root: Path, state: np.random.Generator) -> None:
+    write_voc(root, state)
+    (root / "ImageSets" / "Segmentation").mkdir()
+    for split in ("train", "val"):
+        names = (root / "ImageSets" / "Main" / f"{split}.txt").read_text()
+        (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(names)
+        for name in names.split():
+            mask = state.integers(0, 21, (20, 24), dtype=np.uint8)
+            _save(root / "SegmentationClass" / f"{name}.png", mask)
 
 
 def write_cifar(root: Path, state: np.random.Generator) -> None:

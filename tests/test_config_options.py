@@ -112,7 +112,11 @@ def with_root(composer: Composer, roots: dict[str, Path], *overrides: str) -> li
 
 @pytest.mark.parametrize("name", DATA)
 def test_data(shared_composer: Composer, roots: dict[str, Path], name: str):
-    task = {"masks": ["task=segmentation"], "voc": []}.get(name, [])
+    task = {
+        "masks": ["task=segmentation"],
+        "voc2012_segmentation": ["task=segmentation"],
+        "webdataset": ["data.shards=train.tar", "data.classes=2"],
+    }.get(name, [])
     checked(shared_composer, [*with_root(shared_composer, roots, f"data={name}"), "model=cnn", *task])
 
 

@@ -5,29 +5,28 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
-import queue
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cnnlab.data.decode import Decoded, Recipe, decode_chunk
+from cnnlab.data.decode import Decoded, Item, Recipe, decode_chunk
+from cnnlab.data.pool import DecodingPool, cores
 from cnnlab.errors import DataError
+from cnnlab.rundir import write_json
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +38,25 @@ _MANY_FILES, _MANY_BYTES = 1000, 16 << 20
 """From here on starting decoding processes (0.15 s of a core each) pays."""
 _STALE_SECONDS = 86_400
 _SHOWN = 5
+
+
+class Sources(Protocol):
+    """Where the images of a data set lie, undecoded: a listing of files, an index of shards."""
+
+    bytes: int
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def items(self, rows: Sequence[int]) -> list[Item]:
+        """What decoding processes read the rows from."""
+        ...
+
+    def name(self, row: int) -> str:
+        """The row in a message."""
+        ...
+
+    def key(self, recipe: Recipe) -> str: ...
 
 
 @dataclass
@@ -57,8 +75,13 @@ class Store:
 
     def readable(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The rows of each split without the failures."""
-        broken = torch.tensor([row for row, _ in self.failures], dtype=torch.int64)
-        return {name: rows[~torch.isin(rows, broken)] for name, rows in parts.items()}
+        return without(self.failures, parts)
+
+
+def without(failures: Sequence[tuple[int, str]], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of each split without the failed ones."""
+    broken = torch.tensor([row for row, _ in failures], dtype=torch.int64)
+    return {name: rows[~torch.isin(rows, broken)] for name, rows in parts.items()}
 
 
 def cache_folder(cache: str | None) -> Path:
@@ -66,16 +89,92 @@ def cache_folder(cache: str | None) -> Path:
     return Path(cache or os.environ.get("CNNLAB_CACHE") or "~/.cache/cnnlab").expanduser()
 
 
+class Listing:
+    """Image files as they are now, asked for their sizes and times once.
+
+    Args:
+        root: folder that `files` are relative to.
+
+    Raises:
+        DataError: one of them is not there.
+    """
+
+    def __init__(self, root: Path, files: Sequence[str]) -> None:
+        self.root = root
+        self.files = files
+        self.bytes = 0
+        key, content = (blake2b(digest_size=size) for size in (12, 8))
+        for name in files:
+            try:
+                status = os.stat(os.path.join(root, name))  # noqa: PTH116, PTH118 (pathlib: 3x the time)
+            except OSError as error:
+                raise DataError(f"expected to find {root / name}, received: {error}") from error
+            named = f"{name}\0{status.st_size}".encode(errors="surrogateescape")
+            content.update(named + b"\n")
+            key.update(named + f"\0{status.st_mtime_ns}\n".encode())
+            self.bytes += status.st_size
+        self._key = key.hexdigest()
+        self.fingerprint = content.hexdigest()
+        """Of the names and sizes, for want of pixels: times change when a data set is copied."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def items(self, rows: Sequence[int]) -> list[Item]:
+        return [os.path.join(self.root, self.files[row]) for row in rows]  # noqa: PTH118 (pathlib: 3x the time)
+
+    def name(self, row: int) -> str:
+        return self.files[row]
+
+    def key(self, recipe: Recipe) -> str:
+        """Names what the recipe makes of these files."""
+        return blake2b(f"{_FORMAT} {recipe!r} {self._key}".encode(), digest_size=12).hexdigest()
+
+
+def is_cached(listing: Listing, recipe: Recipe, cache: str | None) -> bool:
+    """Whether `decoded` would find the files decoded."""
+    return _opened(cache_folder(cache) / listing.key(recipe), _shape(len(listing), recipe)) is not None
+
+
+def unreadable(sources: Sources, recipe: Recipe, *, cache: str | None, workers: int | None) -> list[tuple[int, str]]:
+    """Position and reason of the files that cannot be decoded, as `decoded` would list them.
+
+    Reads each file whole once, and remembers in the cache which were broken, not the pixels.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
+    folder = cache_folder(cache)
+    known = folder / f"{sources.key(recipe)}.unreadable.json"
+    try:
+        return [(int(row), str(reason)) for row, reason in json.loads(known.read_text())]
+    except (OSError, ValueError, TypeError):
+        pass
+    count = len(sources)
+    chunks = [sources.items(range(start, min(start + 32, count))) for start in range(0, count, 32)]
+    failures: list[tuple[int, str]] = []
+    done = 0
+    with _progress(count) as advance:
+        for chunk in _decoded_chunks(chunks, recipe, _useful(workers, count, sources.bytes)):
+            failures += [(done + number, reason) for number, reason in chunk.failures]
+            done += len(chunk.images)
+            advance(len(chunk.images))
+    try:
+        write_json(known, failures)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return failures
+
+
 def decoded(
-    root: Path,
-    files: Sequence[str],
+    listing: Listing,
     recipe: Recipe,
     *,
     on_error: Literal["raise", "skip"],
     cache: str | None,
     workers: int | None,
 ) -> Store:
-    """The files (relative to `root`) as the recipe has them, from the cache where they are in it.
+    """The files as the recipe has them, from the cache where they are in it.
 
     An entry's key is the hash of the files' names, sizes and modification times and of the recipe. An entry
     is built in a folder of its own and renamed when it is complete, so an interrupted build leaves nothing
@@ -92,44 +191,42 @@ def decoded(
         DataError: when files are unreadable or vanished, or the cache cannot be written.
     """
     folder = cache_folder(cache)
-    key, total_bytes = _key(root, files, recipe)
-    entry = folder / key
-    shape = (len(files), recipe.channels, recipe.height, recipe.width)
+    entry = folder / listing.key(recipe)
+    shape = _shape(len(listing), recipe)
     store = _opened(entry, shape)
     if store is not None:
         if store.failures and on_error == "raise":
-            raise _unreadable(files, store.failures)
+            raise _broken(listing.files, store.failures)
         return store
-    if workers is None:
-        workers = _cores() if len(files) > _MANY_FILES or total_bytes > _MANY_BYTES else 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder)
         _require_space(folder, shape)
-        _build(entry, root, files, recipe, workers, on_error)
+        _build(entry, listing, recipe, _useful(workers, len(listing), listing.bytes), on_error)
     except OSError as error:
-        raise DataError(
-            f"expected to write the decoded images to {folder}, received: {error}; "
-            f"set CNNLAB_CACHE or type data.cache=FOLDER to put them elsewhere"
-        ) from error
+        raise _unwritable(folder, error) from error
     store = _opened(entry, shape)
     if store is None:
         raise DataError(f"expected a readable cache entry {entry} after building it; remove it and try again")
     return store
 
 
-def _key(root: Path, files: Sequence[str], recipe: Recipe) -> tuple[str, int]:
-    """The entry's name, and the bytes of all files."""
-    hasher = blake2b(repr((_FORMAT, recipe)).encode(), digest_size=12)
-    total = 0
-    for name in files:
-        try:
-            status = os.stat(os.path.join(root, name))  # noqa: PTH116, PTH118 (pathlib: 3x the time)
-        except OSError as error:
-            raise DataError(f"expected to find {root / name}, received: {error}") from error
-        hasher.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
-        total += status.st_size
-    return hasher.hexdigest(), total
+def _shape(count: int, recipe: Recipe) -> tuple[int, int, int, int]:
+    return (count, recipe.channels, recipe.height, recipe.width)
+
+
+def _useful(workers: int | None, files: int, total_bytes: int) -> int:
+    """The decoding processes asked for; by default one a core where starting them pays."""
+    if workers is not None:
+        return workers
+    return cores() if files > _MANY_FILES or total_bytes > _MANY_BYTES else 0
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    return DataError(
+        f"expected to write the decoded images to {folder}, received: {error}; "
+        f"set CNNLAB_CACHE or type data.cache=FOLDER to put them elsewhere"
+    )
 
 
 def _opened(entry: Path, shape: tuple[int, ...]) -> Store | None:
@@ -150,42 +247,35 @@ def _opened(entry: Path, shape: tuple[int, ...]) -> Store | None:
         return Store(torch.from_numpy(images), torch.from_numpy(sizes), failures, fingerprint)
 
 
-def _build(
-    entry: Path,
-    root: Path,
-    files: Sequence[str],
-    recipe: Recipe,
-    workers: int,
-    on_error: Literal["raise", "skip"],
-) -> None:
+def _build(entry: Path, listing: Listing, recipe: Recipe, workers: int, on_error: Literal["raise", "skip"]) -> None:
     """Writes the entry beside its place, then renames it."""
     temporary = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".tmp", dir=entry.parent))
     try:
         temporary.chmod(0o755)  # mkdtemp's are private, and a cache may be shared
-        failures = _write(temporary, root, files, recipe, workers)
+        failures = _write(temporary, listing, recipe, workers)
         if failures and on_error == "raise":
-            raise _unreadable(files, failures)
+            raise _broken(listing.files, failures)
         try:
             temporary.rename(entry)
         except OSError:  # there is one already: another builder's, or a damaged one
-            if _opened(entry, (len(files), recipe.channels, recipe.height, recipe.width)) is None:
+            if _opened(entry, _shape(len(listing), recipe)) is None:
                 shutil.rmtree(entry, ignore_errors=True)
                 temporary.rename(entry)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(folder: Path, root: Path, files: Sequence[str], recipe: Recipe, workers: int) -> list[tuple[int, str]]:
+def _write(folder: Path, listing: Listing, recipe: Recipe, workers: int) -> list[tuple[int, str]]:
     """Writes the entry's files into `folder`; returns the failures."""
-    shape = (len(files), recipe.channels, recipe.height, recipe.width)
+    shape = _shape(len(listing), recipe)
     per_chunk = max(1, min(_CHUNK_FILES, _CHUNK_BYTES // int(np.prod(shape[1:]))))
-    paths = [os.path.join(root, name) for name in files]  # noqa: PTH118 (pathlib: 3x the time)
+    paths = listing.items(range(len(listing)))
     chunks = [paths[start : start + per_chunk] for start in range(0, len(paths), per_chunk)]
     sizes: list[np.ndarray] = []
     failures: list[tuple[int, str]] = []
     hasher = blake2b(digest_size=8)
     # Plain writes, not a writable mapping: a full disk is then an error and not a SIGBUS.
-    with (folder / "images.npy").open("wb") as out, _progress(len(files)) as advance:
+    with (folder / "images.npy").open("wb") as out, _progress(len(listing)) as advance:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(out, header)
         done = 0
@@ -200,8 +290,8 @@ def _write(folder: Path, root: Path, files: Sequence[str], recipe: Recipe, worke
         os.fsync(out.fileno())
     np.save(folder / "sizes.npy", np.concatenate(sizes) if sizes else np.zeros((0, 2), np.int64))
     meta = {
-        "root": str(root),
-        "files": len(files),
+        "root": str(listing.root),
+        "files": len(listing),
         "recipe": repr(recipe),
         "fingerprint": hasher.hexdigest(),
         "failures": failures,
@@ -210,7 +300,7 @@ def _write(folder: Path, root: Path, files: Sequence[str], recipe: Recipe, worke
     return failures
 
 
-def _unreadable(files: Sequence[str], failures: Sequence[tuple[int, str]]) -> DataError:
+def _broken(files: Sequence[str], failures: Sequence[tuple[int, str]]) -> DataError:
     lines = [f"expected readable images, received {len(failures)} of {len(files)} that are not:"]
     lines += [f"  {files[row]}: {reason}" for row, reason in failures[:_SHOWN]]
     if len(failures) > _SHOWN:
@@ -218,62 +308,20 @@ def _unreadable(files: Sequence[str], failures: Sequence[tuple[int, str]]) -> Da
     return DataError("\n".join([*lines, "repair or remove them, or type data.on_error=skip to leave them out"]))
 
 
-def _decoded_chunks(chunks: Sequence[list[str]], recipe: Recipe, workers: int) -> Iterator[Decoded]:
+def _decoded_chunks(chunks: Sequence[Sequence[Item]], recipe: Recipe, workers: int) -> Iterator[Decoded]:
     """The chunks' images, in order, decoded by `workers` processes; a few chunks ahead of the reader."""
     workers = min(workers, len(chunks))
     if workers == 0:
         yield from (decode_chunk(chunk, recipe) for chunk in chunks)
         return
-    idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-
-    def ask(chunk: list[str]) -> Decoded:
-        process = idle.get()
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            pickle.dump((chunk, recipe), process.stdin)
-            process.stdin.flush()
-            return pickle.load(process.stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-            raise DataError(
-                f"a decoding process died (killed, or crashed by a file) between {chunk[0]} and {chunk[-1]}; "
-                f"type data.workers=1 to use less memory"
-            ) from error
-        finally:
-            idle.put(process)
-
-    with ExitStack() as stack:
-        for _ in range(workers):
-            idle.put(stack.enter_context(_decoding_process()))
-        threads = ThreadPoolExecutor(workers)
-        stack.callback(threads.shutdown, cancel_futures=True)
+    with closing(DecodingPool(workers)) as pool:
         pending: deque[Future[Decoded]] = deque()
         for chunk in chunks:
-            pending.append(threads.submit(ask, chunk))
+            pending.append(pool.ask(chunk, recipe))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-
-
-@contextmanager
-def _decoding_process() -> Iterator[subprocess.Popen[bytes]]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cnnlab.data.decode"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-    )
-    try:
-        yield process
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        for pipe in (process.stdin, process.stdout):
-            with suppress(OSError):  # closing flushes, which fails where the process is gone
-                pipe.close()  # type: ignore[union-attr]
-        process.wait()
 
 
 @contextmanager
@@ -310,7 +358,3 @@ def _remove_stale(folder: Path) -> None:
             continue
         if old:
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

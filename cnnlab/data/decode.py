@@ -10,18 +10,21 @@ guard) again in each process.
 
 from __future__ import annotations
 
+import io
 import pickle
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 _FORMATS = ("jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm", "pbm", "jp2", "avif")
 EXTENSIONS = frozenset(f".{name}" for name in _FORMATS)
 Array = np.ndarray[Any, Any]
+Item = str | tuple[str, int, int]
+"""An image file, or `(file, offset, bytes)` of one inside another (a shard's member)."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,28 @@ class Decoded:
     failures: list[tuple[int, str]]
 
 
-def decode_chunk(paths: Sequence[str], recipe: Recipe) -> Decoded:
-    """Decodes the files; one that cannot be read is a failure, not an error."""
-    images = np.zeros((len(paths), recipe.channels, recipe.height, recipe.width), np.uint8)
-    sizes = np.zeros((len(paths), 2), np.int64)
+def name_of(item: Item) -> str:
+    """The item in a message."""
+    return item if isinstance(item, str) else f"{item[0]} at byte {item[1]:,}"
+
+
+def contents(item: Item) -> bytes:
+    """The item's bytes, undecoded. Raises `OSError`."""
+    path, offset, size = (item, 0, -1) if isinstance(item, str) else item
+    with open(path, "rb") as file:  # noqa: PTH123 (pathlib: twice the time)
+        file.seek(offset)
+        return file.read(size)
+
+
+def decode_chunk(items: Sequence[Item], recipe: Recipe) -> Decoded:
+    """Decodes the items; one that cannot be read is a failure, not an error."""
+    images = np.zeros((len(items), recipe.channels, recipe.height, recipe.width), np.uint8)
+    sizes = np.zeros((len(items), 2), np.int64)
     failures = []
-    for number, path in enumerate(paths):
+    for number, item in enumerate(items):
         try:
-            images[number], sizes[number] = decode(path, recipe)
+            source = item if isinstance(item, str) else io.BytesIO(contents(item))
+            images[number], sizes[number] = decode(source, recipe)
         except MemoryError:
             raise
         except Exception as error:  # each of Pillow's parsers raises what it stumbles on
@@ -69,11 +86,14 @@ def decode_chunk(paths: Sequence[str], recipe: Recipe) -> Decoded:
     return Decoded(images, sizes, failures)
 
 
-def decode(path: str, recipe: Recipe) -> tuple[Array, tuple[int, int]]:
-    """One file as (channels, height, width) uint8, and its own (height, width) after EXIF orientation."""
+def decode(source: str | BinaryIO, recipe: Recipe) -> tuple[Array, tuple[int, int]]:
+    """One file, by its path or open: (channels, height, width) uint8, and its own (height, width).
+
+    The latter is as EXIF has the image turned.
+    """
     from PIL import Image, ImageOps
 
-    with Image.open(path) as opened:
+    with Image.open(source) as opened:
         image: Image.Image = opened
         # Asking for the EXIF of a file that has none takes as long as decoding a small JPEG.
         if "exif" in image.info or image.format == "TIFF":
@@ -126,19 +146,23 @@ def _fitted(image: Any, recipe: Recipe) -> Any:
     if recipe.fit == "stretch":
         return image if image.size == target else image.resize(target, how)
     if recipe.fit == "crop":
-        width, height = image.size
-        short = min(width, height)
-        scaled = (
-            max(recipe.width, width * recipe.resize // short),
-            max(recipe.height, height * recipe.resize // short),
-        )
+        scaled, left, top = cropped(image.size[0], image.size[1], recipe)
         image = image if image.size == scaled else image.resize(scaled, how)
-        left, top = (scaled[0] - recipe.width) // 2, (scaled[1] - recipe.height) // 2
         return image if scaled == target else image.crop((left, top, left + recipe.width, top + recipe.height))
     left, top, width, height = letterbox(image.size[1], image.size[0], recipe.height, recipe.width)
     canvas = Image.new(image.mode, target, 255 if recipe.mask else 0)
     canvas.paste(image.resize((width, height), how), (left, top))
     return canvas
+
+
+def cropped(width: int, height: int, recipe: Recipe) -> tuple[tuple[int, int], int, int]:
+    """The (width, height) that the recipe's `crop` resizes to, and the left and top of what it then cuts out."""
+    short = min(width, height)
+    scaled = (
+        max(recipe.width, width * recipe.resize // short),
+        max(recipe.height, height * recipe.resize // short),
+    )
+    return scaled, (scaled[0] - recipe.width) // 2, (scaled[1] - recipe.height) // 2
 
 
 def letterbox(height: int, width: int, to_height: int, to_width: int) -> tuple[int, int, int, int]:
@@ -150,16 +174,19 @@ def letterbox(height: int, width: int, to_height: int, to_width: int) -> tuple[i
 
 
 def serve() -> None:
-    """Answers jobs `(paths, recipe)` until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; it then closes stdin
+    """Answers jobs `(items, recipe)` until stdin ends."""
+    # Ctrl-C and a scheduler's SIGTERM reach the whole group, and are the parent's to answer, with a checkpoint that
+    # may need another batch. However it ends, its end of the pipe then closes.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     results = sys.stdout.buffer
     sys.stdout = sys.stderr  # nothing that a decoder prints may get between the results
     while True:
         try:
-            paths, recipe = pickle.load(sys.stdin.buffer)
+            items, recipe = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        pickle.dump(decode_chunk(paths, recipe), results, protocol=pickle.HIGHEST_PROTOCOL)
+        pickle.dump(decode_chunk(items, recipe), results, protocol=pickle.HIGHEST_PROTOCOL)
         results.flush()
 
 

@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cnnlab.data.cache import decoded
+from cnnlab.data.cache import Listing, cache_folder, decoded, is_cached, unreadable, without
 from cnnlab.data.decode import EXTENSIONS, Recipe
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned, require_fractions
+from cnnlab.data.stream import StreamSplit, streamed, streams
 from cnnlab.errors import DataError
 from cnnlab.protocols import DataSpec, Split
-from cnnlab.schema import NonNegativeInt, PositiveInt
+from cnnlab.schema import Loading, NonNegativeInt, PositiveInt
 
 _SPLIT_NAMES = {
     "train": "train",
@@ -38,7 +39,8 @@ class ImageFolder:
 
     Images may have any size, format and mode that Pillow reads; subfolders of a class are searched too.
     Training and evaluation get the same pixels: the shorter side resized to `resize` (bilinear, antialiased),
-    the middle `size` x `size` cut out; augmentation works on that. Images are decoded once, into a cache.
+    the middle `size` x `size` cut out; augmentation works on that. Images are decoded once, into a cache, or
+    anew each epoch (`loading.path`), to the same pixels.
 
     Args:
         root: the folder.
@@ -52,9 +54,11 @@ class ImageFolder:
         split_seed: seed of the split, apart from the run's.
         limit, imbalance: thin the training split (see `cnnlab.data.splits`). With `limit`, only the images
             that are used are decoded.
-        on_error: whether an unreadable file ends the run or is left out.
+        on_error: whether an unreadable file ends the run or is left out. A stream meets it when its batch is
+            due; to leave it out, all files are tried first, once.
         cache: folder of the decoded images; `None` takes `$CNNLAB_CACHE` or `~/.cache/cnnlab`.
-        workers: decoding processes; `None` starts one a core where it pays, 0 none.
+        workers: processes that decode into the cache; `None` starts one a core where it pays, 0 none.
+        loading: the config's section; `None` takes its defaults.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class ImageFolder:
         on_error: Literal["raise", "skip"] = "raise",
         cache: str | None = None,
         workers: NonNegativeInt | None = None,
+        loading: Loading | None = None,
     ) -> None:
         if resize is not None and size is not None and resize < size:
             raise ValueError(f"expected data.resize >= data.size, received {resize} < {size}; type data.resize=null")
@@ -89,6 +94,7 @@ class ImageFolder:
         self.on_error: Literal["raise", "skip"] = on_error
         self.cache = cache
         self.workers = workers
+        self.loading = loading or Loading()
 
     def spec(self) -> DataSpec:
         """Lists folders, and reads the headers of a few images where no size is given. Raises `DataError`."""
@@ -123,16 +129,16 @@ class ImageFolder:
             used = torch.cat([*parts.values()]).sort().values
             files, labels = [files[row] for row in used.tolist()], labels[used]
             parts = {name: torch.searchsorted(used, rows) for name, rows in parts.items()}
-        store = decoded(
-            self.root,
-            files,
-            self._recipe(layout),
-            on_error=self.on_error,
-            cache=self.cache,
-            workers=self.workers,
-        )
+        recipe, listing = self._recipe(layout), Listing(self.root, files)
+        needed = len(files) * recipe.channels * recipe.height * recipe.width
+        cached = is_cached(listing, recipe, self.cache)
+        if streams(self.loading, needed, cache_folder(self.cache), cached=cached):
+            if self.on_error == "skip":
+                parts = without(unreadable(listing, recipe, cache=self.cache, workers=self.workers), parts)
+            return streamed(StreamSplit, listing, recipe, labels, parts, self.loading)
+        store = decoded(listing, recipe, on_error=self.on_error, cache=self.cache, workers=self.workers)
         source = digest(store.fingerprint, labels)
-        return assemble(store.images, {"label": labels}, source, store.readable(parts))
+        return assemble(store.images, {"label": labels}, source, store.readable(parts), mapped=True)
 
     def _layout(self) -> dict[str, dict[str, Path]]:
         """Class folders by split; a folder without splits has `train` only."""

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cnnlab import rng
+from cnnlab.data.ahead import Copier, ahead
 from cnnlab.data.splits import TensorSplit
-from cnnlab.errors import DataError
+from cnnlab.data.stream import StreamSplit
+from cnnlab.errors import DataError, UsageError
 from cnnlab.protocols import Batch, Split, to_device
+from cnnlab.schema import DataPath, Decoder, Loading
 
 Transform = Callable[[Batch, int], Batch]
 """`(batch on the device, epoch) -> batch`: augmentation and normalization."""
-
-_RESIDENT_SHARE = 0.25
-"""Part of the free device memory that a split may take; the rest is for weights and activations."""
 
 
 class Loader:
@@ -28,9 +29,11 @@ class Loader:
     each sample is served exactly once an epoch, whatever the ranks. There is no state: a resumed run asks for
     `batches(epoch, start)`.
 
-    On CUDA the split moves to the device when it takes at most a quarter of the free memory, and a batch is
-    then a gather there. Otherwise a thread gathers the next batch into pinned memory while the device
-    computes.
+    `path` says how: `resident` splits are gathered where the batch is wanted (on a GPU, those that take at most
+    `loading.memory_share` of its free memory are copied there). `mapped` ones are gathered by a thread of the
+    CPU, and `stream`ed ones decoded by processes, `loading.ahead` batches ahead; on a GPU they are copied by a
+    stream of their own. On the CPU, files that fit in its memory are gathered when they are due: the system keeps
+    them there, and a thread would only take time from the network.
 
     Args:
         split: what to serve.
@@ -41,9 +44,11 @@ class Loader:
         rank, world: this process and the number of processes.
         device: where batches go.
         transform: applied to each batch on the device.
+        loading: the config's section; `None` takes its defaults.
 
     Raises:
         DataError: without a single batch to serve.
+        UsageError: the split does not fit where it is told to be.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Loader:
         world: int = 1,
         device: torch.device | str = "cpu",
         transform: Transform | None = None,
+        loading: Loading | None = None,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world:
             raise ValueError(f"expected batch_size >= 1 and 0 <= rank < world, received {batch_size}, {rank}, {world}")
@@ -69,8 +75,11 @@ class Loader:
                 f"type trainer.drop_last=false or a smaller trainer.batch_size"
             )
         self.device = torch.device(device)
-        self.resident = self.device.type == "cuda" and _fits(split, self.device)
-        self.split = split.to(self.device) if self.resident and isinstance(split, TensorSplit) else split
+        self.loading = loading or Loading()
+        self.path = _path(split, self.device, self.loading)
+        self.split = self._placed(split)
+        self._ahead = self._fetches_ahead()
+        self._copier: Copier | None = None
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
@@ -78,20 +87,49 @@ class Loader:
         self.world = world
         self.transform = transform
 
-    def describe(self) -> str:
-        """One line on where the images are and how they reach the device."""
+    @property
+    def resident(self) -> bool:
+        """Whether batches are gathered in the device's own memory."""
+        return self.path is DataPath.resident
+
+    def _placed(self, split: Split) -> Split:
+        if self.resident and isinstance(split, TensorSplit) and (split.mapped or split.device != self.device):
+            return split.to(self.device)
+        if isinstance(split, StreamSplit) and self.loading.decode is Decoder.cuda:
+            return split.on_gpu(self.device)
+        return split
+
+    def _fetches_ahead(self) -> bool:
+        """Whether another thread fetches the batches."""
         if self.resident:
-            how = f"resident on {self.device}"
-        elif self.device.type == "cuda":
-            how = f"gathered by the CPU, one batch ahead of {self.device}"
-        else:
-            how = "gathered by the CPU"
-        size = f" ({self.split.nbytes / 2**20:,.1f} MiB)" if isinstance(self.split, TensorSplit) else ""
-        return f"{self.length:,} samples{size}, {self.steps:,} batches of {self.batch_size}, {how}"
+            return False
+        if self.device.type != "cpu" or isinstance(self.split, StreamSplit):
+            return True
+        return isinstance(self.split, TensorSplit) and self.split.nbytes > _available(self.device)
+
+    def route(self) -> str:
+        """How images reach the device, in one line."""
+        how: str = self.path.value
+        if isinstance(self.split, StreamSplit):
+            how += f" ({self.split.describe()})"
+        elif isinstance(self.split, TensorSplit):
+            place = f"on {self.device}" if self.resident and self.device.type != "cpu" else "in memory"
+            kind = "decoded cache" if self.split.mapped else place
+            how += f" ({kind}, {self.split.nbytes / 2**20:,.1f} MiB)"
+        count = self.loading.ahead
+        return how + (f", {count} batch{'es' * (count > 1)} ahead" if self._ahead else "")
+
+    def describe(self) -> str:
+        """One line on what is served and how it reaches the device."""
+        return f"{self.length:,} samples, {self.steps:,} batches of {self.batch_size}, {self.route()}"
 
     def order(self, epoch: int) -> Tensor:
         """(length,) int64 on the CPU: the order in which the epoch visits the split."""
-        return rng.permutation(self.seed, epoch, self.length) if self.shuffle else torch.arange(self.length)
+        if not self.shuffle:
+            return torch.arange(self.length)
+        if isinstance(self.split, StreamSplit):
+            return self.split.order(self.seed, epoch)
+        return rng.permutation(self.seed, epoch, self.length)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Batch, int]]:
         """This rank's part of each batch of the epoch from batch `start` on, and the size of the whole batch.
@@ -99,9 +137,9 @@ class Loader:
         A part is empty where the last batch has fewer samples than there are ranks.
         """
         order = self.order(epoch)
-        if self.resident:
-            # One copy an epoch: copying each batch's indices from pageable memory would wait for the device.
-            order = order.to(self.device)
+        if self.resident and self.device.type == "cuda":
+            # One copy an epoch, from pinned memory: from pageable memory a copy waits for the device.
+            order = order.pin_memory().to(self.device, non_blocking=True)
         whole = list(order.split(self.batch_size))[start : self.steps]
         parts = [indices[self.rank :: self.world] for indices in whole]
         for batch, indices in zip(self._fetched(parts), whole):
@@ -109,26 +147,56 @@ class Loader:
 
     def _fetched(self, parts: Sequence[Tensor]) -> Iterator[Batch]:
         """The samples of each part, on the device."""
-        copied = self.device.type == "cuda" and not self.resident
-        batches = one_ahead(self._pinned, parts) if copied else map(self.split.fetch, parts)
-        return (to_device(batch, self.device) for batch in batches)
+        if not self._ahead:
+            return (to_device(self.split.fetch(part), self.device) for part in parts)
+        if self.device.type != "cuda":
+            return (to_device(batch, self.device) for batch in ahead(self._begin, parts, self.loading.ahead))
+        if self._copier is None:  # one for all epochs: memory freed on a stream serves that stream
+            self._copier = Copier(self.device)
+        copier = self._copier
 
-    def _pinned(self, part: Tensor) -> Batch:
-        return {name: tensor.pin_memory() for name, tensor in self.split.fetch(part).items()}
+        def begin(part: Tensor) -> Callable[[], tuple[Batch, torch.cuda.Event]]:
+            fetch = self._begin(part)
+            return lambda: copier.copy(fetch)
+
+        return map(copier.receive, ahead(begin, parts, self.loading.ahead))
+
+    def _begin(self, part: Tensor) -> Callable[[], Batch]:
+        """Starts what needs no waiting, and returns the rest."""
+        if isinstance(self.split, StreamSplit | TensorSplit):
+            return self.split.begin(part, pin=self.device.type == "cuda")
+        return lambda: self.split.fetch(part)
 
 
-def one_ahead(fetch: Callable[[Tensor], Batch], parts: Sequence[Tensor]) -> Iterator[Batch]:
-    """`fetch(part)` of each part in order; a thread fetches the next one while the caller has the last."""
-    with ThreadPoolExecutor(1, thread_name_prefix="cnnlab-fetch") as thread:
-        ahead = None
-        for part in parts:
-            ready, ahead = ahead, thread.submit(fetch, part)
-            if ready is not None:
-                yield ready.result()
-        if ahead is not None:
-            yield ahead.result()
+def _path(split: Split, device: torch.device, loading: Loading) -> DataPath:
+    """Where a split is served from. Raises `UsageError` where it cannot be."""
+    if isinstance(split, StreamSplit):
+        return DataPath.stream
+    if not isinstance(split, TensorSplit):  # a user's own, which only fetches
+        return DataPath.mapped
+    there = split.device == device and not split.mapped
+    if loading.path is DataPath.mapped and not (there and device.type == "cpu"):
+        return DataPath.mapped
+    if there:
+        return DataPath.resident
+    if loading.path is DataPath.resident:
+        available = _available(device)
+        if split.nbytes > available:
+            raise UsageError(
+                f"`loading.path=resident`: the images take {split.nbytes / 2**30:.1f} GiB, and {device} has "
+                f"{available / 2**30:.1f} GiB free; type loading.path=mapped"
+            )
+        return DataPath.resident
+    fits = device.type == "cuda" and split.nbytes <= loading.memory_share * _available(device)
+    return DataPath.resident if fits else DataPath.mapped
 
 
-def _fits(split: Split, device: torch.device) -> bool:
-    free, _ = torch.cuda.mem_get_info(device)
-    return isinstance(split, TensorSplit) and split.nbytes <= _RESIDENT_SHARE * free
+def _available(device: torch.device) -> int:
+    """Bytes of memory that the device has free; of the CPU's, what holds only copies of files counts as free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # no Linux: half of all there is, where that can be asked for
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 1 << 32

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from cnnlab.data.cache import Store, decoded
+from cnnlab.data.cache import Listing, decoded
 from cnnlab.data.decode import EXTENSIONS, Recipe
 from cnnlab.data.splits import Fraction, Limit, assemble, digest, partitioned, require_fractions
 from cnnlab.errors import DataError
@@ -17,6 +18,9 @@ from cnnlab.protocols import VOID, DataSpec, Split
 from cnnlab.schema import NonNegativeInt, PositiveInt
 
 _LAYOUT = "ROOT/images/{train,val,test}/<image>, ROOT/masks/{train,val,test}/<same name>.png, ROOT/classes.txt"
+
+_PIECE = 64
+"""Masks that are renumbered at a time."""
 
 
 class MaskFolder:
@@ -83,18 +87,19 @@ class MaskFolder:
             imbalance=None,
             seed=self.split_seed,
         )
-        mask_recipe = Recipe(1, self.recipe.height, self.recipe.width, self.recipe.fit, mask=True)
-        picture_store = self._decoded(images, self.recipe)
-        mask_store = self._decoded(masks, mask_recipe)
-        parts = mask_store.readable(picture_store.readable(parts))
-        for rows in parts.values():
-            _require_fit(rows, picture_store.sizes, mask_store.sizes, masks)
-            _require_known(rows, mask_store.images, classes, masks)
-        source = digest(picture_store.fingerprint, mask_store.fingerprint, classes)
-        return assemble(picture_store.images, {"mask": mask_store.images[:, 0]}, source, parts)
-
-    def _decoded(self, files: Sequence[str], recipe: Recipe) -> Store:
-        return decoded(self.root, files, recipe, on_error=self.on_error, cache=self.cache, workers=self.workers)
+        pairs = decoded_pairs(
+            self.root,
+            images,
+            masks,
+            self.recipe,
+            parts,
+            {number: number for number in range(len(classes))},
+            on_error=self.on_error,
+            cache=self.cache,
+            workers=self.workers,
+        )
+        source = digest(pairs.fingerprint, classes)
+        return assemble(pairs.images, {"mask": pairs.masks}, source, pairs.parts, mapped=True)
 
     def _classes(self) -> tuple[str, ...]:
         path = self.root / "classes.txt"
@@ -143,6 +148,65 @@ class MaskFolder:
         }
 
 
+@dataclass
+class Pairs:
+    """`images` (M, C, H, W) and `masks` (M, H, W), uint8; `parts`: the rows of each split whose files could be read;
+    `fingerprint` of the pixels."""
+
+    images: Tensor
+    masks: Tensor
+    parts: dict[str, Tensor]
+    fingerprint: str
+
+
+def decoded_pairs(
+    root: Path,
+    images: Sequence[str],
+    masks: Sequence[str],
+    recipe: Recipe,
+    parts: Mapping[str, Tensor],
+    numbers: Mapping[int, int],
+    *,
+    on_error: Literal["raise", "skip"],
+    cache: str | None,
+    workers: int | None,
+) -> Pairs:
+    """Images and their masks (files relative to `root`, pair by pair), decoded alike.
+
+    Args:
+        recipe: of the images.
+        parts: rows by split.
+        numbers: the class, or `VOID`, that each number in the files stands for; `VOID` always is itself.
+        on_error, cache, workers: see `cnnlab.data.cache.decoded`.
+
+    Raises:
+        DataError: an unreadable file, a mask of another size than its image, or an unknown number in it.
+    """
+    mask_recipe = replace(recipe, channels=1, mask=True)
+    options: dict[str, Any] = {"on_error": on_error, "cache": cache, "workers": workers}
+    picture_store = decoded(Listing(root, images), recipe, **options)
+    mask_store = decoded(Listing(root, masks), mask_recipe, **options)
+    parts = mask_store.readable(picture_store.readable(parts))
+    for rows in parts.values():
+        _require_fit(rows, picture_store.sizes, mask_store.sizes, masks)
+        _require_known(rows, mask_store.images, numbers, masks)
+    fingerprint = digest(picture_store.fingerprint, mask_store.fingerprint)
+    return Pairs(picture_store.images, _renumbered(mask_store.images[:, 0], numbers), parts, fingerprint)
+
+
+def _renumbered(masks: Tensor, numbers: Mapping[int, int]) -> Tensor:
+    """The masks (M, H, W) with each number's class in its place; as they are where that changes nothing."""
+    if all(number == meant for number, meant in numbers.items()):
+        return masks
+    table = torch.full((256,), VOID, dtype=torch.uint8)
+    for number, meant in numbers.items():
+        table[number] = meant
+    classes = torch.empty(masks.shape, dtype=torch.uint8)
+    for into, piece in zip(classes.split(_PIECE), masks.split(_PIECE)):  # an index takes eight bytes a pixel
+        into.copy_(table[piece.long()])
+    return classes
+
+
 def _require_fit(rows: Tensor, image_sizes: Tensor, mask_sizes: Tensor, masks: Sequence[str]) -> None:
     """Raises `DataError` where a mask has another size than its image."""
     other = rows[(image_sizes[rows] != mask_sizes[rows]).any(1)].tolist()
@@ -155,12 +219,13 @@ def _require_fit(rows: Tensor, image_sizes: Tensor, mask_sizes: Tensor, masks: S
         )
 
 
-def _require_known(rows: Tensor, masks: Tensor, classes: Sequence[str], files: Sequence[str]) -> None:
-    """Raises `DataError` where a mask (M, 1, H, W) holds a number that is no class and not void."""
+def _require_known(rows: Tensor, masks: Tensor, numbers: Mapping[int, int], files: Sequence[str]) -> None:
+    """Raises `DataError` where a mask (M, 1, H, W) holds a number that stands for nothing."""
+    known = torch.tensor([*numbers, VOID], dtype=torch.uint8)
     for row in rows.tolist():
-        unknown = masks[row][(masks[row] >= len(classes)) & (masks[row] != VOID)]
+        unknown = masks[row][~torch.isin(masks[row], known)]
         if len(unknown):
             raise DataError(
-                f"expected class numbers 0..{len(classes) - 1} or {VOID} (void) in the masks, received "
-                f"{int(unknown[0])} in {files[row]}; add its name to classes.txt or repair the mask"
+                f"expected class numbers {min(numbers)}..{max(numbers)} or {VOID} (void) in the masks, received "
+                f"{int(unknown[0])} in {files[row]}; repair the mask, or complete the list of classes"
             )

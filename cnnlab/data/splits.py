@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,10 +34,16 @@ class TensorSplit:
         targets: name to a tensor with M rows: `label` (M,), `mask` (M, H, W), `box` (M, 4).
         fingerprint: names the content, for the run's record.
         rows: (N,) int64, the rows that make up this split, in order; `None` takes all.
+        mapped: the images are a memory-mapped file.
     """
 
     def __init__(
-        self, images: Tensor, targets: Mapping[str, Tensor], fingerprint: str, rows: Tensor | None = None
+        self,
+        images: Tensor,
+        targets: Mapping[str, Tensor],
+        fingerprint: str,
+        rows: Tensor | None = None,
+        mapped: bool = False,
     ) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(f"expected images (N, C, H, W) uint8, received {tuple(images.shape)} {images.dtype}")
@@ -46,6 +53,7 @@ class TensorSplit:
         self.images = images
         self.targets = dict(targets)
         self.fingerprint = fingerprint
+        self.mapped = mapped
         self.rows = torch.arange(len(images)) if rows is None else rows
         label = self.targets.get("label")
         self.labels = None if label is None else label[self.rows.to(label.device)].long().cpu()
@@ -67,11 +75,27 @@ class TensorSplit:
         """The samples at `index` (n,) int64 (on any device), on the device of the storage."""
         index = index.to(self.device)
         rows = self.rows.index_select(0, index)
-        batch = {"image": self.images.index_select(0, rows), "index": index}
-        for name, target in self.targets.items():
-            part = target.index_select(0, rows)
-            batch[name] = part if part.is_floating_point() else part.long()
-        return batch
+        return {"image": self.images.index_select(0, rows), "index": index, **self._targets_of(rows)}
+
+    def begin(self, index: Tensor, pin: bool = False) -> Callable[[], Batch]:
+        """`fetch` for another thread, of a split in the CPU's memory: what is returned gathers the samples.
+
+        Args:
+            pin: into memory from which a GPU copies without waiting.
+        """
+
+        def gather() -> Batch:
+            rows = self.rows.index_select(0, index)
+            image = torch.empty((len(rows), *self.images.shape[1:]), dtype=torch.uint8, pin_memory=pin)
+            # numpy gathers in this one thread; torch would take the cores from the network's own threads.
+            np.take(self.images.numpy(), rows.numpy(), axis=0, out=image.numpy(), mode="clip")
+            return {"image": image, "index": index, **self._targets_of(rows)}
+
+        return gather
+
+    def _targets_of(self, rows: Tensor) -> Batch:
+        parts = {name: target.index_select(0, rows) for name, target in self.targets.items()}
+        return {name: part if part.is_floating_point() else part.long() for name, part in parts.items()}
 
     def to(self, device: torch.device) -> TensorSplit:
         """The split with a copy of its own samples on `device`, where `fetch` then gathers them."""
@@ -228,17 +252,26 @@ def partitioned(
 
 
 def assemble(
-    images: Tensor, targets: Mapping[str, Tensor], source: str, parts: Mapping[str, Tensor]
+    images: Tensor, targets: Mapping[str, Tensor], source: str, parts: Mapping[str, Tensor], mapped: bool = False
 ) -> dict[str, Split]:
     """Splits that share one storage.
 
     Args:
         source: fingerprint of the storage.
         parts: rows by split.
+        mapped: the images are a memory-mapped file.
 
     Raises:
         DataError: where a split would be empty.
     """
+    require_samples(parts)
+    return {
+        name: TensorSplit(images, targets, digest(source, name, rows), rows, mapped) for name, rows in parts.items()
+    }
+
+
+def require_samples(parts: Mapping[str, Tensor]) -> None:
+    """Raises `DataError` where a split has no rows."""
     for name, rows in parts.items():
         if len(rows) == 0:
             sizes = ", ".join(f"{part} {len(r)}" for part, r in parts.items())
@@ -246,7 +279,6 @@ def assemble(
                 f"expected samples in every split, received none in {name} ({sizes}); "
                 f"give more data or a larger fraction (data.val, data.test)"
             )
-    return {name: TensorSplit(images, targets, digest(source, name, rows), rows) for name, rows in parts.items()}
 
 
 def digest(*content: Any) -> str:

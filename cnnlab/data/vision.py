@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import pickle
-import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cnnlab.data.fetch import from_torchvision
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned
 from cnnlab.errors import DataError
 from cnnlab.protocols import DataSpec, Split
@@ -130,17 +127,9 @@ class TorchvisionSet:
 
     def _read(self, train: bool) -> tuple[Tensor, Tensor]:
         """Images (N, C, H, W) uint8 and labels (N,) int64 of the official training or test part."""
-        from torchvision import datasets
-
         known = self._set
-        try:
-            # Torchvision reports downloads on stdout, which belongs to the verbs' JSON.
-            with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-                # Numpy 2.4.0 to 2.4.4 warn of how CIFAR's old pickles spell a dtype (numpy#29301, #31177).
-                warnings.filterwarnings("ignore", message=r"dtype\(\): align")
-                found: Any = getattr(datasets, known.kind)(str(self.root), train=train, download=self.download)
-        except (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            raise DataError(self._missing(error)) from error
+        wanted = f"{known.files} of {self.name}"
+        found = from_torchvision(known.kind, self.root, wanted, download=self.download, train=train)
         pixels = torch.from_numpy(found.data) if isinstance(found.data, np.ndarray) else found.data
         images = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None]
         labels = torch.as_tensor(found.targets, dtype=torch.int64)
@@ -154,12 +143,3 @@ class TorchvisionSet:
                 f"remove the files and type data.download=true"
             )
         return images.contiguous(), labels
-
-    def _missing(self, error: Exception) -> str:
-        wanted = f"expected the files {self._set.files} of {self.name} in {self.root.absolute()}"
-        if self.download:
-            return (
-                f"{wanted}, received on downloading them: {error}; "
-                f"fetch them on a machine with a network, put them there and type data.download=false"
-            )
-        return f"{wanted}, received: {error}; type data.root=FOLDER, or data.download=true to fetch them"

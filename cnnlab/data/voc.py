@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-from cnnlab.data.cache import decoded
+from cnnlab.data.cache import Listing, decoded
 from cnnlab.data.decode import EXTENSIONS, Recipe, letterbox
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned, require_fractions
 from cnnlab.errors import DataError
@@ -33,6 +33,9 @@ class VocBoxes:
         root: the folder.
         size: side of the images.
         fit: `letterbox` keeps the aspect ratio and fills with black; `stretch` does not.
+        classes: their names in the order of the labels; `None` takes those that occur, by name.
+        val_as_test: whether `val.txt` lists the test split, as VOC's own is used (nobody has the annotations of
+            its test images); the checkpoint is then selected on a part of train.
         val, test: fractions of the training images for a split without a list in ImageSets/Main, by class.
         split_seed: seed of the split, apart from the run's.
         limit, imbalance: thin the training split (see `cnnlab.data.splits`).
@@ -45,6 +48,8 @@ class VocBoxes:
         root: str,
         size: PositiveInt = 128,
         fit: Literal["letterbox", "stretch"] = "letterbox",
+        classes: tuple[str, ...] | None = None,
+        val_as_test: bool = False,
         val: Fraction = 0.1,
         test: Fraction = 0.2,
         split_seed: NonNegativeInt = 0,
@@ -57,6 +62,8 @@ class VocBoxes:
         require_fractions(val, test)
         self.root = Path(root).expanduser()
         self.recipe = Recipe(3, size, size, fit)
+        self.classes = classes
+        self.val_as_test = val_as_test
         self.val = val
         self.test = test
         self.split_seed = split_seed
@@ -67,13 +74,13 @@ class VocBoxes:
         self.workers = workers
 
     def spec(self) -> DataSpec:
-        """Reads the annotations (which alone name the classes), no image. Raises `DataError`."""
+        """Reads the annotations, where they alone name the classes, but no image. Raises `DataError`."""
         size = (self.recipe.height, self.recipe.width)
         return DataSpec(3, size, self._classes, targets=frozenset({"label", "box"}))
 
     def load(self) -> dict[str, Split]:
         ids = [name for names in self._lists.values() for name in names]
-        labels = torch.tensor([self._classes.index(self._objects[name][0]) for name in ids])
+        labels = torch.tensor([self._label(name) for name in ids])
         given, start = {}, 0
         for split, names in self._lists.items():
             given[split] = torch.arange(start, start + len(names))
@@ -89,7 +96,9 @@ class VocBoxes:
             seed=self.split_seed,
         )
         files = self._files(ids)
-        store = decoded(self.root, files, self.recipe, on_error=self.on_error, cache=self.cache, workers=self.workers)
+        store = decoded(
+            Listing(self.root, files), self.recipe, on_error=self.on_error, cache=self.cache, workers=self.workers
+        )
         pixels = torch.tensor([self._objects[name][1] for name in ids])
         boxes = fitted_boxes(pixels, store.sizes, self.recipe)
         parts = store.readable(parts)
@@ -101,17 +110,18 @@ class VocBoxes:
                     f"the first {pixels[outside[0]].tolist()} of {ids[outside[0]]}; repair its annotation"
                 )
         source = digest(store.fingerprint, labels, boxes)
-        return assemble(store.images, {"label": labels, "box": boxes}, source, parts)
+        return assemble(store.images, {"label": labels, "box": boxes}, source, parts, mapped=True)
 
     @cached_property
     def _lists(self) -> dict[str, list[str]]:
         """Image ids by split, from ImageSets/Main."""
         folder = self.root / "ImageSets" / "Main"
-        lists = {}
+        lists: dict[str, list[str]] = {}
         for split in ("train", "val", "test"):
             path = folder / f"{split}.txt"
             if path.is_file():
-                lists[split] = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+                named = "test" if split == "val" and self.val_as_test else split
+                lists.setdefault(named, [line.split()[0] for line in path.read_text().splitlines() if line.strip()])
         if not lists.get("train"):
             what = "an empty list" if "train" in lists else "nothing"
             raise DataError(
@@ -128,7 +138,17 @@ class VocBoxes:
 
     @cached_property
     def _classes(self) -> tuple[str, ...]:
-        return tuple(sorted({kind for kind, _ in self._objects.values()}))
+        return self.classes or tuple(sorted({kind for kind, _ in self._objects.values()}))
+
+    def _label(self, name: str) -> int:
+        kind, _ = self._objects[name]
+        if kind not in self._classes:
+            path = self.root / "Annotations" / f"{name}.xml"
+            raise DataError(
+                f"expected an object of {', '.join(self._classes)} in {path}, received {kind!r}; repair it, "
+                "or complete data.classes"
+            )
+        return self._classes.index(kind)
 
     def _files(self, ids: list[str]) -> list[str]:
         """The image of each id, relative to the root."""

@@ -2,7 +2,7 @@
 
 from cnnlab.init.base import Initializer
 from cnnlab.init.data_driven import LSUV
-from cnnlab.init.papers import Own, PaperAlexNet, PaperVgg
+from cnnlab.init.papers import Own, PaperAlexNet, PaperSpeedNet, PaperVgg
 from cnnlab.init.schemes import (
     Constant,
     Default,
@@ -29,6 +29,7 @@ __all__ = [
     "Orthogonal",
     "Own",
     "PaperAlexNet",
+    "PaperSpeedNet",
     "PaperVgg",
     "TruncatedNormal",
     "Whitening",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnlab.init.base import Initializer, Layer, layers
-from cnnlab.init.schemes import He, Normal
+from cnnlab.init.schemes import Default, He, Normal, draw
 from cnnlab.schema import Positive
 
 
@@ -46,6 +46,30 @@ class PaperVgg(Normal):
 
     def __init__(self, std: Positive = 0.01, *, zero_residual: bool = False):
         super().__init__(std, zero_residual=zero_residual)
+
+
+class PaperSpeedNet(Default):
+    """PyTorch's default, whose first filters of each 3x3 convolution pass one input channel on each; a linear layer
+    of standard deviation 1; biases 0 (Jordan 2024, arXiv 2404.00498, section 3.1, and its released code).
+
+    A convolution with more filters than input channels so keeps its input and adds to it; as many as there are
+    input channels are identities.
+    """
+
+    def weight(self, layer: Layer, rng: torch.Generator) -> Tensor:
+        if isinstance(layer, nn.Linear):
+            return draw(layer.weight.shape, 1.0, "uniform", rng)
+        weight = super().weight(layer, rng)
+        count = min(layer.weight.shape[:2])
+        weight[:count] = 0
+        centre = weight[:count]
+        for size in weight.shape[2:]:
+            centre = centre.select(2, size // 2)
+        centre.fill_diagonal_(1)
+        return weight
+
+    def bias(self, layer: Layer, rng: torch.Generator) -> Tensor:
+        return torch.zeros(0 if layer.bias is None else layer.bias.shape)
 
 
 class Own(Initializer):

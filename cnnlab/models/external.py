@@ -53,7 +53,15 @@ class _External(ConvNet):
         self.stage_channels = ()
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return as_mapping(self.network(x)) if self.head is None else self.head(self.features(x))
+        return as_mapping(self.network(x)) if self.head is None else self.head(self.regularized(self.features(x)))
+
+    def drop_channels(self, rate: float) -> None:
+        if self.head is None:
+            raise ValueError(
+                "`regularization.dropout_kind=spatial`: a network that is built elsewhere classifies inside itself, "
+                "where nothing can be put in; model=resnet18, vgg16, inception_v3 and the like take it"
+            )
+        super().drop_channels(rate)
 
     def classify(self, features: Features) -> dict[str, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} classifies in its own network, see `forward`")
@@ -225,7 +233,7 @@ def _replace_first_convolution(network: nn.Module, in_channels: int) -> None:
 
 def _set_dropout(network: nn.Module, rate: float, name: str) -> None:
     layers = [module for module in network.modules() if isinstance(module, nn.Dropout)]
-    if not layers:
+    if rate and not layers:
         raise ValueError(
             f"expected regularization.dropout=null for {name}, which has no dropout layer, "
             f"received {rate:g}; model=resnet18, vgg16 and the laboratory's other networks take any rate"

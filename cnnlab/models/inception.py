@@ -219,7 +219,7 @@ class Inception(ConvNet):
     """
 
     own_init = {"_target_": "cnnlab.init.TruncatedNormal", "std": 0.1}
-    classifier_modules = ("AuxLogits", "fc")
+    classifier_modules = ("AuxLogits", "dropout", "fc")
 
     def __init__(
         self,

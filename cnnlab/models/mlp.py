@@ -53,6 +53,7 @@ class MLP(ConvNet):
 
     own_init = {"_target_": "cnnlab.init.He", "mode": "fan_in", "distribution": "normal"}
     classifier_modules = ("classifier",)
+    spatial = False
 
     def __init__(
         self,

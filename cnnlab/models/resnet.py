@@ -146,7 +146,7 @@ class _ResidualNet(ConvNet):
     """
 
     own_init = {"_target_": "cnnlab.init.He", "mode": "fan_in", "distribution": "normal"}
-    classifier_modules = ("fc",)
+    classifier_modules = ("dropout", "fc")
 
     def __init__(
         self,

@@ -48,13 +48,14 @@ class SpeedNet(ConvNet):
         activation: factory of the activations; `None` is GELU, as in the paper.
         norm: factory of the norm layers; `None` is batch norm.
         widths: channels of the three blocks; the paper's are 64, 256, 256.
-        scale: factor of the logits; the paper's is 1/9.
+        scale: factor of the logits; `None` is 1 over the classifier's inputs, as in the released code that trains
+            with Muon (the paper, with SGD and smaller weights in the classifier: 1/9).
 
     Raises:
         ValueError: no block, or images below 3 pixels.
     """
 
-    own_init = {"_target_": "cnnlab.init.He", "mode": "fan_in", "distribution": "normal"}
+    own_init = {"_target_": "cnnlab.init.PaperSpeedNet"}
     classifier_modules = ("classifier",)
 
     def __init__(
@@ -66,7 +67,7 @@ class SpeedNet(ConvNet):
         activation: ActivationFactory | None = None,
         norm: NormFactory | None = None,
         widths: tuple[PositiveInt, ...] = (64, 256, 256),
-        scale: Positive = 1 / 9,
+        scale: Positive | None = None,
     ) -> None:
         super().__init__()
         norm = batch if norm is None else norm
@@ -80,7 +81,7 @@ class SpeedNet(ConvNet):
         if poolings < len(widths):
             self.notes.append(f"the first {len(widths) - poolings} of {len(widths)} poolings are left out")
         require_size(image_size, self.min_size, "this SpeedNet", "larger images fit")
-        self.scale = scale
+        self.scale = 1 / widths[-1] if scale is None else scale
         stem = 2 * 4 * in_channels
         self.whiten = nn.Conv2d(in_channels, stem, 2)
         self.act = activation()

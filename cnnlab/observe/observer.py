@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cnnlab.observe.overhead import Overhead, mark_for
 from cnnlab.observe.taps import Taps
 from cnnlab.observe.view import View
 from cnnlab.protocols import Probe
 
 MAX_FIGURES = 8_000_000
 """Figures that a run records at most, about 64 MB of `stats.jsonl`: a thousand layers are sampled more rarely."""
+
+MIN_SAMPLES = 50
+"""Sampled steps of a run that states no cadence, if it has so many steps."""
+MAX_EVERY = 50
+"""Steps between the samples of a run that states no cadence, at most."""
 
 _TAPPED = frozenset({"activations", "activation_gradients"})
 
@@ -94,14 +100,16 @@ class _SampledLook(Look):
 class Observer:
     """Watches a network on the steps that are due.
 
-    `receive` is told each record, `{"step", "layers", "tensors", tag: figures}`, one sampled step late, when the
-    copy from the device has long arrived.
+    `receive` is told each record, `{"step", "layers", "tensors", tag: figures}`, a step late: as soon as the copy
+    from the device has arrived.
 
     Args:
-        every: steps between the readings of a probe that states no cadence of its own.
+        every: steps between the readings of a probe that states no cadence of its own; `None` takes as many as give
+            `MIN_SAMPLES` samples, and `MAX_EVERY` at most.
         total_steps: of the run.
         max_records: sampled steps at most, of the run and of each time that it is prolonged. All cadences are
             stretched by one whole factor when they would exceed this, or `MAX_FIGURES`.
+        max_overhead: share of the run's time that the samples may cost; see `Overhead`.
     """
 
     def __init__(
@@ -110,9 +118,11 @@ class Observer:
         probes: Sequence[Probe],
         taps: Taps | None,
         *,
-        every: int,
+        every: int | None,
         total_steps: int,
         max_records: int,
+        max_overhead: float | None = None,
+        device: torch.device | None = None,
         receive: Callable[[dict[str, Any]], None] | None = None,
     ):
         self.model = model
@@ -121,8 +131,10 @@ class Observer:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.tensors = tuple(name for name, _ in trained)
         self.parameters = [p for _, p in trained]
+        every = every or max(1, min(MAX_EVERY, total_steps // MIN_SAMPLES))
         self.probes = [(probe, probe.every or every) for probe in probes]
         self.stretch = 1
+        self.overhead = Overhead(max_overhead, mark_for(device or torch.device("cpu")))
         self._total_steps = total_steps
         self._max_records = max_records
         self._records = 0
@@ -139,11 +151,33 @@ class Observer:
 
     def __call__(self, step: int) -> Look:
         """The look at update `step`: idle unless a probe is due."""
-        due = [probe for probe, every in self.probes if step % (every * self.stretch) == 0]
-        if not due:
-            return IDLE
-        self.drain()
-        return _SampledLook(self, step, due)
+        due = [probe for probe, every in self.probes if step % (every * self.cadence) == 0]
+        self.overhead.begin(bool(due))
+        if due or self._arrived():
+            self.drain()
+        return _SampledLook(self, step, due) if due else IDLE
+
+    @property
+    def cadence(self) -> int:
+        """Factor of all probes' cadences: what keeps the records bounded, times what keeps them cheap."""
+        return self.stretch * self.overhead.slowdown
+
+    def pause(self) -> None:
+        """Something other than an update comes next."""
+        self.overhead.pause()
+
+    def describe(self) -> dict[str, Any]:
+        """What was taken and what it cost: `samples`, `every` (steps), `overhead` (share of the time of the steps),
+        `sample_in_steps` (a sample's cost as a multiple of a step); `None` for what is not known."""
+        step, sample = self.overhead.step_seconds, self.overhead.sample_seconds
+        ratio = None if step is None or sample is None or step == 0 else sample / step
+        every = min((every for _, every in self.probes), default=None)
+        return {
+            "samples": self._records,
+            "every": None if every is None else every * self.cadence,
+            "overhead": None if ratio is None or every is None else round(ratio / (every * self.cadence), 5),
+            "sample_in_steps": None if ratio is None else round(ratio, 3),
+        }
 
     def publish(self, step: int, figures: Mapping[str, Tensor]) -> None:
         """Starts one copy of all figures to the host."""
@@ -155,6 +189,7 @@ class Observer:
         self._records += 1
         self._figures += packed.numel()
         self._keep_to_bounds(step, packed.numel())
+        self.overhead.decide(self._total_steps, lambda slowdown: self._coming(-1, self.stretch * slowdown))
         event = None
         if packed.device.type == "cuda":
             host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
@@ -163,6 +198,10 @@ class Observer:
             event.record()
             packed = host
         self._pending = (step, shapes, packed, event)
+
+    def _arrived(self) -> bool:
+        """Whether figures are there that can be handed over without waiting."""
+        return self._pending is not None and (self._pending[3] is None or self._pending[3].query())
 
     def drain(self) -> None:
         """Hands over the figures of the last sampled step, waiting for their copy if it is still under way."""
@@ -190,24 +229,29 @@ class Observer:
             left = min(left, (MAX_FIGURES - self._figures) // size)
         if left <= 0:
             self.stretch = self._total_steps
-        cadences = {every for _, every in self.probes}
-        distinct = [every for every in cadences if not any(every % c == 0 for c in cadences - {every})]
-        last = self._total_steps - 1
-
-        def coming() -> int:
-            return sum(last // (c * self.stretch) - step // (c * self.stretch) for c in distinct)
-
+        distinct = self._distinct()
         if distinct and left > 0:  # no smaller factor can do, so the search begins there
-            self.stretch = max(self.stretch, (last - step) // ((left + 1) * min(distinct)))
-        while left > 0 and coming() > left:
+            self.stretch = max(self.stretch, (self._total_steps - 1 - step) // ((left + 1) * min(distinct)))
+        while left > 0 and self._coming(step, self.cadence) > left:
             self.stretch += 1
 
-    def state_dict(self) -> dict[str, int]:
-        counts = {"records": self._records, "figures": self._figures}
-        return {"stretch": self.stretch, **counts, "total_steps": self._total_steps}
+    def _distinct(self) -> list[int]:
+        """The cadences that are no multiple of another one."""
+        cadences = {every for _, every in self.probes}
+        return [every for every in cadences if not any(every % c == 0 for c in cadences - {every})]
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def _coming(self, step: int, factor: int) -> int:
+        """Samples after `step` when all cadences are `factor` times as long."""
+        last = self._total_steps - 1
+        return sum(last // (c * factor) - step // (c * factor) for c in self._distinct())
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = {"records": self._records, "figures": self._figures, "total_steps": self._total_steps}
+        return {"stretch": self.stretch, **counts, "overhead": self.overhead.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on with the cadences of the run that is resumed."""
         self.stretch = state["stretch"]
+        self.overhead.load_state_dict(state["overhead"])
         if state["total_steps"] == self._total_steps:
             self._records, self._figures = state["records"], state["figures"]

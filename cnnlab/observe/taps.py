@@ -143,6 +143,10 @@ class Taps:
     def __len__(self) -> int:
         return len(self.names)
 
+    def keep_open(self, always: bool) -> None:
+        """Whether the taps stay open on every step; see `always`."""
+        self.always = self.open = always
+
     def start(self) -> None:
         """Before the forward of a sampled step."""
         self.open = True

@@ -17,6 +17,7 @@ def parameter_groups(
     model: nn.Module,
     *,
     weight_decay: float | None,
+    decoupled_decay: float = 0.0,
     decay_norm_and_bias: bool = False,
     layer_decay: float = 1.0,
     head_lr: float = 1.0,
@@ -33,7 +34,8 @@ def parameter_groups(
     Args:
         model: the network, its head in place.
         weight_decay: the optimizer's; `None` where it has none, and then groups have none.
-        decay_norm_and_bias: whether it also acts on vectors (biases, scale and shift, PReLU slopes) and on
+        decoupled_decay: λ for `cnnlab.optim.decay`, beside an optimizer that does not decay.
+        decay_norm_and_bias: whether either also acts on vectors (biases, scale and shift, PReLU slopes) and on
             norm layers of any shape.
         layer_decay: rate of each layer as a multiple of the next deeper one's.
         head_lr: rate of the head as a multiple of the base rate.
@@ -41,8 +43,8 @@ def parameter_groups(
         single_group: for an optimizer that takes one group only (L-BFGS).
 
     Returns:
-        Groups with `params`, `name` (such as `head, no decay`), `lr_scale` and, unless it is `None`,
-        `weight_decay`; in the order of the model's parameters.
+        Groups with `params`, `name` (such as `head, no decay`), `lr_scale`, unless it is `None` `weight_decay`,
+        and unless it is 0 `decoupled_decay`; in the order of the model's parameters.
 
     Raises:
         ValueError: an unknown prefix, a network without a known head where `head_lr` asks for one, nothing
@@ -50,21 +52,29 @@ def parameter_groups(
             train, or different groups for an optimizer that takes one.
     """
     freeze_parameters(model, freeze)
-    no_decay = set() if decay_norm_and_bias or weight_decay is None else set(_norm_and_bias(model))
+    decays = bool(weight_decay or decoupled_decay)
+    no_decay = set(_norm_and_bias(model)) if decays and not decay_norm_and_bias else set()
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for label, scale, names in _scaled_layers(model, layer_decay, head_lr):
         for name in names:
             parameter = model.get_parameter(name)
             if not parameter.requires_grad:
                 continue
-            decay = 0.0 if name in no_decay else weight_decay
-            title = f"{label}, no decay" if weight_decay and name in no_decay else label
-            group = groups.setdefault((title, scale, decay), {"params": [], "name": title, "lr_scale": scale})
+            spared = name in no_decay
+            title = f"{label}, no decay" if spared else label
+            group = groups.setdefault((title, scale, spared), {"params": [], "name": title, "lr_scale": scale})
             group["params"].append(parameter)
-            if decay is not None:
-                group["weight_decay"] = decay
+            if weight_decay is not None:
+                group["weight_decay"] = 0.0 if spared else weight_decay
+            if decoupled_decay:
+                group["decoupled_decay"] = 0.0 if spared else decoupled_decay
     if not groups:
         raise ValueError("expected a parameter that trains, received a network that is frozen as a whole")
+    if single_group and len(groups) > 1 and decoupled_decay and layer_decay == 1 == head_lr:
+        raise ValueError(
+            f"`regularization.decoupled_decay={decoupled_decay:g}`: this optimizer takes one parameter group, and "
+            "norms and biases would be another; type groups.decay_norm_and_bias=true"
+        )
     if single_group and len(groups) > 1:
         raise ValueError(
             "expected equal rates for an optimizer that takes one parameter group, received "

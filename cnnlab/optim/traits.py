@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch.optim import LBFGS, Optimizer
+import torch
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+
+_FUSED = {"cuda": (SGD, Adam, AdamW), "cpu": (Adam, AdamW)}
+"""Where torch's single-kernel updates win. On two cores of a CPU, ResNet-18: AdamW 17 ms instead of 40; SGD 15 instead
+of 10, which is why it is not in the list."""
 
 
 @dataclass(frozen=True)
@@ -34,3 +41,18 @@ class Traits:
             single_group=issubclass(optimizer, LBFGS),
             weight_decay="weight_decay" in inspect.signature(optimizer).parameters,
         )
+
+
+def accelerated(
+    optimizer: type[Optimizer], settings: Mapping[str, Any], device: torch.device, *, captured: bool = False
+) -> dict[str, Any]:
+    """Arguments that make the update fast on `device`, where `settings` (the config's) leave them open.
+
+    Args:
+        captured: the update is to become part of a CUDA graph, so it must not read anything on the host.
+    """
+    accepted = inspect.signature(optimizer).parameters
+    is_open = all(settings.get(name) is None for name in ("fused", "foreach"))
+    if optimizer in _FUSED.get(device.type, ()) and is_open:
+        return {"fused": True}
+    return {"capturable": True} if captured and "capturable" in accepted and "capturable" not in settings else {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from cnnlab.protocols import Listener
 from cnnlab.rundir import flatten
 from cnnlab.sinks.jsonl import read_records
-from cnnlab.sinks.records import by_depth, evenly_spaced, figures, is_number, number
+from cnnlab.sinks.records import by_depth, evenly_spaced, figures, is_number, names_of, number
 
 if TYPE_CHECKING:
     from cnnlab.sinks.events import EventFile
@@ -36,7 +36,7 @@ class TensorBoard(Listener):
     | `{split}/{metric}`, `lr` | the metric records |
     | `activation_std/{layer}`, ... | the statistics, of at most `max_layers` layers |
     | `depth/activation_std`, ... | each as a picture: rows are all layers, columns the sampled steps |
-    | `activation_histogram/{layer}` | histograms, where a record has them |
+    | `weight_histogram/{tensor}`, ... | histograms, where a record has them |
     | `samples/{name}` | sample pictures, as the network gets them |
 
     Args:
@@ -181,22 +181,22 @@ def _kind(quantity: str) -> str:
 
 
 def _histograms(record: Mapping[str, Any], most: int) -> Iterator[Any]:
-    """`histogram/activation: {layer: {edges, counts}}` as TensorBoard histograms. Buckets that reach to
-    infinity (overflow) end at their finite edge, the only place where the page can draw them."""
+    """`histogram/weight: [[low, high, counts...], ...]`, one row a tensor, as TensorBoard histograms of equal bins.
+
+    A row with a bound that is not finite (a gradient that overflowed) has no bins to draw.
+    """
     from cnnlab.sinks.events import histogram
 
-    for quantity, layers in record.items():
-        if not quantity.startswith("histogram/") or not isinstance(layers, Mapping):
+    for quantity, rows in record.items():
+        if not quantity.startswith("histogram/"):
             continue
-        names = list(layers)
-        for position in evenly_spaced(len(names), most):
-            name = names[position]
-            edges = [number(edge) for edge in layers[name]["edges"]]
-            finite = [edge for edge in edges if math.isfinite(edge)]
-            if finite:
-                # JSON has null for an infinite edge, and only the outermost ones can be
-                edges = [edge if math.isfinite(edge) else finite[0 if at == 0 else -1] for at, edge in enumerate(edges)]
-                yield histogram(f"{_kind(quantity)}_histogram/{name}", edges, layers[name]["counts"])
+        names = names_of(record, _kind(quantity), len(rows))
+        for position in evenly_spaced(len(rows), most):
+            low, high, *counts = map(number, rows[position])
+            if math.isfinite(low) and math.isfinite(high):
+                width = (high - low) / len(counts) if high > low else 1 / len(counts)
+                edges = [low + width * edge for edge in range(len(counts) + 1)]
+                yield histogram(f"{_kind(quantity)}_histogram/{names[position]}", edges, counts)
 
 
 def _layout(quantities: Any) -> dict[str, dict[str, list[str]]]:

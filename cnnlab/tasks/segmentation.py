@@ -36,6 +36,11 @@ class Segmentation:
                 f"expected a network with feature stages (a cnnlab.protocols.ConvNet), received "
                 f"{type(model).__name__}; type model=vgg or model=resnet"
             )
+        if not model.spatial:
+            raise ValueError(
+                f"expected a network with feature maps, of which a decoder can make a mask, received "
+                f"{type(model).__name__}, whose layers have no places left; type model=cnn, vgg or resnet"
+            )
         indexed = bool(model.pool_channels)
         if self.upsample == "unpool" and not indexed:
             raise ValueError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from cnnlab.data.loader import Loader
+from cnnlab.observe.observer import Look
 from cnnlab.train.run import Run, describe_sums
 from cnnlab.train.state import Totals
 
@@ -29,12 +32,19 @@ def fit(run: Run) -> dict[str, float]:
 
 def train_epoch(run: Run) -> None:
     """One pass over the training set, or the rest of one."""
+    for _ in updates(run):
+        pass
+
+
+def updates(run: Run) -> Iterator[Look]:
+    """The updates of `train_epoch` one by one, for who wants to do something in between; each with its look."""
     run.model.train()
     for batch, count in run.batches():
         with run.observer(run.clock.step) as look:
             result = run.step(batch, count, run.clock.step, look)
         run.clock.advance(count)
         run.tell("on_step", result)
+        yield look
 
 
 def close_epoch(run: Run) -> None:

@@ -17,7 +17,7 @@ from cnnlab.checkpoint import State
 from cnnlab.data.loader import Loader
 from cnnlab.errors import CnnlabError, DivergedError, InterruptedRun, UsageError
 from cnnlab.observe.observer import Observer
-from cnnlab.protocols import Batch, Listener, Schedule, Task
+from cnnlab.protocols import Batch, DataSpec, Listener, Schedule, Task
 from cnnlab.ranks import Ranks
 from cnnlab.rundir import RunDir
 from cnnlab.schema import Trainer
@@ -34,6 +34,7 @@ class Run:
     folder: RunDir | None
     model: nn.Module
     task: Task
+    spec: DataSpec
     forward: Forward
     step: EagerStep
     optimizer: torch.optim.Optimizer
@@ -114,6 +115,7 @@ class Run:
             self._set_lr()
             yield batch, count
         self.clock.training.stop()
+        self.observer.pause()
 
     def _set_lr(self) -> None:
         factor = self.schedule.factor(self.clock.step, self.total_steps)
@@ -198,6 +200,7 @@ class Run:
             images_per_second=clock.images_per_second,
             metrics=self.metrics,
             best=self.selection.as_record(),
+            statistics=self.observer.describe(),
         )
 
     @contextmanager

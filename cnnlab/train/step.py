@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from cnnlab import rng
 from cnnlab.errors import UsageError
 from cnnlab.observe.observer import Look
-from cnnlab.protocols import Batch, StepResult, Task, as_outputs
+from cnnlab.protocols import Batch, Outputs, StepResult, Task, as_outputs
 from cnnlab.ranks import Ranks
+
+CAPTURE_MODE = "thread_local"
+"""What a capture forbids, it forbids in its own thread: the fetching thread may go on to allocate and copy batches."""
 
 
 class Forward:
@@ -35,7 +38,7 @@ class Forward:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with self.autocast():
-            returned = as_outputs(self.model(batch["image"]))
+            returned = self._outputs(batch["image"])
         outputs = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in returned.items()}
         losses = self.task.loss(outputs, batch)["loss"]
         with torch.no_grad():
@@ -45,6 +48,17 @@ class Forward:
                 **self.task.measure({name: t.detach() for name, t in outputs.items()}, batch),
             }
         return losses, sums
+
+    def _outputs(self, image: Tensor) -> Outputs:
+        """The network's outputs; in evaluation their mean over the views that the task wants of each image."""
+        views: list[tuple[float, Tensor]] = [(1.0, image)]
+        if hasattr(self.task, "views") and not self.model.training:
+            views = self.task.views(image)
+        parts = [(weight, as_outputs(self.model(view))) for weight, view in views]
+        if len(parts) == 1:
+            return parts[0][1]
+        named = {name: [weight * part[name].float() for weight, part in parts] for name in parts[0][1]}
+        return {name: torch.stack(weighted).sum(0) for name, weighted in named.items()}
 
 
 Update = Callable[[], None]
@@ -106,6 +120,14 @@ class EagerStep:
         self.update()
         look.updated()
         return result
+
+    def rehearse(self, batch: Batch, count: int) -> None:
+        """Forward and backward of a batch without a trace: what is made on first use is made, nothing is learned."""
+        with _Restored(list(self.model.buffers())):
+            self.zero_grad()
+            self.backward(batch, count, 0, Look())
+        for p in self.parameters:
+            p.grad = None
 
     def zero_grad(self) -> None:
         for p in self.parameters:
@@ -281,10 +303,13 @@ class GraphClosureStep(ClosureStep):
 
 
 class CapturedStep(EagerStep):
-    """Forward and backward of all micro-batches as one CUDA graph; the (fused) update runs after it.
+    """Two CUDA graphs: forward and backward of all micro-batches, and the update. Probes read between them, so
+    sampled and other steps are the same program.
 
-    The graph is captured at the first full batch. An uneven last batch runs eagerly. Probes read between the
-    graph and the update, so sampled and other steps are the same program.
+    The first graph is captured at the first full batch; an uneven last batch runs eagerly. The second one is
+    captured at the third update that follows the first graph, when the optimizer has made its state, if the
+    optimizer reads everything on the device (torch's fused and capturable ones do); otherwise the update runs
+    eagerly after the first graph.
     """
 
     name = "captured"
@@ -297,12 +322,23 @@ class CapturedStep(EagerStep):
         self._inputs: Batch = {}
         self._gradients: list[Tensor | None] = []
         self._result: StepResult | None = None
+        self._update_graph: torch.cuda.CUDAGraph | None = None
+        self._updates = 0
+        self._replayed = False
+        """Whether the gradients at hand are the first graph's."""
+
+    @property
+    def update_is_capturable(self) -> bool:
+        """Whether the optimizer reads nothing on the host."""
+        on_device = all(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
+        return self.scaler is None and on_device
 
     def zero_grad(self) -> None:
         """The graph overwrites its own gradients; `backward` puts them back in place."""
 
     def backward(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
-        if len(batch["index"]) != self.batch_size:
+        self._replayed = len(batch["index"]) == self.batch_size
+        if not self._replayed:
             super().zero_grad()
             return super().backward(batch, count, number, look)
         if self._graph is None:
@@ -315,6 +351,23 @@ class CapturedStep(EagerStep):
         self.reseed(number, 0)
         self._graph.replay()
         return StepResult(dict(self._result.sums), self._result.sample_loss, self._inputs["index"])
+
+    def update(self) -> None:
+        if not (self._replayed and self.update_is_capturable):
+            super().update()
+            return
+        self._updates += 1
+        if self._updates == self.warmup:
+            torch.cuda.synchronize(self.device)
+            self._update_graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._update_graph, capture_error_mode=CAPTURE_MODE):
+                self.optimizer.step()
+        if self._update_graph is None:
+            self.optimizer.step()
+        else:
+            self._update_graph.replay()
+        for action in self.after_update:
+            action()
 
     def reseed(self, number: int, piece: int) -> None:
         """Before the graph, which draws from the generator as it finds it, not inside."""
@@ -334,7 +387,7 @@ class CapturedStep(EagerStep):
             torch.cuda.current_stream().wait_stream(stream)
             super().zero_grad()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode=CAPTURE_MODE):
                 self._result = run(self._inputs, count, 0, Look())
         self._gradients = [p.grad for p in self.parameters]
         self._graph = graph

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cnnlab.config import Composed
 from cnnlab.rundir import RunDir, jsonable
-from cnnlab.schema import Device
+from cnnlab.schema import DataPath, Device
 from cnnlab.verbs.arguments import Parser
 from cnnlab.verbs.reopen import reopened
 
@@ -64,9 +64,12 @@ def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | 
         config["trainer"]["device"] = device
     composed = Composed(config, folder.path, {}, ())
     check(composed)
-    trainer = as_recorded(bind_section(Trainer, config["trainer"]), state.get("origin", {}).get("choices", {}))
+    choices = state.get("origin", {}).get("choices", {})
+    trainer = as_recorded(bind_section(Trainer, config["trainer"]), choices)
     for name in ("device", "precision", "layout"):
         config["trainer"][name] = getattr(trainer, name).value
+    if choices.get("data_path") == DataPath.stream.value:  # nobody waits for a cache to be built
+        config["loading"]["path"] = DataPath.stream.value
     run = build(composed, resumed=True)
     parts = ["model", "normalize", *(["ema"] if run.ema is not None else [])]
     run.state.load_state_dict(state, only=tuple(parts))

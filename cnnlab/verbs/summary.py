@@ -77,6 +77,7 @@ def _describe(config: dict[str, Any]) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in group["params"]),
             "lr": float(group["base_lr"]) * group.get("lr_scale", 1.0),
             "weight_decay": group.get("weight_decay"),
+            "decoupled_decay": group.get("decoupled_decay"),
         }
         for group in optimizer.param_groups
     ]
@@ -117,6 +118,8 @@ def _show(described: dict[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading == "group" else "right")
     for group in described["groups"]:
         decay = "" if group["weight_decay"] is None else f"{group['weight_decay']:g}"
+        if group["decoupled_decay"] is not None:
+            decay = f"{group['decoupled_decay']:g}, decoupled"
         table.add_row(group["name"], f"{group['tensors']:,}", f"{group['parameters']:,}", f"{group['lr']:g}", decay)
     console.print(table)
     console.print("Learning rate by epoch", highlight=False)

@@ -90,9 +90,7 @@ def train(composed: Composed, folder: RunDir | None = None, *, json_output: bool
 def _started(composed: Composed, folder: RunDir, ranks: Any, going_on: bool, json_output: bool) -> Any:
     """The run, built, with its listeners, and with what is known of it in `run.json`."""
     from cnnlab.builder import build
-    from cnnlab.sinks.console import Console
-    from cnnlab.sinks.samples import SamplePictures
-    from cnnlab.sinks.tensorboard import TensorBoard
+    from cnnlab.sinks.usual import attach
 
     run = build(composed, folder, ranks=ranks, resumed=going_on)
     if not run.is_main:
@@ -100,17 +98,16 @@ def _started(composed: Composed, folder: RunDir, ranks: Any, going_on: bool, jso
     if going_on:
         folder.write_config(composed.config, composed.overrides)
         folder.error.unlink(missing_ok=True)
-    console = Console(sys.stderr if json_output else sys.stdout, live=run.trainer.progress)
+    console = attach(run, folder, sys.stderr if json_output else sys.stdout)
     for notice in run.notices:
         console.notice(notice)
-    board = TensorBoard(folder.tensorboard)
-    pictures = [SamplePictures(board)] if run.config["stats"]["pictures"] else []
-    run.listeners[-1:-1] = [console, board, *pictures]  # before the checkpointer, which comes last
     folder.update(**_opening(composed, run))
     return run
 
 
 def _opening(composed: Composed, run: Any) -> dict[str, Any]:
+    from cnnlab.flops import forward_flops
+
     _, precision, *_ = run.facts["step"].split(", ")
     return {
         "seed": composed.config["seed"],
@@ -122,7 +119,9 @@ def _opening(composed: Composed, run: Any) -> dict[str, Any]:
         "device": run.facts["device"],
         "precision": precision,
         "step": run.facts["step"],
+        "data_path": run.facts["data path"],
         "parameters": sum(p.numel() for p in run.model.parameters()),
+        "flops": forward_flops(run.model, (run.spec.channels, *run.spec.size)),
     }
 
 

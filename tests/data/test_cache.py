@@ -14,7 +14,7 @@ import torch
 from image_files import GREEN, make_folder, save_plain
 
 from cnnlab.data import cache
-from cnnlab.data.cache import Store, cache_folder, decoded
+from cnnlab.data.cache import Listing, Store, cache_folder, decoded
 from cnnlab.data.decode import Recipe
 from cnnlab.errors import DataError
 
@@ -31,7 +31,9 @@ def files(root: Path) -> list[str]:
 
 
 def build(root: Path, workers: int | None = 0, recipe: Recipe = RECIPE) -> Store:
-    return decoded(root, files(root), recipe, on_error="raise", cache=str(root.parent / "cache"), workers=workers)
+    return decoded(
+        Listing(root, files(root)), recipe, on_error="raise", cache=str(root.parent / "cache"), workers=workers
+    )
 
 
 def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +145,7 @@ def test_an_unwritable_cache_says_what_to_set(root: Path) -> None:
 
 def test_a_vanished_file_is_named(root: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.png"):
-        decoded(root, ["gone.png"], RECIPE, on_error="raise", cache=str(root / "cache"), workers=0)
+        Listing(root, ["gone.png"])
 
 
 def test_cache_folder_order(monkeypatch: pytest.MonkeyPatch) -> None:

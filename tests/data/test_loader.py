@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from cnnlab import rng
-from cnnlab.data.loader import Loader, one_ahead
+from cnnlab.data.ahead import ahead
+from cnnlab.data.loader import Loader
 from cnnlab.data.splits import TensorSplit
-from cnnlab.errors import DataError
+from cnnlab.errors import DataError, UsageError
 from cnnlab.protocols import Batch
+from cnnlab.schema import DataPath, Loading
 
 
 def numbered(length: int) -> TensorSplit:
@@ -82,40 +85,99 @@ def test_transform_gets_the_batch_and_the_epoch() -> None:
     assert seen == [9, 9] and all(image.dtype == torch.float32 and (image == 9).all() for image in images)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_one_ahead_fetches_the_next_part_meanwhile_and_keeps_the_order(count: int) -> None:
-    begun = [threading.Event() for _ in range(count)]
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("count", [0, 1, 2, 6])
+def test_parts_are_fetched_so_far_ahead_and_no_further_in_order(count: int, depth: int) -> None:
+    fetched = [threading.Event() for _ in range(count)]
 
-    def fetch(part: Tensor) -> Batch:
-        begun[int(part)].set()
-        return {"index": part}
+    def begin(part: Tensor) -> Callable[[], int]:
+        def fetch() -> int:
+            fetched[int(part)].set()
+            return int(part)
 
-    for position, batch in enumerate(one_ahead(fetch, list(torch.arange(count)))):
-        assert int(batch["index"]) == position
-        assert all(event.wait(5) for event in begun[position : position + 2])
-        assert not any(event.is_set() for event in begun[position + 2 :])
+        return fetch
+
+    for position, number in enumerate(ahead(begin, list(torch.arange(count)), depth)):
+        assert number == position
+        assert all(event.wait(5) for event in fetched[position : position + depth + 1])
+        assert not any(event.is_set() for event in fetched[position + depth + 1 :])
 
 
-def test_one_ahead_hands_on_what_went_wrong() -> None:
-    def fail(part: Tensor) -> Batch:
-        raise DataError("gone")
+def test_what_went_wrong_is_handed_on() -> None:
+    def begin(part: Tensor) -> Callable[[], Batch]:
+        def fail() -> Batch:
+            raise DataError("gone")
+
+        return fail
 
     with pytest.raises(DataError, match="gone"):
-        list(one_ahead(fail, [torch.arange(1)]))
+        list(ahead(begin, [torch.arange(1)], 2))
+
+
+def test_a_caller_that_stops_early_drops_what_was_asked_for() -> None:
+    begun: list[int] = []
+
+    def begin(part: Tensor) -> Callable[[], int]:
+        begun.append(int(part))
+        return lambda: int(part)
+
+    batches = ahead(begin, list(torch.arange(100)), 2)
+    assert next(batches) == 0
+    batches.close()  # type: ignore[attr-defined]
+    assert begun == [0, 1, 2]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cnnlab-fetch")]
 
 
 def test_describe_is_one_line() -> None:
     line = Loader(numbered(2048), 64, seed=0, shuffle=True).describe()
-    assert line == "2,048 samples (0.0 MiB), 32 batches of 64, gathered by the CPU"
+    assert line == "2,048 samples, 32 batches of 64, resident (in memory, 0.0 MiB)"
+
+
+def file_backed(length: int) -> TensorSplit:
+    """As `numbered`, but as if its images were a memory-mapped file."""
+    split = numbered(length)
+    return TensorSplit(split.images, split.targets, "file", mapped=True)
+
+
+def test_the_path_follows_the_sizes_and_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def path(split: TensorSplit, wanted: str = "auto") -> tuple[str, bool]:
+        loader = Loader(split, 5, seed=0, shuffle=True, loading=Loading(path=DataPath(wanted)))
+        assert served(loader) == served(Loader(numbered(23), 5, seed=0, shuffle=True))
+        return loader.path.value, "2 batches ahead" in loader.describe()
+
+    assert path(numbered(23)) == ("resident", False)
+    assert path(file_backed(23)) == ("mapped", False)
+    assert path(file_backed(23), "resident") == ("resident", False)
+    monkeypatch.setattr("cnnlab.data.loader._available", lambda device: 100)
+    assert path(file_backed(23)) == ("mapped", True), "files larger than the memory are read ahead"
+    with pytest.raises(UsageError, match=r"loading\.path=mapped"):
+        path(file_backed(23), "resident")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("share", [0.25, 0.0])
-def test_both_ways_to_the_gpu_serve_the_same(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    monkeypatch.setattr("cnnlab.data.loader._RESIDENT_SHARE", share)
-    loader = Loader(numbered(23), 5, seed=3, shuffle=True, device="cuda")
-    assert loader.resident == (share > 0)
-    batches = list(loader.batches(1, start=1))
+@pytest.mark.parametrize("path", ["resident", "mapped"])
+def test_both_ways_to_the_gpu_serve_the_same_without_waiting_for_it(path: str) -> None:
+    loader = Loader(numbered(23), 5, seed=3, shuffle=True, device="cuda", loading=Loading(path=DataPath(path)))
+    assert loader.path.value == path
+    list(loader.batches(0))  # the allocators' first blocks
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches = list(loader.batches(1, start=1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert all(tensor.is_cuda for batch, _ in batches for tensor in batch.values())
     wanted = served(Loader(numbered(23), 5, seed=3, shuffle=True), 1, start=1)
     assert [batch["label"].tolist() for batch, _ in batches] == wanted
+
+
+@pytest.mark.gpu
+def test_a_batch_is_not_overwritten_while_kernels_read_it() -> None:
+    loader = Loader(numbered(600), 3, seed=3, shuffle=True, device="cuda", loading=Loading(path=DataPath.mapped))
+    busy = torch.ones(2048, 2048, device="cuda")
+    sums = []
+    for batch, _ in loader.batches(0):
+        for _ in range(4):
+            busy = busy @ busy * 1e-4  # the kernels lag behind the copies
+        sums.append(batch["label"] + busy[0, :1].long() * 0)
+        del batch
+    assert torch.cat(sums).tolist() == loader.order(0).tolist()

@@ -352,3 +352,16 @@ def test_a_layer_with_constant_output_keeps_its_weight():
     init.calibrate(model, torch.zeros(4, 3, 6, 6))
     assert torch.equal(model[0].weight, before)
     assert torch.isfinite(model[2].weight).all()
+
+
+def test_speednets_convolutions_pass_their_input_on_and_its_classifier_has_unit_weights():
+    model = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.Flatten(), nn.Linear(16 * 25, 200))
+    inits.PaperSpeedNet()(model, seed=0)
+    image = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    out = model[0](image)
+    torch.testing.assert_close(out[:, :4], image)
+    other = model[0].weight[4:]
+    assert other.abs().max() <= 1 / 6, "PyTorch's bound, 1/√fan_in"
+    assert other.std().item() == pytest.approx(1 / 6 / 3**0.5, rel=0.05)
+    assert model[2].weight.std().item() == pytest.approx(1, rel=0.01)
+    assert not any(module.bias.any() for module in (model[0], model[2]))

@@ -158,6 +158,35 @@ def test_rmsprop_has_epsilon_inside_the_root(momentum, weight_decay):
         torch.testing.assert_close(weight.detach().double(), w, rtol=1e-5, atol=1e-6)
 
 
+def test_the_rmsprop_preset_has_epsilon_outside_the_root():
+    """PyTorch's convention: s = ρs + (1-ρ)g², w = w - αg/(√s + ε), with the preset's own ρ and ε."""
+    path = next(path for path in PRESETS if path.stem == "rmsprop")
+    node = yaml.safe_load(path.read_text())
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = make(path, [weight], lr=0.05, eps=0.5, momentum=0.0, weight_decay=0.0)
+    w, s = torch.ones(4, dtype=torch.float64), 0.0
+    for g in gradients(4):
+        weight.grad = g.clone()
+        optimizer.step()
+        s = node["alpha"] * s + (1 - node["alpha"]) * g.double() ** 2
+        w = w - 0.05 * g / (s.sqrt() + 0.5)
+        torch.testing.assert_close(weight.detach().double(), w, rtol=1e-5, atol=1e-6)
+
+
+def test_nesterov_preset_looks_ahead():
+    """v = βv + g, w = w - α(g + βv) (Sutskever et al. 2013, equations 3 and 4, at the looked-ahead weights)."""
+    path = next(path for path in PRESETS if path.stem == "nesterov")
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = make(path, [weight], lr=0.1, momentum=0.8, weight_decay=0.0)
+    w, v = torch.ones(4), torch.zeros(4)
+    for g in gradients(4):
+        weight.grad = g.clone()
+        optimizer.step()
+        v = 0.8 * v + g
+        w = w - 0.1 * (g + 0.8 * v)
+        torch.testing.assert_close(weight.detach(), w, rtol=1e-6, atol=1e-7)
+
+
 def test_rmsprop_of_tiny_gradients_makes_tiny_steps():
     ours, theirs = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     for weight, optimizer in (
@@ -200,8 +229,32 @@ def test_muon_matches_torchs_for_matrices():
         ours.grad, theirs.grad = g.clone(), g.clone()
         first.step()
         second.step()
-    # torch iterates in bfloat16 and we, on the CPU, in float32.
+    # Both iterate in bfloat16 where the machine computes it; elsewhere we do in float32.
     torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
+
+
+def test_muon_on_normalized_weights_moves_along_a_sphere():
+    """After a step of rate r from the sphere of norm √rows, the weight is that far from its projection, no more."""
+    weight = nn.Parameter(3 * torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(1)))
+    optimizer = Muon([weight], lr=0.1, weight_decay=0.5, normalize_weights=True)
+    for g in gradients(weight.shape, 3):
+        before = weight.detach() * (4 / weight.detach().norm())
+        weight.grad = g.clone()
+        optimizer.step()
+        values = torch.linalg.svdvals((weight.detach() - before).flatten(1))
+        assert 0.06 < values.min() <= values.max() < 0.125
+
+
+def test_muon_can_leave_linear_layers_to_adamw():
+    start = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    first = Muon([ours], lr=0.1, adamw_ratio=0.5, weight_decay=0.1, convolutions_only=True)
+    second = torch.optim.AdamW([theirs], lr=0.05, betas=(0.9, 0.95), weight_decay=0.1)
+    for g in gradients((6, 5)):
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        first.step()
+        second.step()
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("shape", [(7,), (6, 5), ()])

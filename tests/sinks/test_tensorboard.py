@@ -124,13 +124,18 @@ def test_pictures_arrive_as_they_are_enlarged_by_whole_pixels(tmp_path):
 
 
 def test_histograms_keep_their_buckets(tmp_path):
-    buckets = {"layer0.relu": {"edges": [-math.inf, 0.0, 1.0, 3.0], "counts": [5, 2, 1]}}
-    found = write(tmp_path, stats=[stats_record(5, **{"histogram/activation": buckets})])
-    (event,) = found.Histograms("activation_histogram/layer0.relu")
+    """Rows of (low, high, counts): one of each tensor, in the order of `tensors`."""
+    rows = [[-1.0, 3.0, 5, 2, 0, 1], [0.5, 0.5, 7, 0, 0, 0], [None, None, 0, 0, 0, 0], *[[0.0, 1.0, 1, 1, 1, 1]] * 3]
+    found = write(tmp_path, stats=[stats_record(5, **{"histogram/weight": rows})])
+    (event,) = found.Histograms("weight_histogram/layer0.weight")
     value = event.histogram_value
-    assert value.num == 8 and (value.min, value.max) == (0.0, 3.0)
-    assert list(zip(value.bucket_limit, value.bucket, strict=True))[-2:] == [(1.0, 2.0), (3.0, 1.0)]
-    assert value.sum == pytest.approx(0.5 * 2 + 2.0 * 1)
+    assert event.step == 5 and value.num == 8 and (value.min, value.max) == (-1.0, 3.0)
+    assert value.bucket_limit == [-1.0, 0.0, 1.0, 2.0, 3.0] and value.bucket == [0, 5, 2, 0, 1]
+    assert value.sum == pytest.approx(5 * -0.5 + 2 * 0.5 + 2.5)
+    constant = found.Histograms("weight_histogram/layer0.bias")[0].histogram_value
+    assert (constant.min, constant.bucket[1]) == (0.5, 7), "a tensor of equal values lies in its first bin"
+    assert "weight_histogram/layer1.weight" not in found.Tags()["histograms"], "no bins between infinite bounds"
+    assert len(found.Tags()["histograms"]) == 5
 
 
 def test_custom_scalars_group_by_quantity(tmp_path):

@@ -69,6 +69,14 @@ def test_data_without_masks_is_refused():
         check(composed("task=segmentation"))
 
 
+def test_an_mlp_is_refused_for_it_has_no_maps():
+    """Each of its stages is one position, which sees the whole image: a decoder could only paint all pixels alike."""
+    from lab_runs import composed
+
+    with pytest.raises(ConfigError, match="whose layers have no places left; type model=cnn, vgg or resnet"):
+        check(composed(*SCENES, "model=mlp"))
+
+
 def test_the_unpooling_decoder_puts_each_value_back_where_its_maximum_stood():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 7, 6, generator=generator)

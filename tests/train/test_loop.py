@@ -366,7 +366,7 @@ def test_listeners_hear_everything_in_order(tmp_path: Path):
     run.listeners.insert(0, Hears())
     fit(run)
     assert heard == [
-        "on_start", "on_save", "on_step", "on_step", "on_record", "on_record", "on_epoch", "on_save", "on_stats",
+        "on_start", "on_save", "on_step", "on_stats", "on_step", "on_record", "on_record", "on_epoch", "on_save",
         "on_trained", "on_record", "on_end",
     ]  # fmt: skip
 

@@ -1,0 +1,69 @@
+"""Batches fetched while the device computes, and brought to a GPU without anybody waiting for it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from cnnlab.protocols import Batch
+
+Fetched = TypeVar("Fetched")
+
+
+def ahead(begin: Callable[[Tensor], Callable[[], Fetched]], parts: Iterable[Tensor], count: int) -> Iterator[Fetched]:
+    """`begin(part)()` of each part, in order, at most `count` parts ahead of the one that the caller has.
+
+    `begin` runs in the caller's thread and must not wait; what it returns runs in a thread of its own. When the
+    caller stops early, what has not begun is dropped.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="cnnlab-fetch") as thread:
+        waiting: deque[Future[Fetched]] = deque()
+        try:
+            for part in parts:
+                waiting.append(thread.submit(begin(part)))
+                if len(waiting) > count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class Copier:
+    """Copies batches to a GPU on a stream of its own, so that copies and kernels overlap.
+
+    `copy` runs in the fetching thread and `receive` in the one that computes. Neither waits for the device: the
+    computing stream waits for the copy's event, and the memory is told that the computing stream uses it, so that
+    it is not given to a later copy while kernels still read it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def copy(self, fetch: Callable[[], Batch]) -> tuple[Batch, torch.cuda.Event]:
+        """The batch that `fetch` makes, on its way to the device, and the event of its arrival."""
+        # A new thread has device 0 and its default stream, whichever rank this is.
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            batch = {name: _pinned(tensor).to(self.device, non_blocking=True) for name, tensor in fetch().items()}
+            arrived = torch.cuda.Event()
+            arrived.record(self._stream)
+        return batch, arrived
+
+    def receive(self, copied: tuple[Batch, torch.cuda.Event]) -> Batch:
+        batch, arrived = copied
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(arrived)
+        for tensor in batch.values():
+            tensor.record_stream(stream)
+        return batch
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory()

@@ -1,0 +1,68 @@
+"""What a run chooses of its data path when it is built, and takes up again when it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from cnnlab.data.stream import StreamSplit
+from cnnlab.errors import UsageError
+from cnnlab.protocols import Data, Split
+from cnnlab.ranks import Ranks
+from cnnlab.schema import DataPath, Decoder, Loading
+
+
+def loaded(make: Callable[[Loading], Data], loading: Loading, ranks: Ranks, recorded: str | None) -> dict[str, Split]:
+    """The splits. Rank 0 loads first, so that the others find decoded what it has decoded.
+
+    A run that goes on streams if it did so before: a stream's fingerprint is of its files, a decoded set's of its
+    pixels. Where decoded images lie is chosen anew, by what the machine has: it changes no batch.
+
+    Args:
+        make: the data set for these settings.
+        recorded: the path with which the run began.
+
+    Raises:
+        DataError: the data is missing or unusable.
+        UsageError: the processes chose differently.
+    """
+    if loading.path is DataPath.auto and recorded is not None:
+        streamed = recorded == DataPath.stream.value
+        loading = replace(loading, path=DataPath.stream if streamed else DataPath.mapped)
+    splits = ranks.in_turn(lambda: make(loading).load())
+    chosen = ranks.collect(isinstance(splits["train"], StreamSplit))
+    if len(set(chosen)) > 1:
+        raise UsageError(
+            "expected one data path on all processes, received machines that have room for the decoded images and "
+            "others that have not; type loading.path=stream"
+        )
+    return splits
+
+
+def with_decoder(loading: Loading, split: Split, device: torch.device, recorded: str | None) -> Loading:
+    """The settings with the decoder chosen: a GPU's for a stream, where it has one that works.
+
+    Args:
+        recorded: the decoder with which the run began, whose pixels are not those of the other.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    wanted = loading.decode
+    if not isinstance(split, StreamSplit):
+        return replace(loading, decode=Decoder.cpu)
+    if wanted is Decoder.auto and recorded is not None:
+        wanted = Decoder(recorded)
+    if wanted is Decoder.cpu or (wanted is Decoder.auto and device.type != "cuda"):
+        return replace(loading, decode=Decoder.cpu)
+    from cnnlab.data.gpu_jpeg import works
+
+    there = device.type == "cuda" and works(device)
+    if wanted is Decoder.cuda and not there:
+        raise UsageError(
+            f"`loading.decode=cuda`: this run is on {device}, where torchvision decodes no JPEG files by GPU; "
+            "type loading.decode=cpu"
+        )
+    return replace(loading, decode=Decoder.cuda if there else Decoder.cpu)

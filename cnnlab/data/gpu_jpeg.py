@@ -1,0 +1,168 @@
+"""JPEG files decoded and resized by the GPU."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cnnlab.data.decode import Item, Recipe, contents, cropped, decode
+
+Failures = list[tuple[int, str]]
+
+# Of the markers FFC0..FFCF these three begin no frame; 8 is reserved.
+_NO_FRAME = (0xC4, 0xC8, 0xCC)
+_BASELINE_OR_PROGRESSIVE = (0xC0, 0xC1, 0xC2)
+
+
+class GpuJpegs:
+    """Decodes batches of image files on a GPU: JPEG by nvJPEG, what it does not take by Pillow on the CPU.
+
+    The pixels differ from Pillow's by rounding (another inverse DCT, another resampling in fixed point), so a
+    run keeps to one of the two.
+
+    Args:
+        recipe: with `fit="crop"`.
+        device: where images come out; the CPU too, by torchvision's own decoder.
+        threads: that read the files.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, threads: int) -> None:
+        assert recipe.fit == "crop" and not recipe.mask
+        self.recipe = recipe
+        self.device = device
+        # Torchvision 0.29 announces that torchcodec will take this over. For good, not around each call: the
+        # filters belong to all threads.
+        warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
+        self._readers = ThreadPoolExecutor(threads, thread_name_prefix="cnnlab-read")
+
+    def begin(self, items: Sequence[Item]) -> Callable[[], tuple[Tensor, Failures]]:
+        """Starts to read the files; what is returned decodes them, on the current stream, without waiting for it.
+
+        It gives the images (n, C, H, W) uint8 on the device, and position and reason of those that failed.
+        """
+        read = [self._readers.submit(_prepared, item, self.recipe) for item in items]
+
+        def finish() -> tuple[Tensor, Failures]:
+            recipe, failures = self.recipe, []
+            shape = (len(items), recipe.channels, recipe.height, recipe.width)
+            images = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+            encoded: dict[int, bytes] = {}
+            for number, future in enumerate(read):
+                ready = future.result()
+                if isinstance(ready, bytes):
+                    encoded[number] = ready
+                elif isinstance(ready, str):
+                    failures.append((number, ready))
+                else:
+                    images[number].copy_(_movable(ready, self.device), non_blocking=True)
+            failures += self._decode(encoded, images)
+            return images, sorted(failures)
+
+        return finish
+
+    def _decode(self, encoded: dict[int, bytes], images: Tensor) -> Failures:
+        if not encoded:
+            return []
+        try:
+            decoded = self._jpegs(list(encoded.values()))
+        except RuntimeError:  # one of them is broken, and it is not said which
+            return self._one_by_one(encoded, images)
+        for number, picture in zip(encoded, decoded, strict=True):
+            images[number].copy_(fitted(picture, self.recipe))
+        return []
+
+    def _jpegs(self, files: Sequence[bytes]) -> list[Tensor]:
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        mode = ImageReadMode.GRAY if self.recipe.channels == 1 else ImageReadMode.RGB
+        data = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
+        decoded: Any = decode_jpeg(data, mode=mode, device=self.device)
+        return decoded
+
+    def _one_by_one(self, encoded: dict[int, bytes], images: Tensor) -> Failures:
+        """By Pillow, which says what is wrong with a file, and reads some that nvJPEG does not."""
+        failures = []
+        for number, file in encoded.items():
+            ready = _by_pillow(file, self.recipe)
+            if isinstance(ready, str):
+                failures.append((number, ready))
+            else:
+                images[number].copy_(_movable(ready, self.device), non_blocking=True)
+        return failures
+
+
+def works(device: torch.device) -> bool:
+    """Whether this torchvision decodes JPEG files on `device`: it may be built without, or the driver too old."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 40, 10)).save(file, "JPEG")
+    try:
+        (image,) = GpuJpegs(Recipe(3, 8, 8, "crop", 8), device, 1)._jpegs([file.getvalue()])
+    except (ImportError, RuntimeError):
+        return False
+    return abs(int(image[0, 4, 4]) - 200) < 10
+
+
+def _prepared(item: Item, recipe: Recipe) -> bytes | np.ndarray[Any, Any] | str:
+    """A JPEG file for the GPU, undecoded; the pixels of any other; or why there are none."""
+    try:
+        file = contents(item)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return file if is_plain_jpeg(file) else _by_pillow(file, recipe)
+
+
+def _by_pillow(file: bytes, recipe: Recipe) -> np.ndarray[Any, Any] | str:
+    try:
+        return decode(io.BytesIO(file), recipe)[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # each of Pillow's parsers raises what it stumbles on
+        return f"{type(error).__name__}: {error}"
+
+
+def _movable(pixels: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(pixels))
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def is_plain_jpeg(file: bytes) -> bool:
+    """Whether nvJPEG reads the file as Pillow does: JPEG of 8 bits, grey or YCbCr, not turned by EXIF.
+
+    Reads the markers up to the frame's header (ITU-T T.81, B.1.1 and B.2.2).
+    """
+    if file[:2] != b"\xff\xd8":
+        return False
+    at = 2
+    while at + 10 <= len(file) and file[at] == 0xFF:
+        marker, length = file[at + 1], int.from_bytes(file[at + 2 : at + 4], "big")
+        if marker == 0xE1 and file[at + 4 : at + 8] == b"Exif":
+            return False  # may ask to be turned, which Pillow knows how to
+        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
+            precision, components = file[at + 4], file[at + 9]
+            return marker in _BASELINE_OR_PROGRESSIVE and precision == 8 and components in (1, 3)
+        if marker == 0xEE and file[at + 4 : at + 9] == b"Adobe":
+            return False  # its three channels may be RGB
+        at += 2 + length
+    return False
+
+
+def fitted(picture: Tensor, recipe: Recipe) -> Tensor:
+    """(C, H, W) uint8 resized to the recipe's shorter side and cut to its middle, as `cnnlab.data.decode` does."""
+    _, height, width = picture.shape
+    scaled, left, top = cropped(width, height, recipe)
+    if (width, height) != scaled:
+        resized = functional.interpolate(
+            picture[None].float(), (scaled[1], scaled[0]), mode="bilinear", antialias=True, align_corners=False
+        )
+        picture = resized[0].round_().clamp_(0, 255).to(torch.uint8)
+    return picture[:, top : top + recipe.height, left : left + recipe.width]

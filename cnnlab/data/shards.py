@@ -1,0 +1,198 @@
+"""WebDataset shards, read by index: sets of ImageNet's size from tar files, in an order that can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnnlab import rng
+from cnnlab.data.cache import unreadable, without
+from cnnlab.data.decode import Recipe
+from cnnlab.data.shard_index import ShardIndex, indexed
+from cnnlab.data.splits import Fraction, Imbalance, Limit, partitioned, require_fractions
+from cnnlab.data.stream import StreamSplit, streamed
+from cnnlab.errors import DataError
+from cnnlab.protocols import DataSpec, Split
+from cnnlab.schema import DataPath, Loading, NonNegativeInt, PositiveInt
+
+WINDOW = 4
+"""Shards whose samples are mixed with each other: 4 of ImageNet's usual 150 MB stay in the system's file cache."""
+
+
+class ShardSplit(StreamSplit):
+    """Samples in shards. Its shuffled order goes through the shards a few at a time.
+
+    An epoch permutes the shards, cuts them into windows of `WINDOW`, and permutes the samples inside each window.
+    So a disk reads within a few files at a time, and yet the order is a function of (seed, epoch): a position in
+    the epoch names a shard and an offset in it, and nothing is buffered that a checkpoint would have to hold.
+    """
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        draw = rng.generator(seed, "order", epoch)
+        index = self.sources
+        assert isinstance(index, ShardIndex)
+        shards, shard = torch.from_numpy(index.shard[self.rows.numpy()]).unique(return_inverse=True)
+        # Samples in the order of their shards' random ranks; those of one window are then mixed.
+        rank = torch.randperm(len(shards), generator=draw)[shard]
+        by_shard = rank.argsort(stable=True)
+        windows = torch.bincount(rank // WINDOW).tolist()
+        parts = by_shard.split(windows)
+        return torch.cat([part[torch.randperm(len(part), generator=draw)] for part in parts])
+
+
+class WebDataset:
+    """Classification of images in tar files of the WebDataset convention (Aizman, Maltby, Breuel 2019).
+
+    A sample is a run of members with one key: an image and, beside it, its class number, as `000123.jpg` and
+    `000123.cls`. The shards' headers are read once into an index; images are then read by offset and decoded
+    anew each epoch, as those of a folder are (see `cnnlab.data.folder`): never unpacked, never stored decoded.
+
+    Args:
+        shards: the training shards: a path with braces (`train-{0000..0009}.tar`), with `*`, or of one file.
+        val_shards, test_shards: those of the other splits; `None` takes them out of the training samples.
+        classes: how many there are, or a file of their names, one a line; `None` reads the index for it.
+        label: extension of the member that holds the class number: as text, or `json` with a value `label`.
+        size: side of the images: the middle of the resized one.
+        resize: shorter side before that crop; `None` takes `size`.
+        channels: 3 (colour) or 1 (grey).
+        val, test: fractions of the training samples for a split without shards, by class.
+        split_seed: seed of the split, apart from the run's.
+        limit, imbalance: thin the training split (see `cnnlab.data.splits`).
+        on_error: whether an image that cannot be decoded ends the run when its batch is due, or all are tried
+            first, once, and such ones left out.
+        cache: folder of the index; `None` takes `$CNNLAB_CACHE` or `~/.cache/cnnlab`.
+        loading: the config's section; `None` takes its defaults.
+    """
+
+    def __init__(
+        self,
+        shards: str,
+        val_shards: str | None = None,
+        test_shards: str | None = None,
+        classes: PositiveInt | str | None = None,
+        label: str = "cls",
+        size: PositiveInt = 224,
+        resize: PositiveInt | None = 256,
+        channels: Literal[1, 3] = 3,
+        val: Fraction = 0.02,
+        test: Fraction = 0.02,
+        split_seed: NonNegativeInt = 0,
+        limit: Limit = None,
+        imbalance: Imbalance = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        cache: str | None = None,
+        loading: Loading | None = None,
+    ) -> None:
+        if resize is not None and resize < size:
+            raise ValueError(f"expected data.resize >= data.size, received {resize} < {size}; type data.resize=null")
+        require_fractions(val, test)
+        self.loading = loading or Loading()
+        if self.loading.path not in (DataPath.auto, DataPath.stream):
+            path = self.loading.path.value
+            raise ValueError(f"`loading.path={path}`: shards are only streamed; type loading.path=auto")
+        self.patterns = {"train": shards, "val": val_shards, "test": test_shards}
+        self.classes = classes
+        self.label = label.lstrip(".")
+        self.recipe = Recipe(channels, size, size, "crop", resize or size)
+        self.val = val
+        self.test = test
+        self.split_seed = split_seed
+        self.limit = limit
+        self.imbalance = imbalance
+        self.on_error = on_error
+        self.cache = cache
+
+    def spec(self) -> DataSpec:
+        """Reads the shards' headers where nothing else tells the classes. Raises `DataError`."""
+        size = (self.recipe.height, self.recipe.width)
+        return DataSpec(self.recipe.channels, size, self._class_names)
+
+    def load(self) -> dict[str, Split]:
+        index, classes = self._index, self._class_names
+        wrong = np.flatnonzero(index.label >= len(classes))
+        if len(wrong):
+            raise DataError(
+                f"expected class numbers 0..{len(classes) - 1}, received {index.label[wrong[0]]} in "
+                f"{index.name(int(wrong[0]))}; mend data.classes"
+            )
+        labels = torch.from_numpy(index.label)
+        parts = partitioned(
+            self._given,
+            labels,
+            len(classes),
+            val=self.val,
+            test=self.test,
+            limit=self.limit,
+            imbalance=self.imbalance,
+            seed=self.split_seed,
+        )
+        if self.on_error == "skip":
+            failures = unreadable(index, self.recipe, cache=self.cache, workers=self.loading.workers)
+            parts = without(failures, parts)
+        return streamed(ShardSplit, index, self.recipe, labels, parts, self.loading)
+
+    @cached_property
+    def _shards(self) -> dict[str, list[Path]]:
+        """The tar files of each split that has its own."""
+        return {split: expanded(pattern) for split, pattern in self.patterns.items() if pattern is not None}
+
+    @cached_property
+    def _index(self) -> ShardIndex:
+        return indexed([path for paths in self._shards.values() for path in paths], self.label, self.cache)
+
+    @property
+    def _given(self) -> dict[str, Tensor]:
+        """Rows of the index by split."""
+        given, first = {}, 0
+        for split, paths in self._shards.items():
+            inside = (self._index.shard >= first) & (self._index.shard < first + len(paths))
+            given[split] = torch.from_numpy(np.flatnonzero(inside))
+            first += len(paths)
+        return given
+
+    @cached_property
+    def _class_names(self) -> tuple[str, ...]:
+        if isinstance(self.classes, int):
+            return _numbers(range(self.classes))
+        if self.classes is None:
+            return _numbers(range(int(self._index.label.max()) + 1))
+        try:
+            lines = Path(self.classes).expanduser().read_text().splitlines()
+        except OSError as error:
+            raise DataError(
+                f"expected class names, one a line, in {self.classes}, received: {error}; type data.classes=NUMBER"
+            ) from error
+        return tuple(line.strip() for line in lines if line.strip())
+
+
+def _numbers(numbers: Iterable[int]) -> tuple[str, ...]:
+    return tuple(str(number) for number in numbers)
+
+
+def expanded(pattern: str) -> list[Path]:
+    """The files that a pattern names: braces as WebDataset expands them, then `*` and `?`. Raises `DataError`."""
+    try:
+        from webdataset.shardlists import expand_urls
+    except ImportError as error:
+        raise DataError(f"data=webdataset needs the library: pip install 'cnnlab[webdataset]' ({error})") from error
+    if "://" in pattern or pattern.startswith("pipe:"):
+        raise DataError(f"expected shards on a disk, which can be read by offset, received {pattern}; copy them first")
+    found: list[Path] = []
+    for name in expand_urls(pattern):
+        path = Path(name).expanduser()
+        found += sorted(path.parent.glob(path.name)) if set("*?[") & set(path.name) else [path]
+    if not found:
+        raise DataError(f"expected tar files at {pattern}, received none; type data.shards=PATTERN")
+    missing = [path for path in found if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"expected {len(found)} shards at {pattern}, received none for {len(missing)}, the first {missing[0]}; "
+            "mend the pattern"
+        )
+    return found

@@ -1,0 +1,163 @@
+"""Splits that are decoded anew each epoch, for sets whose pixels fit nowhere."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from copy import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnnlab import rng
+from cnnlab.data.cache import Sources
+from cnnlab.data.decode import Decoded, Recipe
+from cnnlab.data.gpu_jpeg import GpuJpegs
+from cnnlab.data.pool import DecodingPool, cores
+from cnnlab.data.splits import digest, require_samples
+from cnnlab.errors import DataError
+from cnnlab.protocols import Batch, Split
+from cnnlab.schema import DataPath, Loading
+
+DISK_SHARE = 0.5
+"""Part of the cache disk's free space up to which the images are decoded into it unasked."""
+_CHUNK_FILES = 16
+"""Files that a process decodes at a time: some 40 ms at 224 px, so that a batch ends on all of them at once."""
+
+
+def streams(loading: Loading, needed: int, folder: Path, *, cached: bool) -> bool:
+    """Whether images are decoded anew each epoch, rather than once into a file.
+
+    Args:
+        needed: bytes of the decoded images.
+        folder: of the cache, which need not exist yet.
+        cached: they are in it already.
+    """
+    if loading.path is not DataPath.auto:
+        return loading.path is DataPath.stream
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return not cached and needed > DISK_SHARE * shutil.disk_usage(there).free
+
+
+class StreamSplit:
+    """Samples whose images are decoded each time that they are asked for. The pixels are those of the cache.
+
+    Args:
+        sources: the undecoded images.
+        recipe: what they are decoded to.
+        labels: (M,) int64, one a source.
+        fingerprint: names the content.
+        rows: (N,) int64, the sources that make up this split, in order.
+        pool: the processes that decode; splits share it.
+    """
+
+    def __init__(
+        self, sources: Sources, recipe: Recipe, labels: Tensor, fingerprint: str, rows: Tensor, pool: DecodingPool
+    ) -> None:
+        self.sources = sources
+        self.recipe = recipe
+        self.fingerprint = fingerprint
+        self.rows = rows
+        self._labels = labels[rows]
+        self.labels: Tensor | None = self._labels
+        self.pool = pool
+        self._gpu: GpuJpegs | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """(N,) int64: the order in which the epoch visits the split."""
+        return rng.permutation(seed, epoch, len(self))
+
+    def on_gpu(self, device: torch.device) -> StreamSplit:
+        """The split with the GPU decoding its JPEG files; `image` is then on `device`."""
+        other = copy(self)
+        other._gpu = GpuJpegs(self.recipe, device, max(2, self.pool.workers))
+        return other
+
+    def describe(self) -> str:
+        """What decodes."""
+        if self._gpu is not None:
+            return f"JPEG decoded on {self._gpu.device}"
+        count = self.pool.workers
+        return f"decoded by {count} process{'es' * (count > 1)}" if count else "decoded by the fetching thread"
+
+    def fetch(self, index: Tensor) -> Batch:
+        """The samples at `index` (n,) int64. Raises `DataError` for an image that cannot be decoded."""
+        return self.begin(index)()
+
+    def begin(self, index: Tensor, pin: bool = False) -> Callable[[], Batch]:
+        """Starts to decode the samples at `index`, and returns what waits for them and hands them over.
+
+        Args:
+            pin: into memory from which a GPU copies without waiting.
+        """
+        index = index.cpu()
+        rows = self.rows[index].tolist()
+        items = self.sources.items(rows)
+        if self._gpu is not None:
+            finish_images = self._gpu.begin(items)
+        else:
+            size = max(1, min(_CHUNK_FILES, -(-len(items) // max(1, self.pool.workers))))
+            asked = [self.pool.ask(items[at : at + size], self.recipe) for at in range(0, len(items), size)]
+
+            def finish_images() -> tuple[Tensor, list[tuple[int, str]]]:
+                return _joined(asked, len(items), self.recipe, pin)
+
+        def finish() -> Batch:
+            image, failures = finish_images()
+            if failures:
+                raise self._broken([(rows[number], reason) for number, reason in failures])
+            return {"image": image, "index": index, "label": self._labels[index]}
+
+        return finish
+
+    def _broken(self, failures: Sequence[tuple[int, str]]) -> DataError:
+        named = "\n".join(f"  {self.sources.name(row)}: {reason}" for row, reason in failures[:5])
+        return DataError(
+            f"expected readable images, received {len(failures)} in a batch that are not:\n{named}\n"
+            "repair or remove them, or type data.on_error=skip to have all files tried first and these left out"
+        )
+
+
+def _joined(
+    asked: Sequence[Future[Decoded]], count: int, recipe: Recipe, pin: bool
+) -> tuple[Tensor, list[tuple[int, str]]]:
+    """The chunks as images (count, C, H, W) uint8, and the position and reason of each that failed."""
+    shape = (count, recipe.channels, recipe.height, recipe.width)
+    images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+    # numpy copies in this one thread; torch would take the cores from the network's own threads.
+    into, done = images.numpy(), 0
+    failures: list[tuple[int, str]] = []
+    for future in asked:
+        chunk = future.result()
+        np.copyto(into[done : done + len(chunk.images)], chunk.images)
+        failures += [(done + number, reason) for number, reason in chunk.failures]
+        done += len(chunk.images)
+    return images, failures
+
+
+def streamed(
+    kind: type[StreamSplit],
+    sources: Sources,
+    recipe: Recipe,
+    labels: Tensor,
+    parts: Mapping[str, Tensor],
+    loading: Loading,
+) -> dict[str, Split]:
+    """Splits of one kind that share the sources and the decoding processes.
+
+    Args:
+        parts: rows by split.
+
+    Raises:
+        DataError: where a split would be empty.
+    """
+    require_samples(parts)
+    source = digest("stream", sources.fingerprint, recipe, labels)
+    pool = DecodingPool(cores() if loading.workers is None else loading.workers)
+    return {name: kind(sources, recipe, labels, digest(source, name, rows), rows, pool) for name, rows in parts.items()}

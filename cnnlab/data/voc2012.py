@@ -1,0 +1,141 @@
+"""Pascal VOC 2012 (Everingham et al. 2012), in torchvision's layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from cnnlab.data.decode import Recipe
+from cnnlab.data.fetch import from_torchvision, require_files
+from cnnlab.data.masks import decoded_pairs
+from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, partitioned
+from cnnlab.data.voc import VocBoxes
+from cnnlab.errors import DataError
+from cnnlab.protocols import DataSpec, Split
+from cnnlab.schema import NonNegativeInt, PositiveInt
+
+CLASSES = tuple(
+    """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep
+    sofa train tvmonitor""".split()
+)
+_FOLDER = Path("VOCdevkit") / "VOC2012"
+_REMEDY = f"remove {_FOLDER} from data.root and type data.download=true"
+
+
+class Voc2012:
+    """VOC 2012's training images, and its validation images as the test split, for nobody has the annotations of its
+    test images.
+
+    Args:
+        target: `box` has the largest object of each of the 11,540 images of the detection task, with its class and
+            box (as `cnnlab.data.voc.VocBoxes`); `mask` has the 2,913 images of the segmentation task, with a class or
+            void a pixel, the first class being the background.
+        root: folder with, or for, torchvision's `VOCdevkit/VOC2012`, or its archive.
+        size: side of the images.
+        fit: `letterbox` keeps the aspect ratio and fills with black (masks: with void); `stretch` does not.
+        download: whether missing files are fetched (2 GB).
+        val: fraction of the training images that selects the checkpoint, by class where there are labels.
+        split_seed: seed of the split, apart from the run's.
+        limit, imbalance: thin the training split (see `cnnlab.data.splits`).
+        on_error: whether an unreadable file ends the run or is left out.
+        cache, workers: see `cnnlab.data.cache.decoded`.
+
+    Raises:
+        ValueError: `imbalance` with masks, which have no label to count.
+    """
+
+    def __init__(
+        self,
+        target: Literal["box", "mask"] = "box",
+        root: str = "data",
+        size: PositiveInt = 128,
+        fit: Literal["letterbox", "stretch"] = "letterbox",
+        download: bool = False,
+        val: Fraction = 0.1,
+        split_seed: NonNegativeInt = 0,
+        limit: Limit = None,
+        imbalance: Imbalance = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        cache: str | None = None,
+        workers: NonNegativeInt | None = None,
+    ) -> None:
+        if target == "mask" and imbalance is not None:
+            raise ValueError(
+                f"expected images with a label each for data.imbalance={imbalance:g}, received masks; "
+                "type data.imbalance=null"
+            )
+        self.target = target
+        self.root = Path(root).expanduser()
+        self.size = size
+        self.fit: Literal["letterbox", "stretch"] = fit
+        self.download = download
+        self.val = val
+        self.split_seed = split_seed
+        self.limit = limit
+        self.imbalance = imbalance
+        self.decoding: dict[str, Any] = {"on_error": on_error, "cache": cache, "workers": workers}
+
+    def spec(self) -> DataSpec:
+        size = (self.size, self.size)
+        if self.target == "box":
+            return DataSpec(3, size, CLASSES, frozenset({"label", "box"}))
+        classes = ("background", *CLASSES)
+        return DataSpec(3, size, classes, frozenset({"mask"}), mask_classes=classes)
+
+    def load(self) -> dict[str, Split]:
+        base = self.root / _FOLDER
+        kind = "VOCDetection" if self.target == "box" else "VOCSegmentation"
+        # torchvision would ask for the archive although it is unpacked
+        download = self.download and not base.is_dir()
+        wanted = f"{_FOLDER}/{{JPEGImages,Annotations,ImageSets,SegmentationClass}} of VOC 2012"
+        for image_set in ("train", "val"):
+            from_torchvision(kind, self.root, wanted, download=download and image_set == "train", image_set=image_set)
+        if self.target == "mask":
+            return self._masks(base)
+        return VocBoxes(
+            str(base),
+            self.size,
+            self.fit,
+            classes=CLASSES,
+            val_as_test=True,
+            val=self.val,
+            split_seed=self.split_seed,
+            limit=self.limit,
+            imbalance=self.imbalance,
+            **self.decoding,
+        ).load()
+
+    def _masks(self, base: Path) -> dict[str, Split]:
+        listed = {}
+        for split, image_set in (("train", "train"), ("test", "val")):
+            path = base / "ImageSets" / "Segmentation" / f"{image_set}.txt"
+            listed[split] = path.read_text().split()
+            if not listed[split]:
+                raise DataError(f"expected the ids of images in {path}, received an empty file; {_REMEDY}")
+        ids = [name for names in listed.values() for name in names]
+        images, masks = [f"{name}.jpg" for name in ids], [f"{name}.png" for name in ids]
+        require_files(base, "JPEGImages", images, _REMEDY)
+        require_files(base, "SegmentationClass", masks, _REMEDY)
+        train = len(listed["train"])
+        parts = partitioned(
+            {"train": torch.arange(train), "test": torch.arange(train, len(ids))},
+            None,
+            len(CLASSES) + 1,
+            val=self.val,
+            test=0.0,
+            limit=self.limit,
+            imbalance=None,
+            seed=self.split_seed,
+        )
+        pairs = decoded_pairs(
+            base,
+            [f"JPEGImages/{name}" for name in images],
+            [f"SegmentationClass/{name}" for name in masks],
+            Recipe(3, self.size, self.size, self.fit),
+            parts,
+            {number: number for number in range(len(CLASSES) + 1)},
+            **self.decoding,
+        )
+        return assemble(pairs.images, {"mask": pairs.masks}, pairs.fingerprint, pairs.parts, mapped=True)

@@ -1,0 +1,183 @@
+"""`cnnlab bench`: how fast a composed experiment trains, and where its time goes. Leaves no run folder behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from cnnlab.config import composer
+from cnnlab.errors import UsageError
+from cnnlab.rundir import jsonable
+from cnnlab.verbs.arguments import answer, experiment, override_parser, parse
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HELP = """cnnlab bench: how fast an experiment trains, and where its time goes.
+
+Usage: cnnlab bench [OVERRIDES] [--rounds N] [--seconds S] [--json] [--config-dir DIR]
+
+Trains the experiment as `cnnlab train` would, on the same device, in short turns that alternate with turns of the same
+training without statistics, without augmentation, without data (one batch, ready on the device), and with a bare loop
+written by hand. Shows medians with quartiles, what each part costs, the time from process start to the first step,
+peak memory, and the share of the roofline. The time of the rounds is about arms x rounds x seconds, after warm-up.
+
+  --rounds N     turns of each arm (default 10)
+  --seconds S    length of a turn, at least one step (default 1)
+
+Close other programs first: on a shared machine look at the ratios and their quartiles, not at images a second.
+
+examples:
+  cnnlab bench
+  cnnlab bench model=resnet20 data=cifar10 augment=[crop,flip] trainer.batch_size=128
+  cnnlab bench trainer.step=compiled --rounds 20
+  cnnlab bench stats=full --json
+"""
+ROUNDS, SECONDS = 10, 1.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = override_parser("bench")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N")
+    parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S")
+    args = parse(arguments, parser)
+    if args.help:
+        print(HELP, end="")
+        return 0
+    rounds, seconds = args.own.rounds, args.own.seconds
+    if rounds < 1:
+        raise UsageError(f"--rounds: expected 1 or more, received {rounds}")
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"--seconds: expected a number above 0, received {seconds:g}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("cnnlab bench measures one process; start it without torchrun")
+    with composer(args.config_dirs, args.config_name) as open_composer:
+        if args.show:
+            return answer(open_composer, args)
+        composed = experiment(open_composer, args)
+    from cnnlab.bench.experiment import bench
+
+    with _progress() as progress:
+        document = bench(composed, rounds=rounds, seconds=seconds, progress=progress)
+    for notice in document["notices"]:
+        print(notice, file=sys.stderr)
+    if args.json:
+        print(json.dumps(jsonable(document)))
+    else:
+        _show(document)
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A line on stderr that is redrawn between turns only, so that drawing takes no time from a turn."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as shown:
+        task = shown.add_task("building", total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            shown.update(task, description=what, completed=done, total=total, refresh=console.is_terminal)
+
+        yield tell
+
+
+# ---- for people ----
+
+
+def _show(document: Mapping[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    machine, run = document["machine"], document["run"]
+    name = machine["gpu"] or machine["cpu"]
+    console.print(f"{name}, {machine['cores']} cores, torch {machine['torch']}", markup=False)
+    for fact, text in run["facts"].items():
+        console.print(f"  {fact:<7} {text}", markup=False)
+    _show_arms(console, document)
+    _show_costs(console, document)
+    _show_roofline(console, document["roofline"])
+
+
+def _show_arms(console: Console, document: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    rounds, batch = document["rounds"], document["run"]["batch_size"]
+    table = Table(title=f"Training, batch {batch}: medians of {rounds} interleaved turns", title_justify="left")
+    for heading in ("arm", "images/s", "quartiles", "ms a step", "to full"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    full = document["arms"]["full"]["images_per_second"]["median"]
+    for name, arm in document["arms"].items():
+        rate = arm["images_per_second"]
+        table.add_row(
+            name,
+            f"{rate['median']:,.1f}",
+            f"{rate['low']:,.1f} - {rate['high']:,.1f}",
+            f"{1000 * arm['step_seconds']['median']:,.3g}",
+            f"{rate['median'] / full:.3f}",
+        )
+    console.print(table)
+
+
+def _show_costs(console: Console, document: Mapping[str, Any]) -> None:
+    from cnnlab.summarize import memory
+
+    lines: list[tuple[str, str]] = []
+    if document["ratio_to_bare_loop"] is not None:
+        lines.append(("to bare loop", f"{_spread(document['ratio_to_bare_loop'])} of its images/s"))
+    costs = document["costs"]
+    if costs["statistics"] is not None:
+        found = costs["statistics"]
+        lines.append(("statistics", f"{_percent(found['overhead'])}, sampling one step in {found['every']}"))
+        lines.append(("", f"{found['run_seconds']:.2f} s of the whole run are sampling"))
+        lines.append(("", f"a sampled step takes {_spread(found['sampled_step'])} steps more"))
+        lines.append(("", f"a step that is not sampled takes {_percent(found['idle'])} more"))
+    for name in ("augmentation", "data"):
+        if costs[name] is not None:
+            lines.append((name, f"{_percent(costs[name])} of the time"))
+    start = document["start"]
+    if start["first_step_seconds"] is not None:
+        rate = f"; with it, a run of {document['run']['steps']:,} steps trains {start['images_per_second']:,} images/s"
+        lines.append(("start", f"{start['first_step_seconds']:.2f} s from process start to the first step{rate}"))
+    peak = document["memory"]
+    if peak["peak_bytes"] is not None:
+        lines.append(("peak memory", f"{memory(peak['peak_bytes'])}: {peak['of']}"))
+    for name, text in lines:
+        console.print(f"{name:<13} {text}", markup=False)
+
+
+def _spread(spread: Mapping[str, float]) -> str:
+    return f"{spread['median']:.3f} ({spread['low']:.3f} - {spread['high']:.3f})"
+
+
+def _percent(spread: Mapping[str, float]) -> str:
+    return f"{spread['median']:.2%} ({spread['low']:.2%} - {spread['high']:.2%})"
+
+
+def _show_roofline(console: Console, found: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    from cnnlab.summarize import memory, quantity
+
+    title = (
+        f"Roofline: {found['share']:.1%} of it; a step takes {1000 * found['step_seconds']:,.3g} ms, "
+        f"at least {1000 * found['least_step_seconds']:,.3g}"
+    )
+    table = Table(title=title, title_justify="left", caption_justify="left", caption_style="")
+    table.caption = (
+        f"{quantity(found['matmul_flops_per_second'])}FLOP/s in matrix products, "
+        f"{memory(found['copy_bytes_per_second'])}/s in copies, measured here; each layer: the slower of the two"
+    )
+    for heading in ("layer", "type", "FLOP", "moved", "bound by", "share"):
+        table.add_column(heading, justify="left" if heading in ("layer", "type", "bound by") else "right")
+    for layer in found["top"]:
+        flops, moved = f"{quantity(layer['flops'])}", memory(layer["bytes"])
+        table.add_row(layer["name"], layer["type"], flops, moved, layer["bound"], f"{layer['share']:.1%}")
+    console.print(table)

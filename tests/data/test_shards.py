@@ -1,0 +1,196 @@
+"""WebDataset shards: read by index as the library reads them in sequence; their order follows from (seed, epoch)."""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import io
+import json
+import os
+import shutil
+import tarfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cnnlab.data import shard_index, shards
+from cnnlab.data.loader import Loader
+from cnnlab.data.shards import ShardSplit, WebDataset
+from cnnlab.errors import DataError
+from cnnlab.schema import DataPath, Loading
+
+wds = pytest.importorskip("webdataset", reason="the extra `webdataset`")
+
+PER_SHARD = 6
+
+
+def write(folder: Path, name: str = "train", count: int = 5, kind: str = "cls", image: str = "png") -> str:
+    """`count` shards by the library's own writer; sample n has the grey level 2n and the class n mod 3."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        with wds.TarWriter(str(folder / f"{name}-{number:04d}.tar")) as out:
+            for n in range(number * PER_SHARD, (number + 1) * PER_SHARD):
+                label = {"cls": n % 3, "json": {"label": n % 3, "caption": "grey"}}[kind]
+                picture = np.full((12, 10, 3), 2 * n, np.uint8)
+                out.write({"__key__": f"part.0/{n:05d}", image: picture, kind: label})
+    return str(folder / f"{name}-{{0000..{count - 1:04d}}}.tar")
+
+
+def dataset(pattern: str, tmp_path: Path, **settings: Any) -> WebDataset:
+    given = {"size": 8, "resize": None, "val": 0.1, "test": 0.1, "cache": str(tmp_path / "cache")}
+    return WebDataset(pattern, **{**given, "loading": Loading(workers=0), **settings})
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("kind", "image"), [("cls", "png"), ("cls", "jpg"), ("json", "jpg")])
+def test_samples_are_those_that_the_library_reads(tmp_path: Path, kind: str, image: str) -> None:
+    pattern = write(tmp_path, kind=kind, image=image)
+    data = dataset(pattern, tmp_path, label=kind)
+    splits = data.load()
+    assert data.spec().classes == ("0", "1", "2") and data.spec().size == (8, 8)
+    assert sum(len(split) for split in splits.values()) == 30
+    found = {}
+    for split in splits.values():
+        batch = split.fetch(torch.arange(len(split)))
+        for level, label in zip(batch["image"][:, 0, 4, 4].tolist(), batch["label"].tolist()):
+            found[level] = label
+    reader = wds.WebDataset(pattern, shardshuffle=False, empty_check=False).decode("rgb8")
+    wanted = {
+        int(sample[image][6, 5, 0]): sample[kind]["label"] if kind == "json" else sample[kind] for sample in reader
+    }
+    assert found == wanted and len(found) == 30
+    del reader
+    gc.collect()  # the library leaves its last file to the collector
+
+
+def test_shards_of_their_own_make_a_split_and_names_a_spec(tmp_path: Path) -> None:
+    train, val = write(tmp_path / "a"), write(tmp_path / "a", "val", 2)
+    (tmp_path / "names.txt").write_text("cat\ndog\nemu\nfox\n")
+    data = dataset(train, tmp_path, val_shards=val, test_shards=str(tmp_path / "a/val-*1.tar"), classes=4)
+    assert {name: len(split) for name, split in data.load().items()} == {"train": 30, "val": 12, "test": 6}
+    assert not (tmp_path / "cache2").exists()
+    named = dataset(train, tmp_path, classes=str(tmp_path / "names.txt"), cache=str(tmp_path / "cache2"))
+    assert named.spec().classes == ("cat", "dog", "emu", "fox")
+    assert not (tmp_path / "cache2").exists(), "names alone need no index"
+    with pytest.raises(DataError, match=r"data\.classes"):
+        dataset(train, tmp_path, classes=2).load()
+
+
+def order_of(split: ShardSplit, epoch: int, seed: int = 0) -> list[int]:
+    """The shard of each sample, in the order of an epoch."""
+    positions = split.order(seed, epoch)
+    assert sorted(positions.tolist()) == list(range(len(split)))
+    return [int(split.sources.shard[row]) for row in split.rows[positions].tolist()]  # type: ignore[attr-defined]
+
+
+def test_an_epoch_goes_through_the_shards_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "WINDOW", 2)
+    split = dataset(write(tmp_path, count=5), tmp_path).load()["train"]
+    assert isinstance(split, ShardSplit)
+    first, second = order_of(split, 0), order_of(split, 1)
+    assert first != second and first != order_of(split, 0, seed=1)
+    assert first == order_of(split, 0)
+    for order in (first, second):
+        in_turn = list(dict.fromkeys(order))
+        windows = [set(in_turn[at : at + 2]) for at in range(0, 5, 2)]
+        last = {shard: len(order) - 1 - order[::-1].index(shard) for shard in in_turn}
+        for before, after in pairwise(windows):
+            assert max(last[shard] for shard in before) < min(order.index(shard) for shard in after)
+    assert any(first[at] != first[at + 1] for at in range(4)), "the samples of a window are mixed"
+
+
+def test_any_batch_follows_from_seed_epoch_and_number(tmp_path: Path) -> None:
+    split = dataset(write(tmp_path), tmp_path).load()["train"]
+    whole = [batch["image"] for batch, _ in Loader(split, 7, seed=1, shuffle=True).batches(3)]
+    later = [batch["image"] for batch, _ in Loader(split, 7, seed=1, shuffle=True).batches(3, start=2)]
+    assert len(whole) == 4 and all(map(torch.equal, whole[2:], later))
+    ranks = [
+        [b["index"] for b, _ in Loader(split, 7, seed=1, shuffle=True, rank=r, world=2).batches(3)] for r in (0, 1)
+    ]
+    order = Loader(split, 7, seed=1, shuffle=True).order(3)
+    for number, batch in enumerate(order.split(7)):
+        assert sorted(torch.cat([ranks[0][number], ranks[1][number]]).tolist()) == sorted(batch.tolist())
+    # A position in the epoch is a shard and an offset in it, where the file begins.
+    assert isinstance(split, ShardSplit)
+    path, offset, size = split.sources.items([int(split.rows[order[14]])])[0]
+    with open(path, "rb") as file:  # noqa: PTH123
+        file.seek(int(offset))
+        level = np.asarray(Image.open(io.BytesIO(file.read(int(size)))))[0, 0, 0]
+    assert level == later[0][0, 0, 0, 0]
+
+
+def test_the_index_is_made_once_for_a_shard_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = write(tmp_path)
+    first = dataset(pattern, tmp_path).load()["train"]
+    scanned: list[str] = []
+    scan = shard_index._scanned
+    monkeypatch.setattr(shard_index, "_scanned", lambda path, label: scanned.append(path.name) or scan(path, label))
+    assert dataset(pattern, tmp_path).load()["train"].fingerprint == first.fingerprint and scanned == []
+    os.utime(tmp_path / "train-0001.tar", (0, 0))
+    stored = sorted((tmp_path / "cache" / "shards").iterdir())
+    stored[0].write_bytes(b"PK damaged")
+    assert dataset(pattern, tmp_path).load()["train"].fingerprint == first.fingerprint
+    assert "train-0001.tar" in scanned and 1 <= len(scanned) <= 2
+    assert not [path for path in (tmp_path / "cache" / "shards").iterdir() if path.suffix == ".tmp"]
+    write(tmp_path, count=1, kind="json")
+    with pytest.raises(DataError, match=r"data\.label"):
+        dataset(pattern, tmp_path).load()
+
+
+def test_a_broken_image_is_named_or_skipped(tmp_path: Path) -> None:
+    pattern = write(tmp_path, count=2)
+    with tarfile.open(tmp_path / "train-0000.tar", "a") as archive:
+        for name, content in [("x/broken.jpg", b"\xff\xd8 no image"), ("x/broken.cls", b"1")]:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(DataError, match=r"train-0000\.tar: x/broken, at byte"):
+        for split in dataset(pattern, tmp_path).load().values():
+            split.fetch(torch.arange(len(split)))
+    splits = dataset(pattern, tmp_path, on_error="skip").load()
+    assert sum(len(split.fetch(torch.arange(len(split)))["label"]) for split in splits.values()) == 12
+
+
+def test_shards_that_cannot_be_used_say_what_is_wanted(tmp_path: Path) -> None:
+    pattern = write(tmp_path, count=2)
+    shard = tmp_path / "train-0001.tar"
+    with pytest.raises(DataError, match="received none for 1, the first .*0002"):
+        dataset(pattern.replace("0001}", "0002}"), tmp_path).load()
+    with pytest.raises(DataError, match="received none; type data.shards"):
+        dataset(str(tmp_path / "no-*.tar"), tmp_path).load()
+    with pytest.raises(DataError, match="copy them first"):
+        dataset("https://example.org/train-{0..3}.tar", tmp_path).load()
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2 + 100])
+    with pytest.raises(DataError, match="tar file that is whole"):
+        dataset(pattern, tmp_path).load()
+    with gzip.open(shard, "wb") as out, io.BytesIO(whole) as plain:
+        shutil.copyfileobj(plain, out)
+    with pytest.raises(DataError, match="uncompressed"):
+        dataset(pattern, tmp_path).load()
+    for content, label in ((b"cat", "cls"), (b"-1", "cls"), (json.dumps({"text": 1}).encode(), "json")):
+        with tarfile.open(shard, "w") as archive:
+            for name, data in (("a.png", b"never read"), (f"a.{label}", content)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+        with pytest.raises(DataError, match="class number"):
+            dataset(str(shard), tmp_path, label=label).load()
+
+
+def test_only_streams(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"loading\.path=auto"):
+        dataset("x.tar", tmp_path, loading=Loading(path=DataPath.mapped))
+
+
+@pytest.mark.parametrize("name", ["a/b.c/000.seg.png", "000.jpg", "x/1.JPG", "x.y/001.cls"])
+def test_keys_are_the_librarys(name: str) -> None:
+    from webdataset.tariterators import base_plus_ext
+
+    key, extension = base_plus_ext(name)
+    assert shard_index.key_and_extension(name) == (key, extension.lower())

@@ -1,0 +1,124 @@
+"""The cost of the statistics is measured on a clock that the tests turn by hand, and kept within its bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from lab_runs import fitted, make_run
+from torch import nn
+
+from cnnlab.observe.observer import IDLE, Observer
+from cnnlab.observe.overhead import Overhead
+from cnnlab.rundir import RunDir
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def mark(self) -> Mark:
+        return Mark(self.now)
+
+
+@dataclass
+class Mark:
+    at: float
+
+    def ready(self) -> bool:
+        return True
+
+    def seconds_until(self, later: Mark) -> float:
+        return later.at - self.at
+
+
+def simulated(
+    limit: float | None, *, steps: int, every: int, cost: float, writing: float = 0.0
+) -> tuple[Overhead, int]:
+    """A run of steps that take 1 s, whose samples take `cost` more, and `writing` in the step after; how many there
+    were."""
+    clock = Clock()
+    overhead = Overhead(limit, clock.mark)
+    samples, sampled = 0, False
+    for step in range(steps):
+        clock.now += writing * sampled
+        sampled = step % (every * overhead.slowdown) == 0
+        overhead.begin(sampled)
+        clock.now += 1 + cost * sampled
+        if sampled:
+            samples += 1
+            overhead.decide(steps, lambda slowdown: -(-steps // (every * slowdown)))
+    return overhead, samples
+
+
+def test_the_cost_is_that_of_the_sampled_step_and_of_the_writing_after_it():
+    overhead, _ = simulated(None, steps=200, every=10, cost=0.5, writing=0.25)
+    assert overhead.step_seconds == pytest.approx(1)
+    assert overhead.sample_seconds == pytest.approx(0.75)
+    assert overhead.slowdown == 1, "without a limit nothing is slowed down"
+
+
+@pytest.mark.parametrize(("cost", "expected"), [(0.05, 1), (0.35, 4), (3.0, 32)])
+def test_samples_become_as_rare_as_they_must(cost: float, expected: int):
+    overhead, samples = simulated(0.01, steps=100_000, every=10, cost=cost)
+    assert overhead.slowdown == expected
+    assert samples * cost <= 0.01 * 100_000 + 4 * cost, "but for those before anything is known"
+
+
+def test_a_second_is_free():
+    overhead, samples = simulated(0.01, steps=60, every=6, cost=0.09)
+    assert (overhead.slowdown, samples) == (1, 10)
+    overhead, samples = simulated(0.01, steps=60, every=6, cost=0.5)
+    assert overhead.slowdown > 1
+    assert samples <= 6, "five before anything is known, and hardly any after"
+
+
+def test_a_burst_of_noise_is_forgiven():
+    clock = Clock()
+    overhead = Overhead(0.01, clock.mark)
+    for step in range(20_000):
+        sampled = step % (10 * overhead.slowdown) == 0
+        overhead.begin(sampled)
+        clock.now += 1 + sampled * (2.0 if step < 100 else 0.05)
+        if sampled:
+            overhead.decide(20_000, lambda slowdown: 20_000 // (10 * slowdown))
+        if step == 500:
+            assert overhead.slowdown > 1
+    assert overhead.slowdown == 1
+
+
+def test_what_happens_between_epochs_is_not_counted():
+    clock = Clock()
+    overhead = Overhead(None, clock.mark)
+    for step in range(100):
+        overhead.begin(step % 5 == 4)
+        clock.now += 1.0
+        if step % 5 == 4:
+            overhead.decide(100, lambda slowdown: 0)
+            overhead.pause()
+            clock.now += 100.0  # an evaluation
+    assert overhead.step_seconds == pytest.approx(1)
+    assert overhead.sample_seconds is None, "the end of a step before a pause is not known"
+
+
+@pytest.mark.parametrize(("total", "every"), [(20, 1), (400, 8), (2_500, 50), (10**6, 50)])
+def test_a_run_that_states_no_cadence_has_fifty_samples(total: int, every: int):
+    class Probe:
+        name, needs = "probe", frozenset()
+
+        def __init__(self) -> None:
+            self.every = None
+
+    observer = Observer(nn.Linear(2, 2), [Probe()], None, every=None, total_steps=total, max_records=10**6)
+    sampled = [step for step in range(200) if observer(step) is not IDLE]
+    assert sampled[:4] == [0, every, 2 * every, 3 * every]
+
+
+def test_the_cost_is_recorded_and_a_resumed_run_keeps_the_cadence(tmp_path):
+    fitted("stats.every=3", folder=tmp_path)
+    found = RunDir(tmp_path).read()["statistics"]
+    assert (found["samples"], found["every"]) == (3, 3)
+    run, other = make_run("stats.every=2"), make_run("stats.every=2")
+    run.observer.overhead.slowdown = 8
+    other.restore(run.state.state_dict())
+    assert other.observer.cadence == 8
