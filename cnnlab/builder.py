@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,121 +11,34 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cnnlab import checkpoint, rng
+from cnnlab.assemble import make_network, make_optimizer, make_pipeline, make_task
 from cnnlab.augment import Pipeline, fitted
 from cnnlab.check import bind_section, locate
 from cnnlab.config import Composed
 from cnnlab.data.cache import cache_folder
 from cnnlab.data.choice import loaded, with_decoder
 from cnnlab.data.loader import Loader
-from cnnlab.device import Placement, as_recorded, has_compiler, place
+from cnnlab.device import Placement, as_recorded, place
 from cnnlab.errors import CheckpointError, UsageError
-from cnnlab.losses.penalty import l1, l2, max_norm_
-from cnnlab.models.dropout import has_dropout, set_dropout_kind
 from cnnlab.observe.observer import Observer
 from cnnlab.observe.taps import Taps
-from cnnlab.optim.decay import decouple_decay
-from cnnlab.optim.groups import head_parameters, parameter_groups
+from cnnlab.optim.groups import head_parameters
 from cnnlab.optim.traits import Traits, accelerated
 from cnnlab.parts import make
-from cnnlab.protocols import Batch, ConvNet, Data, DataSpec, Split, Task
+from cnnlab.protocols import Batch, Data, DataSpec, Split, Task
 from cnnlab.ranks import Ranks
 from cnnlab.rundir import RunDir, config_hash
-from cnnlab.schema import DropoutKind, Groups, Layout, Loading, Precision, Regularization, Stats, StepKind, Trainer
+from cnnlab.schema import Groups, Layout, Loading, Regularization, Stats, StepKind, Trainer
+from cnnlab.stepping import StepMaker
 from cnnlab.tasks.classification import class_counts
-from cnnlab.train import trial
 from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.recorder import Evidence, Recorder
 from cnnlab.train.run import Run
 from cnnlab.train.state import Ema, Origin, Selection
-from cnnlab.train.step import CapturedStep, ClosureStep, CompiledStep, EagerStep, Forward, GraphClosureStep
+from cnnlab.train.step import Forward
 
 MIN_STATISTICS_BATCH = 2
 """Samples that batch statistics need; an epoch's last batch with fewer is left out."""
-
-
-def make_network(config: Mapping[str, Any], spec: DataSpec, task: Task, regularization: Regularization) -> nn.Module:
-    """The network of a config for such data, with the task's head in place. Raises `ValueError` if they do not
-    go together."""
-    kind = regularization.dropout_kind
-    model = make(
-        config["model"],
-        num_classes=spec.num_classes,
-        in_channels=spec.channels,
-        image_size=spec.size,
-        activation=make(config["activation"]),
-        norm=make(config["norm"]),
-        dropout=0.0 if kind is DropoutKind.spatial else regularization.dropout,
-        stochastic_depth=regularization.stochastic_depth,
-    )
-    head = task.head(model)
-    if head is not None:
-        if not isinstance(model, ConvNet):
-            raise ValueError(f"this task replaces the head, which {type(model).__name__} does not let it")
-        had_dropout = has_dropout(model)
-        model.replace_head(head)
-        if regularization.dropout and had_dropout and not has_dropout(model) and kind is not DropoutKind.spatial:
-            raise ValueError(
-                f"`regularization.dropout={regularization.dropout:g}`: this task's head takes the place of the "
-                "classifier, and of the dropout in it; type regularization.dropout_kind=spatial, which acts before the "
-                "head, or regularization.dropout=null"
-            )
-    set_dropout_kind(model, kind, regularization.dropout)
-    return model
-
-
-def make_task(config: Mapping[str, Any], spec: DataSpec, counts: torch.Tensor | None) -> Task:
-    """The task with its loss; `counts` (classes,) are those of the images' labels."""
-    if "mask" in getattr(locate(config["task"]["_target_"]), "needs", ()):
-        counts = None  # of pixels, nobody has counted them
-    loss = make(config["loss"], num_classes=target_classes(config, spec), class_counts=counts)
-    return make(config["task"], loss=loss, spec=spec)
-
-
-def target_classes(config: Mapping[str, Any], spec: DataSpec) -> int:
-    """How many classes the loss sees: those of the mask where the task reads one."""
-    needs = getattr(locate(config["task"]["_target_"]), "needs", ("label",))
-    return len(spec.mask_classes) if "mask" in needs else spec.num_classes
-
-
-def make_pipeline(config: Mapping[str, Any], spec: DataSpec, seed: int) -> Pipeline:
-    parts = {name: make(node) for name, node in config["augment"].items() if node is not None}
-    return Pipeline(parts, make(config["normalize"]), spec=spec, seed=seed)
-
-
-def make_optimizer(config: Mapping[str, Any], model: nn.Module, groups: Groups, **fast: Any) -> torch.optim.Optimizer:
-    """The optimizer over the parameter groups; each group states its `base_lr`.
-
-    Args:
-        fast: what `cnnlab.optim.traits.accelerated` found for the device.
-    """
-    node = config["optim"]
-    traits = Traits.of(locate(node["_target_"]))
-    decoupled = bind_section(Regularization, config["regularization"]).decoupled_decay
-    if decoupled and node.get("weight_decay"):
-        raise ValueError(
-            f"`regularization.decoupled_decay={decoupled:g}`: this optimizer decays by itself "
-            f"(optim.weight_decay={node['weight_decay']:g}); type optim.weight_decay=0, or "
-            "regularization.decoupled_decay=0"
-        )
-    listed = parameter_groups(
-        model,
-        weight_decay=node.get("weight_decay") if traits.weight_decay else None,
-        decoupled_decay=decoupled,
-        decay_norm_and_bias=groups.decay_norm_and_bias,
-        layer_decay=groups.layer_decay,
-        head_lr=groups.head_lr,
-        freeze=groups.freeze,
-        single_group=traits.single_group,
-    )
-    first = next(iter(inspect.signature(locate(node["_target_"])).parameters))
-    optimizer = make({**node, **fast}, **{first: listed})
-    for group in optimizer.param_groups:
-        group["base_lr"] = group["lr"]
-        if fast and group["params"][0].is_cuda:  # read by the kernel, so that a captured update follows the schedule
-            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
-    if decoupled:
-        decouple_decay(optimizer)
-    return optimizer
 
 
 def build(
@@ -213,10 +124,20 @@ class _Builder:
         observer = self.observer(model, placement, total_steps)
         forward = Forward(model, task, placement.device, placement.dtype)
 
-        def make_step(kind: StepKind) -> EagerStep:
-            return self.step(forward, model, optimizer, replace(placement, step=kind), ema, loaders["train"])
-
-        step = self.settle(make_step, placement, loaders["train"], total_steps, observer.taps)
+        maker = StepMaker(
+            forward,
+            optimizer,
+            self.traits,
+            placement,
+            self.trainer,
+            self.regularization,
+            ema,
+            self.ranks,
+            self.seed,
+            loaders["train"],
+        )
+        step, notice = maker.settle(total_steps, observer.taps)
+        self.notices += [] if notice is None else [notice]
         if self.trainer.step is StepKind.auto and step.name in StepKind.__members__:
             placement = replace(placement, step=StepKind(step.name))  # what a resumed run takes unasked
         run = Run(
@@ -349,6 +270,8 @@ class _Builder:
         init(model, self.seed)
         self.start_from_prior(model, task)
         model = model.to(placement.device)
+        if self.trainer.sync_batch_norm and self.ranks.world > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if placement.layout is Layout.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model, init
@@ -405,86 +328,6 @@ class _Builder:
             max_overhead=stats.max_overhead,
             device=placement.device,
         )
-
-    def step(
-        self,
-        forward: Forward,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        placement: Placement,
-        ema: Ema | None,
-        train: Loader,
-    ) -> EagerStep:
-        trainer, regularization = self.trainer, self.regularization
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        after: list[Callable[[], None]] = []
-        if regularization.max_norm is not None:
-            limit = regularization.max_norm
-            after.append(lambda: max_norm_(parameters, limit))
-        if ema is not None:
-            after.append(ema.update)
-        scaler = torch.amp.GradScaler(placement.device.type) if placement.precision is Precision.fp16 else None
-        arguments: dict[str, Any] = {
-            "seed": self.seed,
-            "ranks": self.ranks,
-            "penalty": self.penalty(parameters),
-            "after_update": after,
-            "scaler": scaler,
-            "accumulate": trainer.accumulate,
-            "clip_norm": trainer.clip_norm,
-        }
-        if self.traits.create_graph:
-            return GraphClosureStep(forward, optimizer, parameters, **arguments)
-        if self.traits.closure:
-            return ClosureStep(forward, optimizer, parameters, **arguments)
-        if placement.step is StepKind.compiled:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(None) / "inductor"))
-            return CompiledStep(forward, optimizer, parameters, batch_size=train.batch_size, **arguments)
-        if placement.step is StepKind.captured:
-            return CapturedStep(forward, optimizer, parameters, batch_size=train.batch_size, **arguments)
-        return EagerStep(forward, optimizer, parameters, **arguments)
-
-    def settle(
-        self,
-        make_step: Callable[[StepKind], EagerStep],
-        placement: Placement,
-        train: Loader,
-        total_steps: int,
-        taps: Taps | None,
-    ) -> EagerStep:
-        """The step that the run takes: the wanted one, or the best of those that work here."""
-        step = make_step(placement.step)
-        if self.trainer.step is not StepKind.auto or self.traits.closure or self.ranks.world > 1:
-            return step
-
-        def first_batch() -> tuple[Batch, int]:
-            return next(train.batches(0))
-
-        notice = None
-        if isinstance(step, CapturedStep):
-            reason = trial.refusal(step, *first_batch())
-            if reason is not None:
-                step = make_step(StepKind.eager)
-                notice = f"step: eager, as no CUDA graph of this network can be made ({reason})"
-        elif placement.device.type == "cpu" and has_compiler():
-            step, notice = trial.compiled_if_it_pays(
-                step, lambda: make_step(StepKind.compiled), first_batch, total_steps, taps=taps
-            )
-        if taps is not None:
-            taps.keep_open(type(step) is not EagerStep)
-        self.notices += [] if notice is None else [notice]
-        return step
-
-    def penalty(self, parameters: list[nn.Parameter]) -> Callable[[], torch.Tensor] | None:
-        first, second = self.regularization.l1, self.regularization.l2
-        if not first and not second:
-            return None
-
-        def penalty() -> torch.Tensor:
-            terms = ([first * l1(parameters)] if first else []) + ([second * l2(parameters)] if second else [])
-            return terms[0] if len(terms) == 1 else terms[0] + terms[1]
-
-        return penalty
 
     # ---- state and listeners ----
 

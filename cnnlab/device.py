@@ -109,6 +109,11 @@ def place(trainer: Trainer, *, closure: bool, local_rank: int = 0, world: int = 
     notices: list[str] = []
     precision = _precision(trainer.precision, device, closure, notices)
     step = _step(trainer.step, device, closure, world)
+    if trainer.sync_batch_norm and world > 1 and device.type != "cuda":
+        raise UsageError(
+            f"`trainer.sync_batch_norm`: torch synchronizes batch statistics on GPUs only, this run is on {device.type}; "
+            "type norm=group, or trainer.sync_batch_norm=false"
+        )
     layout = trainer.layout
     if layout is Layout.auto:
         layout = Layout.contiguous if device.type == "mps" else Layout.channels_last

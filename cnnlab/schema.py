@@ -137,6 +137,8 @@ class Trainer:
     """Samples an evaluation batch; `null` takes the larger of `batch_size` and 256."""
     drop_last: bool = False
     """Leaves out an epoch's uneven last batch."""
+    sync_batch_norm: bool = False
+    """On several GPUs: batch statistics over all processes' samples, not each one's own."""
     clip_norm: Positive | None = None
     """Scales the whole gradient down to this L2 norm when it is larger."""
     device: Device = Device.auto

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnnlab.builder import make_network, make_optimizer, make_pipeline, target_classes
+from cnnlab.assemble import make_network, make_optimizer, make_pipeline, target_classes
 from cnnlab.check import accepts, bind_section, check_part, check_section, check_value, is_part, locate
 from cnnlab.config import Composed, Composer
 from cnnlab.device import place

@@ -49,11 +49,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from cnnlab.assemble import make_network
 from cnnlab.bench import process
 from cnnlab.bench.arms import TrainerArm, ordinary
 from cnnlab.bench.roofline import synchronizer
 from cnnlab.bench.rounds import Arm, Turn, interleave, rates, ratios
-from cnnlab.builder import make_network
 from cnnlab.check import bind_section
 from cnnlab.config import compose
 from cnnlab.device import place

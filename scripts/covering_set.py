@@ -649,7 +649,7 @@ def learn(lab: Lab, space: Space, covering: Covering, result: Result, row: Row) 
     for factor in blamed:
         for option in space.factors[factor]:
             like = {**blamed, factor: option}
-            if frozenset(like.items()) in covering.missing and lab.refuses(like):
+            if frozenset(like.items()) in covering.missing and lab.beside_any_base(like) is None:
                 yield from learn(lab, space, covering, result, like)
 
 

@@ -21,6 +21,7 @@ FLOORS: list[set[str]] = [
     {"data", "models", "init", "optim", "losses", "augment"},
     {"tasks", "observe", "checkpoint", "summarize"},
     {"train"},
+    {"assemble", "stepping"},
     {"builder"},
     {"validate", "bench"},
     {"verbs"},

@@ -112,6 +112,24 @@ def test_on_another_kind_of_device_it_chooses_anew(machine):
     assert as_recorded(trainer(device=Device.cpu), choices) == trainer(device=Device.cpu)
 
 
+def test_batch_statistics_are_synchronized_on_gpus_only(machine):
+    machine("cuda", gpus=2)
+    place(trainer(sync_batch_norm=True), closure=False, world=2)
+    machine()
+    place(trainer(sync_batch_norm=True), closure=False)
+    with pytest.raises(UsageError, match="type norm=group"):
+        place(trainer(sync_batch_norm=True), closure=False, world=2)
+
+
+def test_on_a_gpu_auto_tries_a_graph(machine):
+    machine("cuda")
+    assert place(trainer(), closure=False).step is StepKind.captured
+    assert place(trainer(), closure=True).step is StepKind.eager
+    assert place(trainer(), closure=False, world=2).step is StepKind.eager
+    machine()
+    assert place(trainer(), closure=False).step is StepKind.eager
+
+
 @pytest.mark.gpu
 def test_the_gpu_is_found():
     assert choose_device(Device.auto).type == "cuda"

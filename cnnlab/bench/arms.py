@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from cnnlab.assemble import make_optimizer
 from cnnlab.bench.rounds import Arm, Update, endless
-from cnnlab.builder import build, make_optimizer, with_overrides
+from cnnlab.builder import build, with_overrides
 from cnnlab.check import bind_section, locate
 from cnnlab.config import Composed
 from cnnlab.data.splits import TensorSplit

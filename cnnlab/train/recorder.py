@@ -19,6 +19,7 @@ from cnnlab.ranks import Ranks
 from cnnlab.rundir import RunDir, write_atomically
 from cnnlab.sinks.jsonl import JsonlSink
 from cnnlab.train.run import Run, describe_sums
+from cnnlab.train.state import Arriving
 
 
 class Recorder(Listener):
@@ -31,16 +32,29 @@ class Recorder(Listener):
     def __init__(self, folder: RunDir | None):
         self._metrics = JsonlSink(folder.metrics) if folder is not None else None
         self._stats = JsonlSink(folder.stats, digits=5) if folder is not None else None
+        self._coming: tuple[dict[str, Any], Arriving] | None = None
 
     def on_step(self, run: Run, result: StepResult) -> None:
         run.totals.add(result.sums)
         if run.device.type == "cpu" and run.ranks.world == 1 and not math.isfinite(float(result.sums["data_loss"])):
             self._diverged(run)  # at once where reading the loss is free; else at the next record, on all ranks
         clock = run.clock
-        if clock.step % run.trainer.log_every == 0 or clock.batch == run.steps_per_epoch or run.finished():
-            figures = describe_sums(run.task, run.totals.take())
-            record = {"step": clock.step, "epoch": clock.epoch, "split": "train", "lr": self._last_lr(run)}
-            run.tell("on_record", {**record, **figures})
+        at_end = clock.batch == run.steps_per_epoch or run.finished()
+        if clock.step % run.trainer.log_every == 0 or at_end:
+            self._tell(run)
+            record = {"step": clock.step, "epoch": clock.epoch, "split": "train", "lr": run.last_lr}
+            if run.ranks.world > 1:
+                run.tell("on_record", {**record, **describe_sums(run.task, run.totals.take())})
+            else:
+                self._coming = record, run.totals.take_later()
+        if self._coming is not None and (at_end or self._coming[1].ready()):
+            self._tell(run)
+
+    def _tell(self, run: Run) -> None:
+        """Hands over the record whose figures were on their way, waiting for them if need be."""
+        if self._coming is not None:
+            (record, sums), self._coming = self._coming, None
+            run.tell("on_record", {**record, **describe_sums(run.task, sums.wait())})
 
     def on_record(self, run: Run, record: dict[str, Any]) -> None:
         if self._metrics is not None:
@@ -56,6 +70,7 @@ class Recorder(Listener):
 
     def on_save(self, run: Run) -> None:
         """Nothing is left unwritten, and what diverged since the last record does not overwrite what did not."""
+        self._tell(run)
         run.observer.drain()
         run.totals.gather()
         if not bool(measure.total_norm(run.step.parameters).isfinite()):
@@ -64,12 +79,8 @@ class Recorder(Listener):
     def on_end(self, run: Run, error: BaseException | None) -> None:
         run.observer.drain()
 
-    def _last_lr(self, run: Run) -> float:
-        group = run.optimizer.param_groups[0]
-        return float(group["lr"]) / group.get("lr_scale", 1.0)
-
     def _diverged(self, run: Run) -> None:
-        rate = self._last_lr(run)
+        rate = run.last_lr
         raise DivergedError(
             f"the loss became non-finite by step {run.clock.step} (epoch {run.clock.epoch}); expected a finite "
             f"loss. Try a smaller rate (optim.lr={rate / 10:.2g}; it was {rate:.2g} here) or trainer.clip_norm=1"

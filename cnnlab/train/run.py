@@ -59,6 +59,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.totals = Totals(self.ranks, self.device)
+        self.last_lr = self.lr()
+        """The base learning rate of the last update."""
 
     # ---- what listeners ask ----
 
@@ -119,6 +121,7 @@ class Run:
 
     def _set_lr(self) -> None:
         factor = self.schedule.factor(self.clock.step, self.total_steps)
+        self.last_lr = self.optimizer.param_groups[0]["base_lr"] * factor
         for group in self.optimizer.param_groups:
             rate = group["base_lr"] * group.get("lr_scale", 1.0) * factor
             if isinstance(group["lr"], torch.Tensor):

@@ -82,6 +82,33 @@ class Clock:
         self.wall.seconds, self.training.seconds = state["wall"], state["training"]
 
 
+class Arriving:
+    """Tensors on their way from the device to the CPU."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._tensors = {}
+        for name, tensor in tensors.items():
+            if tensor.is_cuda:
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                self._tensors[name] = host.copy_(tensor, non_blocking=True)
+                self._event = self._event or torch.cuda.Event()
+            else:
+                self._tensors[name] = tensor.cpu()
+        if self._event is not None:
+            self._event.record()
+
+    def ready(self) -> bool:
+        """Whether they are there."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> dict[str, Tensor]:
+        """The tensors on the CPU."""
+        if self._event is not None:
+            self._event.synchronize()
+        return dict(self._tensors)
+
+
 class Totals:
     """Sums since they were last taken, on the device; nobody waits for them before that."""
 
@@ -108,6 +135,11 @@ class Totals:
                         sums[name] = torch.zeros(shape, dtype=dtype, device=self._device)
             self._ranks.sum_([sums[name] for name in sorted(sums)])
         return {name: value.cpu() for name, value in sums.items()}
+
+    def take_later(self) -> Arriving:
+        """The sums of this process, on their way to the CPU; starts again from nothing. Nobody waits."""
+        sums, self._sums = self._sums, {}
+        return Arriving(sums)
 
     def gather(self) -> None:
         """Lets `state_dict` hold the sums of all ranks, one by one: added up earlier, they would round otherwise

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
 def _describe(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from cnnlab.builder import make_network, make_optimizer, make_task
+    from cnnlab.assemble import make_network, make_optimizer, make_task
     from cnnlab.check import bind_section
     from cnnlab.parts import make
     from cnnlab.schema import Groups, Regularization

@@ -7,7 +7,7 @@ import torch
 from lab_runs import composed, fitted, make_run
 from torch import nn
 
-from cnnlab.builder import make_network, make_task
+from cnnlab.assemble import make_network, make_task
 from cnnlab.config import Composer
 from cnnlab.errors import ConfigError
 from cnnlab.models.dropout import ClassicDropout

@@ -9,7 +9,7 @@ import torch
 from lab_runs import composed, fitted, make_run
 from torch import nn
 
-from cnnlab.builder import make_optimizer
+from cnnlab.assemble import make_optimizer
 from cnnlab.errors import ConfigError
 from cnnlab.optim.decay import decouple_decay
 from cnnlab.schema import Groups

@@ -21,7 +21,7 @@ from cnnlab.rundir import RunDir
 from cnnlab.sinks.jsonl import read_records
 from cnnlab.train import fit, loop
 from cnnlab.train.recorder import sample_losses
-from cnnlab.train.state import Selection
+from cnnlab.train.state import Arriving, Selection
 from cnnlab.verbs.eval import evaluate_run
 
 
@@ -369,6 +369,17 @@ def test_listeners_hear_everything_in_order(tmp_path: Path):
         "on_start", "on_save", "on_step", "on_stats", "on_step", "on_record", "on_record", "on_epoch", "on_save",
         "on_trained", "on_record", "on_end",
     ]  # fmt: skip
+
+
+def test_figures_that_arrive_late_make_the_same_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU, where a record's figures are still on their way when the next step begins."""
+    overrides = ("trainer.log_every=1", "trainer.epochs=2", "stats=off")
+    fitted(*overrides, folder=tmp_path / "prompt")
+    monkeypatch.setattr(Arriving, "ready", lambda self: False)
+    fitted(*overrides, folder=tmp_path / "late")
+    prompt, late = (list(read_records(tmp_path / name / "metrics.jsonl")) for name in ("prompt", "late"))
+    assert late == prompt
+    assert [record["step"] for record in late if record["split"] == "train"] == list(range(1, 9))
 
 
 def test_run_json_is_valid_at_every_moment(tmp_path: Path):

@@ -1,0 +1,108 @@
+"""The step of a run: made from the config, and settled by what works on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from cnnlab.data.cache import cache_folder
+from cnnlab.data.loader import Loader
+from cnnlab.device import Placement, has_compiler
+from cnnlab.losses.penalty import l1, l2, max_norm_
+from cnnlab.observe.taps import Taps
+from cnnlab.optim.traits import Traits
+from cnnlab.protocols import Batch
+from cnnlab.ranks import Ranks
+from cnnlab.schema import Precision, Regularization, StepKind, Trainer
+from cnnlab.train import trial
+from cnnlab.train.state import Ema
+from cnnlab.train.step import CapturedStep, ClosureStep, CompiledStep, EagerStep, Forward, GraphClosureStep
+
+
+@dataclass(frozen=True)
+class StepMaker:
+    """What every way of running a step needs."""
+
+    forward: Forward
+    optimizer: torch.optim.Optimizer
+    traits: Traits
+    placement: Placement
+    trainer: Trainer
+    regularization: Regularization
+    ema: Ema | None
+    ranks: Ranks
+    seed: int
+    train: Loader
+
+    def make(self) -> EagerStep:
+        """The step that the placement names, or the one that the optimizer asks for."""
+        parameters = [p for p in self.forward.model.parameters() if p.requires_grad]
+        half = self.placement.precision is Precision.fp16
+        arguments: dict[str, Any] = {
+            "seed": self.seed,
+            "ranks": self.ranks,
+            "penalty": penalty(parameters, self.regularization),
+            "after_update": self.after_update(parameters),
+            "scaler": torch.amp.GradScaler(self.placement.device.type) if half else None,
+            "accumulate": self.trainer.accumulate,
+            "clip_norm": self.trainer.clip_norm,
+        }
+        if self.traits.create_graph:
+            return GraphClosureStep(self.forward, self.optimizer, parameters, **arguments)
+        if self.traits.closure:
+            return ClosureStep(self.forward, self.optimizer, parameters, **arguments)
+        if self.placement.step is StepKind.eager:
+            return EagerStep(self.forward, self.optimizer, parameters, **arguments)
+        arguments["batch_size"] = self.train.batch_size
+        if self.placement.step is StepKind.captured:
+            return CapturedStep(self.forward, self.optimizer, parameters, **arguments)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(None) / "inductor"))
+        return CompiledStep(self.forward, self.optimizer, parameters, **arguments)
+
+    def settle(self, total_steps: int, taps: Taps | None) -> tuple[EagerStep, str | None]:
+        """The step that the run takes, the wanted one or the best of those that work here; and a line on why."""
+        step, notice = self.make(), None
+        if self.trainer.step is not StepKind.auto or self.traits.closure or self.ranks.world > 1:
+            return step, None
+        if isinstance(step, CapturedStep):
+            reason = trial.refusal(step, *self.first_batch())
+            if reason is not None:
+                step = self.of_kind(StepKind.eager)
+                notice = f"step: eager, as no CUDA graph of this network can be made ({reason})"
+        elif self.placement.device.type == "cpu" and has_compiler():
+            step, notice = trial.compiled_if_it_pays(
+                step, lambda: self.of_kind(StepKind.compiled), self.first_batch, total_steps, taps=taps
+            )
+        if taps is not None:
+            taps.keep_open(type(step) is not EagerStep)
+        return step, notice
+
+    def of_kind(self, kind: StepKind) -> EagerStep:
+        return replace(self, placement=replace(self.placement, step=kind)).make()
+
+    def first_batch(self) -> tuple[Batch, int]:
+        return next(self.train.batches(0))
+
+    def after_update(self, parameters: list[nn.Parameter]) -> list[Callable[[], None]]:
+        """What follows each update: projections, then averages."""
+        limit = self.regularization.max_norm
+        projections = [] if limit is None else [lambda: max_norm_(parameters, limit)]
+        return [*projections, *([] if self.ema is None else [self.ema.update])]
+
+
+def penalty(parameters: list[nn.Parameter], regularization: Regularization) -> Callable[[], torch.Tensor] | None:
+    """The term of the loss that depends on the weights alone; `None` where there is none."""
+    first, second = regularization.l1, regularization.l2
+    if not first and not second:
+        return None
+
+    def total() -> torch.Tensor:
+        terms = ([first * l1(parameters)] if first else []) + ([second * l2(parameters)] if second else [])
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+    return total
