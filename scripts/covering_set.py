@@ -401,6 +401,8 @@ class Result:
     """Rows in which no weight moved."""
     slowed: list[str] = field(default_factory=list)
     """Rows that diverged at their optimizer's default rate and trained at `SMALL_RATE` times it."""
+    diverged: list[str] = field(default_factory=list)
+    """Rows that took a step, and whose loss was not finite even at the small rate (exit 4)."""
     missing: int = 0
     seconds: float = 0.0
 
@@ -411,6 +413,7 @@ class Trained:
 
     moved: bool
     slowed: bool = False
+    diverged: str | None = None
 
 
 class RowFailed(Exception):
@@ -524,7 +527,7 @@ class Lab:
             raise
         except DivergedError as error:
             if rate < 1:
-                raise RowFailed(f"DivergedError: {error}") from error
+                return Trained(True, diverged=str(error))
             return replace(self.train(composed, SMALL_RATE), slowed=True)
         except Exception as error:
             raise RowFailed(f"{type(error).__name__}: {error}") from error
@@ -627,7 +630,8 @@ def one_row(lab: Lab, space: Space, covering: Covering, result: Result) -> str |
         return f"FAILED: {words(combination)}: {result.failed[combination]}"
     line = " ".join(f"{factor}={option}" for factor, option in row.items())
     result.still += [] if trained.moved else [line]
-    result.slowed += [line] if trained.slowed else []
+    result.slowed += [line] if trained.slowed and not trained.diverged else []
+    result.diverged += [f"{line}: {trained.diverged}"] if trained.diverged else []
     fresh = [pair for pair in pairs_of(row) if pair in covering.missing]
     result.trained_pairs += len(fresh)
     covering.drop(fresh)
@@ -687,6 +691,7 @@ def as_json(result: Result, space: Space) -> dict[str, Any]:
         "refused": told(result.refused),
         "failed": told(result.failed),
         "rows_at_a_smaller_rate": result.slowed,
+        "rows_that_diverged": result.diverged,
         "rows_without_a_moved_weight": result.still,
         "seconds": round(result.seconds, 1),
     }
@@ -720,7 +725,8 @@ def as_markdown(result: Result, space: Space, seed: int) -> str:
         "of its own format.",
         "",
         f"Rows that diverged at their optimizer's default rate (and ended with exit code 4's message), and trained at "
-        f"{SMALL_RATE:g} of it: {len(result.slowed)}. Rows in which no weight moved: {len(result.still)}.",
+        f"{SMALL_RATE:g} of it: {len(result.slowed)}. Rows that diverged even so: {len(result.diverged)}. Rows in "
+        f"which no weight moved: {len(result.still)}.",
         "",
         "## Refused",
         "",

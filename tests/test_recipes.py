@@ -22,7 +22,7 @@ def test_the_header_has_command_cost_and_result(name: str):
     text = (config_root() / "experiment" / f"{name}.yaml").read_text()
     header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
     assert f"experiment={name}" in header and "cnnlab train" in header
-    words = ("Cost", "paper") if not name.endswith("_small") else ("Expected",)
+    words = ("Cost", "paper") if not name.endswith("_small") else ("Measured",)
     assert all(word in header for word in words)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -13,29 +13,36 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
-@contextmanager
-def frozen_statistics(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Batch norm inside normalizes by the batch as before, but its running moments stay what they are."""
-    norms = [m for block in blocks for m in block.modules() if isinstance(m, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    counters = [norm.num_batches_tracked for norm in norms]
-    counts = [None if counter is None else counter.clone() for counter in counters]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
+class FrozenStatistics:
+    """Batch norm inside normalizes by the batch as before, but its running moments stay what they are.
+
+    May be entered again: an optimizer that differentiates twice has the blocks recomputed twice.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]):
+        self._norms = [m for block in blocks for m in block.modules() if isinstance(m, _BatchNorm)]
+        self._saved: list[tuple[float | None, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self._saved = [
+            (norm.momentum, None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone())
+            for norm in self._norms
+        ]
+        for norm in self._norms:
+            norm.momentum = 0.0
+
+    def __exit__(self, *exception: object) -> None:
         with torch.no_grad():
-            for norm, momentum, counter, count in zip(norms, momenta, counters, counts, strict=True):
+            for norm, (momentum, count) in zip(self._norms, self._saved, strict=True):
                 norm.momentum = momentum
-                if counter is not None and count is not None:
-                    counter.copy_(count)
+                if norm.num_batches_tracked is not None and count is not None:
+                    norm.num_batches_tracked.copy_(count)
 
 
 def _contexts(
     blocks: Sequence[nn.Module],
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), frozen_statistics(blocks)
+    return nullcontext(), FrozenStatistics(blocks)
 
 
 def _chain(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:

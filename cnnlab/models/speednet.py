@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnlab.models.norm import NormFactory, batch
-from cnnlab.models.parts import ActivationFactory, conv_norm, require_size
+from cnnlab.models.parts import ActivationFactory, conv_norm, require_size, require_spatial
 from cnnlab.protocols import ConvNet, Features
 from cnnlab.schema import Positive, PositiveInt
 
@@ -81,6 +81,8 @@ class SpeedNet(ConvNet):
         if poolings < len(widths):
             self.notes.append(f"the first {len(widths) - poolings} of {len(widths)} poolings are left out")
         require_size(image_size, self.min_size, "this SpeedNet", "larger images fit")
+        smallest = ((image_size[0] - 1) >> poolings, (image_size[1] - 1) >> poolings)
+        require_spatial(norm, smallest, "this SpeedNet", "larger images do")
         self.scale = 1 / widths[-1] if scale is None else scale
         stem = 2 * 4 * in_channels
         self.whiten = nn.Conv2d(in_channels, stem, 2)

@@ -60,7 +60,7 @@ class Recorder(Listener):
         if self._metrics is not None:
             self._metrics.write(record)
         if not math.isfinite(record["loss"]):
-            self._diverged(run)
+            self._diverged(run, record["split"])
 
     def on_stats(self, run: Run, record: dict[str, Any]) -> None:
         if self._stats is None:
@@ -79,11 +79,18 @@ class Recorder(Listener):
     def on_end(self, run: Run, error: BaseException | None) -> None:
         run.observer.drain()
 
-    def _diverged(self, run: Run) -> None:
+    def _diverged(self, run: Run, split: str = "train") -> None:
         rate = run.last_lr
+        where = f"by step {run.clock.step} (epoch {run.clock.epoch}); expected a finite loss"
+        if split == "train":
+            raise DivergedError(
+                f"the loss became non-finite {where}. Try a smaller rate (optim.lr={rate / 10:.2g}; it was {rate:.2g} "
+                "here) or trainer.clip_norm=1"
+            )
         raise DivergedError(
-            f"the loss became non-finite by step {run.clock.step} (epoch {run.clock.epoch}); expected a finite "
-            f"loss. Try a smaller rate (optim.lr={rate / 10:.2g}; it was {rate:.2g} here) or trainer.clip_norm=1"
+            f"the loss on {split} is non-finite {where}, and that of the training is not. A batch norm's running "
+            "moments may be too young after so few steps: try trainer.precision=fp32 (or bf16, which overflows later than "
+            "fp16), a larger norm.momentum, or a larger trainer.eval_every"
         )
 
     def state_dict(self) -> dict[str, int]:

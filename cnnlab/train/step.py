@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnlab import rng
-from cnnlab.errors import UsageError
+from cnnlab.errors import DivergedError, UsageError
 from cnnlab.observe.observer import Look
 from cnnlab.protocols import Batch, Outputs, StepResult, Task, as_outputs
 from cnnlab.ranks import Ranks
@@ -179,11 +179,17 @@ class EagerStep:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
 
     def update(self) -> None:
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        try:
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+        except torch.linalg.LinAlgError as error:  # a preconditioner of gradients that are not finite
+            raise DivergedError(
+                f"{type(self.optimizer).__name__} cannot factorize the moments of these gradients ({error}); "
+                "try a smaller rate (optim.lr=...) or trainer.clip_norm=1"
+            ) from error
         for action in self.after_update:
             action()
 

@@ -5,7 +5,7 @@ import torch
 from lab_runs import make_run
 from models_helpers import CIFAR, images
 
-from cnnlab.models.recompute import frozen_statistics
+from cnnlab.models.recompute import FrozenStatistics
 from cnnlab.models.resnet import CifarResNet, ResNet
 
 
@@ -69,11 +69,28 @@ def test_evaluation_and_no_grad_need_no_recomputation():
 def test_frozen_statistics_restores_after_an_error():
     norm = torch.nn.BatchNorm2d(3)
     before = copy.deepcopy(norm.state_dict())
-    with pytest.raises(RuntimeError, match="stop"), frozen_statistics([norm]):
+    with pytest.raises(RuntimeError, match="stop"), FrozenStatistics([norm]):
         norm(images(4))
         raise RuntimeError("stop")
     assert norm.momentum == 0.1
     assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items())
+
+
+def test_a_loss_may_be_differentiated_twice():
+    """Optimizers that need the curvature (Sophia, Newton-CG) go through the recomputed blocks again."""
+    found = []
+    for checkpoint in (False, True):
+        torch.manual_seed(0)
+        model = CifarResNet(**CIFAR, depth=14, checkpoint=checkpoint)
+        weights = list(model.parameters())
+        loss = model(images(8, count=4))["logits"].square().mean()
+        gradients = torch.autograd.grad(loss, weights, create_graph=True)
+        along = sum(g.square().sum() for g in gradients)
+        found.append([*torch.autograd.grad(along, weights, allow_unused=True)])
+        momenta = {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+        assert momenta == {0.1}
+    for one, other in zip(*found, strict=True):
+        assert (one is None and other is None) or torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_compiles_whole():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cnnlab.models.norm import instance
 from cnnlab.models.speednet import SpeedNet
 
 
@@ -37,3 +38,9 @@ def test_logits_are_scaled() -> None:
     plain = net(x)["logits"] / net.scale
     net.scale = 1.0
     torch.testing.assert_close(net(x)["logits"], plain)
+
+
+def test_instance_norm_of_a_single_pixel_is_refused() -> None:
+    build(32, norm=instance)
+    with pytest.raises(ValueError, match="norm=group"):
+        build(8, widths=(8, 8, 8), norm=instance)

@@ -371,6 +371,31 @@ def test_listeners_hear_everything_in_order(tmp_path: Path):
     ]  # fmt: skip
 
 
+def test_a_split_whose_loss_alone_is_not_finite_is_told_apart(tmp_path: Path):
+    """Young running moments overflow in evaluation only; a smaller rate would not help."""
+
+    class Spoils(Listener):
+        def on_step(self, run, result):
+            next(m for m in run.model.modules() if isinstance(m, torch.nn.BatchNorm2d)).running_var.fill_(float("nan"))
+
+    run = make_run(folder=tmp_path)
+    run.listeners.insert(0, Spoils())
+    with pytest.raises(DivergedError, match=r"loss on val is non-finite by step 4 .*eval_every"):
+        fit(run)
+
+
+def test_an_optimizer_that_cannot_factorize_its_gradients_has_diverged(tmp_path: Path):
+    run = make_run(folder=tmp_path)
+
+    def fail(closure=None):
+        raise torch.linalg.LinAlgError("svd did not converge")
+
+    run.optimizer.step = fail
+    with pytest.raises(DivergedError, match=r"SGD cannot factorize .*clip_norm=1"):
+        fit(run)
+    assert RunDir(tmp_path).read()["status"] == "diverged"
+
+
 def test_figures_that_arrive_late_make_the_same_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As on a GPU, where a record's figures are still on their way when the next step begins."""
     overrides = ("trainer.log_every=1", "trainer.epochs=2", "stats=off")
