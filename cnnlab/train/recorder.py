@@ -89,8 +89,8 @@ class Recorder(Listener):
             )
         raise DivergedError(
             f"the loss on {split} is non-finite {where}, and that of the training is not. A batch norm's running "
-            "moments may be too young after so few steps: try trainer.precision=fp32 (or bf16, which overflows later than "
-            "fp16), a larger norm.momentum, or a larger trainer.eval_every"
+            "moments may be too young after so few steps: try trainer.precision=fp32 (or bf16, which overflows later "
+            "than fp16), a larger norm.momentum, or a larger trainer.eval_every"
         )
 
     def state_dict(self) -> dict[str, int]:
