@@ -150,7 +150,7 @@ def generate(folder: Path, cell: Cell) -> None:
 def overrides(cell: Cell, images: Path, cache: Path, device: str) -> list[str]:
     """The experiment of a cell, as typed for `cnnlab train`."""
     data = ["data=folder", f"data.root='{images}'", f"data.cache='{cache}'", f"data.size={cell.size}"]
-    optim = ["optim=momentum", "optim.lr=0.01", "optim.weight_decay=5e-4", "groups.decay_norm_and_bias=true"]
+    optim = ["optim=momentum", "optim.lr=0.001", "optim.weight_decay=5e-4", "groups.decay_norm_and_bias=true"]
     rest = ["schedule=constant", "augment=[crop,flip]", f"trainer.batch_size={cell.batch}", f"trainer.device={device}"]
     return [*cell.model, *data, f"data.channels={cell.channels}", *optim, *rest, f"trainer.epochs={cell.epochs}"]
 

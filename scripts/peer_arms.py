@@ -57,7 +57,7 @@ class Setting:
     epoch: int
     workers: int
     folder: Path
-    lr: float = 0.01
+    lr: float = 0.001
     momentum: float = 0.9
     weight_decay: float = 5e-4
     padding: int = 4

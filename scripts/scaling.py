@@ -25,7 +25,7 @@ from rich.table import Table
 from cnnlab.errors import UsageError
 
 DEPTHS = (20, 32, 56, 110, 218, 434, 1202)
-COMMON = ("data=shapes", "augment=standard", "trainer.epochs=100", "trainer.progress=false")
+COMMON = ("data=shapes", "augment=standard", "trainer.epochs=100", "trainer.progress=false", "trainer.step=eager")
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ def draw(axis: Axis, measured: dict[str, dict[int, dict[str, float]]], path: Pat
                 sizes = list(points)
                 proportional = [values[-1] * size / sizes[-1] for size in sizes]
                 axes.plot(sizes, proportional, ":", color=line.get_color(), label="proportional")
-        axes.set(xscale="log", yscale="log", xlabel=axis.label, title=title)
+        axes.set(xscale="log", xlabel=axis.label, title=title)
+        axes.set_yscale("log") if key == "step" else axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ def by_hand(run, *, penalty: float = 0.0, clip: float | None = None, after=lambd
     """The run's training as a plain PyTorch loop, on a copy of its network."""
     model = copy.deepcopy(run.model)
     group = run.optimizer.param_groups[0]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=group["momentum"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=group["momentum"], fused=True)
     step = 0
     for epoch in range(run.epochs):
         model.train()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
 from lab_runs import bits, make_run, watched
+from torch import nn
 
 from cnnlab.observe.taps import Taps
 from cnnlab.protocols import Batch
@@ -70,6 +72,17 @@ def test_a_short_run_is_not_kept_waiting(run: Run, steps: int):
     assert (step, notice) == (run.step, None)
 
 
+def test_a_deep_network_must_run_longer_before_a_trial_pays(run: Run):
+    """Compiling a thousand layers takes a quarter of an hour."""
+    seconds = trial.compile_seconds(run.model)
+    deep = nn.Sequential(*(nn.ReLU() for _ in range(3600)))
+    assert trial.compile_seconds(deep) > 900 > 60 > seconds
+    compiled = paced(Other, run)
+    for share, tried in ((1e-9, False), (1e9, True)):
+        _, notice = settle(run, paced(Paced, run, 0.01), lambda: compiled, steps=trial.MIN_STEPS, share=share)
+        assert (notice is not None) is tried
+
+
 def test_what_cannot_be_compiled_runs_eagerly_and_says_why(run: Run):
     broken = paced(Other, run, error=RuntimeError("\n  a graph break\nin line 3"))
     step, notice = settle(run, run.step, lambda: broken)
@@ -89,7 +102,7 @@ def test_the_taps_are_open_for_a_compiled_step_only(run: Run):
     class WatchedToo(Watched):
         name = "compiled"
 
-    settle(run, paced(Watched, run), lambda: paced(WatchedToo, run), compile_from=0, taps=taps)  # type: ignore[arg-type]
+    settle(run, paced(Watched, run), lambda: paced(WatchedToo, run), share=math.inf, taps=taps)  # type: ignore[arg-type]
     assert seen == {"eager": {False}, "compiled": {True}}
 
 
