@@ -82,15 +82,15 @@ class Recorder(Listener):
     def _diverged(self, run: Run, split: str = "train") -> None:
         rate = run.last_lr
         where = f"by step {run.clock.step} (epoch {run.clock.epoch}); expected a finite loss"
-        if split == "train":
+        if split == "train" or not bool(measure.total_norm(run.step.parameters).isfinite()):
             raise DivergedError(
                 f"the loss became non-finite {where}. Try a smaller rate (optim.lr={rate / 10:.2g}; it was {rate:.2g} "
                 "here) or trainer.clip_norm=1"
             )
         raise DivergedError(
-            f"the loss on {split} is non-finite {where}, and that of the training is not. A batch norm's running "
-            "moments may be too young after so few steps: try trainer.precision=fp32 (or bf16, which overflows later "
-            "than fp16), a larger norm.momentum, or a larger trainer.eval_every"
+            f"the loss on {split} is non-finite {where}, and that of the training is not. The last updates may have "
+            f"been too large, or a batch norm's running moments too young: try optim.lr={rate / 10:.2g}, or "
+            "trainer.precision=fp32 (bf16 overflows later than fp16), a larger norm.momentum, or trainer.eval_every"
         )
 
     def state_dict(self) -> dict[str, int]:
