@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -91,6 +92,7 @@ def choose_device(wanted: Device, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+@cache
 def cpu_has_fast_bf16() -> bool:
     """Whether bf16 matrix products run in hardware, where they beat fp32 (AMX, AVX512-BF16)."""
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

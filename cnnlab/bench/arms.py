@@ -86,9 +86,7 @@ def ordinary(composed: Composed, folder: Path, **sections: Mapping[str, Any]) ->
 
 def every_step_sampled(config: Mapping[str, Any]) -> dict[str, Any]:
     """The sections of a config with all probes due at every step, and nothing that makes them rarer."""
-    stats = {**config["stats"], "every": 1, "max_records": 10**9}
-    if "max_overhead" in stats:
-        stats["max_overhead"] = None
+    stats = {**config["stats"], "every": 1, "max_records": 10**9, "max_overhead": None}
     probes = {name: node and {**node, "every": None} for name, node in config["probe"].items()}
     return {"stats": stats, "probe": probes}
 

@@ -69,7 +69,7 @@ class PaperSpeedNet(Default):
         return weight
 
     def bias(self, layer: Layer, rng: torch.Generator) -> Tensor:
-        return torch.zeros(0 if layer.bias is None else layer.bias.shape)
+        return Initializer.bias(self, layer, rng)
 
 
 class Own(Initializer):
