@@ -174,7 +174,7 @@ _NOISE = (
 def reason(error: BaseException) -> str:
     """What Hydra, OmegaConf or the YAML reader found wrong, as one line; much of it hides in `__cause__`."""
     chain = [error]
-    while (cause := chain[-1].__cause__) is not None:
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:  # under a debugger OmegaConf's goes round
         chain.append(cause)
     for link in chain:
         if isinstance(link, yaml.MarkedYAMLError) and link.problem_mark is not None:

@@ -5,7 +5,8 @@
     python scripts/bench_peers.py --rounds 20 --seconds 2 --json peers.json
     python scripts/bench_peers.py --start-up                                time from process start, instead
 
-A cell is a network, an image size and a batch size. Its arms take short turns, round by round, in one process:
+A cell is a network, an image size and a batch size. Its arms take short turns, round by round, each in a process of
+its own (`remote_arm.py`), as one would run it:
 
 - `cnnlab train`: the ordinary trainer with all that it does by default (decoded images from its cache, augmentation,
   statistics, records, TensorBoard) in a temporary folder. Evaluation and checkpoints are left out.
@@ -15,8 +16,8 @@ A cell is a network, an image size and a batch size. Its arms take short turns, 
 Compared are images/s, by medians over the rounds of the ratio to an arm in the same round. All arms begin with the same
 weights. The peers train torchvision's own module where it takes cnnlab's weights (AlexNet, and the ResNets at 224
 pixels); elsewhere (small stems, ResNet-20) cnnlab's module, so that the arms differ in how they train, not in what.
-Lightning owns its loop, so its `fit` runs in a thread that waits in a callback for its next turn; worker processes are
-stopped between the turns of the arm that has them.
+Lightning owns its loop, so its `fit` runs in a thread that waits in a callback for its next turn. Between its turns a
+process is stopped, with the worker processes that it has.
 
 The images are generated, JPEG (224) or PNG (below), and written to a temporary folder; `--images FOLDER` takes yours.
 The peers are a development extra: pip install -e '.[peers]'.
@@ -25,6 +26,8 @@ The peers are a development extra: pip install -e '.[peers]'.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import os
 import shutil
@@ -45,6 +48,7 @@ import numpy as np
 import torch
 from peer_arms import ARMS, Setting, refusal
 from PIL import Image
+from remote_arm import RemoteArm
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -52,7 +56,6 @@ from torch import Tensor, nn
 from cnnlab.assemble import make_network
 from cnnlab.bench import process
 from cnnlab.bench.arms import TrainerArm, ordinary
-from cnnlab.bench.roofline import synchronizer
 from cnnlab.bench.rounds import Arm, Turn, interleave, rates, ratios
 from cnnlab.check import bind_section
 from cnnlab.config import compose
@@ -111,24 +114,20 @@ class Logits(nn.Module):
         return self.network(images)["logits"]
 
 
-def twin(cell: Cell, run: Run) -> Callable[[], nn.Module]:
-    """Makes networks with the run's present weights, for the peers."""
-    config, device = run.config, run.device
-    weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    spec, regularization = make(config["data"]).spec(), bind_section(Regularization, config["regularization"])
+def twin(cell: Cell, run: Run) -> nn.Module:
+    """A network with the run's present weights, on the CPU, for the peers."""
+    weights, config = run.model.state_dict(), run.config
+    made: nn.Module
+    if cell.torchvision is not None:
+        import torchvision
 
-    def network() -> nn.Module:
-        if cell.torchvision is not None:
-            import torchvision
-
-            made = getattr(torchvision.models, cell.torchvision)(num_classes=CLASSES)
-            made.load_state_dict(weights)
-            return made.to(device)
-        made = make_network(config, spec, run.task, regularization)
+        made = getattr(torchvision.models, cell.torchvision)(num_classes=CLASSES)
         made.load_state_dict(weights)
-        return Logits(made).to(device)
-
-    return network
+        return made
+    spec, regularization = make(config["data"]).spec(), bind_section(Regularization, config["regularization"])
+    made = make_network(config, spec, run.task, regularization)
+    made.load_state_dict(weights)
+    return Logits(made)
 
 
 # ---- images ----
@@ -160,7 +159,7 @@ def overrides(cell: Cell, images: Path, cache: Path, device: str) -> list[str]:
 
 def measure(cell: Cell, names: Sequence[str], options: argparse.Namespace, tell: Callable[..., None]) -> dict[str, Any]:
     """The turns of a cell's arms, and what they say."""
-    with process.undisturbed(), tempfile.TemporaryDirectory(prefix="bench-peers-") as text, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="bench-peers-") as text, ExitStack() as stack:
         folder = Path(text)
         images = options.images
         if images is None:
@@ -168,35 +167,49 @@ def measure(cell: Cell, names: Sequence[str], options: argparse.Namespace, tell:
             images = folder / "images"
             generate(images, cell)
         tell("building", 0, 1)
-        composed = compose(overrides(cell, images.resolve(), folder / "cache", options.device))
-        placement = place(bind_section(Trainer, composed.config["trainer"]), closure=False)
-        run = ordinary(composed, folder / "run")
-        split = run.loaders["train"].split
-        batch = split.fetch(torch.arange(min(len(split), cell.images)))
-        setting = Setting(
-            images=batch["image"].permute(0, 2, 3, 1).contiguous().cpu(),
-            labels=batch["label"].cpu(),
-            network=twin(cell, run),
-            device=placement.device,
-            dtype=placement.dtype,
-            batch=cell.batch,
-            epoch=cell.epoch,
-            workers=options.workers,
-            folder=folder,
-        )
-        arms: list[Arm] = [TrainerArm(OURS, run)]
-        skipped = {name: reason for name in names if (reason := refusal(name, placement.device))}
-        arms += [ARMS[name](name, setting) for name in names if name not in skipped]
-        for arm in arms:
+        typed = overrides(cell, images.resolve(), folder / "cache", options.device)
+        prepared, device = prepare(cell, typed, folder, options.workers)
+        skipped = {name: reason for name in names if (reason := refusal(name, device))}
+        lab = RemoteArm(OURS, ours, typed, folder / "run", threads=options.threads)
+        peers = [RemoteArm(n, peer, n, prepared, threads=options.threads) for n in names if n not in skipped]
+        for arm in (lab, *peers):
             stack.callback(arm.close)
-        turns = interleave(
-            arms,
-            rounds=options.rounds,
-            seconds=options.seconds,
-            synchronize=synchronizer(placement.device),
-            progress=tell,
-        )
-        return {**described(turns), "skipped": skipped, "step": run.facts["step"], "batch": cell.batch}
+        turns = interleave([lab, *peers], rounds=options.rounds, seconds=options.seconds, progress=tell)
+        return {**described(turns), "skipped": skipped, "step": lab.note, "batch": cell.batch}
+
+
+def prepare(cell: Cell, typed: Sequence[str], folder: Path, workers: int) -> tuple[Path, torch.device]:
+    """Decodes the images into cnnlab's cache, and leaves in a file what the peers need of them and of the network."""
+    composed = compose([*typed, "trainer.step=eager"])
+    placement = place(bind_section(Trainer, composed.config["trainer"]), closure=False)
+    run = ordinary(composed, folder / "weights")
+    split = run.loaders["train"].split
+    batch = split.fetch(torch.arange(min(len(split), cell.images)))
+    setting = Setting(
+        images=batch["image"].permute(0, 2, 3, 1).contiguous().cpu(),
+        labels=batch["label"].cpu(),
+        network=functools.partial(copy.deepcopy, twin(cell, run)),
+        device=placement.device,
+        dtype=placement.dtype,
+        batch=cell.batch,
+        epoch=cell.epoch,
+        workers=workers,
+        folder=folder,
+    )
+    torch.save(setting, folder / "setting.pt")
+    run.tell("on_end", None)
+    return folder / "setting.pt", placement.device
+
+
+def ours(typed: Sequence[str], folder: Path) -> tuple[Arm, str]:
+    """cnnlab's arm, in its process; and the step that its trainer takes."""
+    run = ordinary(compose(typed), folder)
+    return TrainerArm(OURS, run), str(run.facts["step"])
+
+
+def peer(name: str, prepared: Path) -> tuple[Arm, str]:
+    """A peer's arm, in its process."""
+    return ARMS[name](name, torch.load(prepared, weights_only=False)), ""
 
 
 def described(turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:

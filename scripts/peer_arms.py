@@ -44,7 +44,7 @@ class Setting:
     """What all arms of a cell have in common.
 
     `images` is (N, H, W, C) uint8 and `labels` (N,) int64, both on the CPU; `network` makes a fresh network on the
-    device, with the common initial weights, that returns logits. `epoch` is how many samples an epoch of the peers
+    CPU, with the common initial weights, that returns logits. `epoch` is how many samples an epoch of the peers
     visits (the images over and over): a short one would charge them for starting workers anew.
     """
 
@@ -67,7 +67,7 @@ class Setting:
         self.mean, self.std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))
 
     def model(self, *, equal: bool) -> nn.Module:
-        network = self.network().train()
+        network = self.network().to(self.device).train()
         return network.to(memory_format=torch.channels_last) if equal else network  # type: ignore[call-overload]
 
     def autocast(self, *, equal: bool) -> AbstractContextManager[Any]:

@@ -10,6 +10,7 @@ import pytest
 import cnnlab
 from cnnlab.config import Composer, composer, config_root
 from cnnlab.errors import ConfigError, UsageError
+from cnnlab.overrides import reason
 
 UserFolder = Callable[[dict[str, str]], Path]
 
@@ -356,3 +357,11 @@ def test_a_package_without_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr("cnnlab.config.__file__", str(tmp_path / "cnnlab" / "config.py"))
     with pytest.raises(UsageError, match="reinstall cnnlab"):
         config_root()
+
+
+def test_causes_that_go_round_are_read_once():
+    """As OmegaConf chains them where a debugger or a coverage measurement traces the process."""
+    error = ValueError("broken")
+    error.__cause__ = KeyError("deeper")
+    error.__cause__.__cause__ = error
+    assert reason(error) == "broken; 'deeper'"

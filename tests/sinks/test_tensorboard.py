@@ -241,9 +241,12 @@ def test_a_second_end_and_a_restart_do_no_harm(tmp_path):
     sink = TensorBoard(tmp_path)
     sink.on_end(fake_run(), None)
     sink.on_start(fake_run())
+    sink.on_record(fake_run(), metric_record(5, "train", accuracy=0.25))
     sink.on_start(fake_run())
+    sink.on_record(fake_run(), metric_record(10, "train", accuracy=0.5))
     sink.on_end(fake_run(), None)
     sink.on_end(fake_run(), None)
+    assert points(read(tmp_path), "train/accuracy")[-1] == (10, 0.5)
 
 
 def test_importing_the_sink_loads_neither_tensorboard_nor_pillow():
