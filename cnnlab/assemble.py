@@ -14,7 +14,7 @@ from cnnlab.check import bind_section, locate
 from cnnlab.models.dropout import has_dropout, set_dropout_kind
 from cnnlab.optim.decay import decouple_decay
 from cnnlab.optim.groups import parameter_groups
-from cnnlab.optim.traits import Traits
+from cnnlab.optim.traits import Traits, keep_kernels, place_rates
 from cnnlab.parts import make
 from cnnlab.protocols import ConvNet, DataSpec, Task
 from cnnlab.schema import DropoutKind, Groups, Regularization
@@ -98,8 +98,8 @@ def make_optimizer(config: Mapping[str, Any], model: nn.Module, groups: Groups, 
     optimizer = make({**node, **fast}, **{first: listed})
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
-        if fast and group["params"][0].is_cuda:  # read by the kernel, so that a captured update follows the schedule
-            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+    place_rates(optimizer)
+    keep_kernels(optimizer)
     if decoupled:
         decouple_decay(optimizer)
     return optimizer

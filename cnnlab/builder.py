@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -110,6 +111,9 @@ class _Builder:
         self.ranks.in_turn(lambda: fitted.fit(pipeline, splits["train"], self.config, cache_folder(None)))
         counts = class_counts(splits["train"].labels, spec.num_classes)
         task = make_task(self.config, spec, counts)
+        criterion = getattr(task, "criterion", None)
+        if isinstance(criterion, nn.Module):  # its class weights
+            criterion.to(placement.device)
         model, init = self.network(spec, task, placement)
         loaders = self.loaders(splits, pipeline, task, placement, model)
         self.calibrate(model, init, loaders["train"])
@@ -172,6 +176,8 @@ class _Builder:
     def place(self) -> Placement:
         if self.trainer.threads is not None:
             torch.set_num_threads(self.trainer.threads)
+        if self.trainer.deterministic:  # without it, cuBLAS refuses
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.trainer.deterministic)
         placement = place(
             self.trainer,

@@ -13,6 +13,7 @@ from torch import nn
 from cnnlab.data.cache import cache_folder
 from cnnlab.data.loader import Loader
 from cnnlab.device import Placement, has_compiler
+from cnnlab.errors import UsageError
 from cnnlab.losses.penalty import l1, l2, max_norm_
 from cnnlab.observe.taps import Taps
 from cnnlab.optim.traits import Traits
@@ -67,10 +68,16 @@ class StepMaker:
     def settle(self, total_steps: int, taps: Taps | None) -> tuple[EagerStep, str | None]:
         """The step that the run takes, the wanted one or the best of those that work here; and a line on why."""
         step, notice = self.make(), None
-        if self.trainer.step is not StepKind.auto or self.traits.closure or self.ranks.world > 1:
+        wanted = self.trainer.step is not StepKind.auto
+        if (wanted and not isinstance(step, CapturedStep)) or self.traits.closure or self.ranks.world > 1:
             return step, None
         if isinstance(step, CapturedStep):
             reason = trial.refusal(step, *self.first_batch())
+            if reason is not None and wanted:
+                raise UsageError(
+                    f"`trainer.step=captured`: no CUDA graph of this network can be made ({reason}); "
+                    "type trainer.step=eager"
+                )
             if reason is not None:
                 step = self.of_kind(StepKind.eager)
                 notice = f"step: eager, as no CUDA graph of this network can be made ({reason})"

@@ -6,7 +6,9 @@ import copy
 import functools
 import os
 import signal
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,18 @@ def fitted(*overrides: str, folder: Path | None = None) -> Run:
     run = make_run(*overrides, folder=folder)
     fit(run)
     return run
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """What waits for the GPU inside, in any thread, is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class Interrupt(Listener):

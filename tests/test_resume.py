@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from lab_runs import Interrupt, all_state, composed, differences, files_of, fitted, make_run, resume_run
 
 from cnnlab import checkpoint
@@ -300,3 +302,32 @@ def test_a_real_process_that_is_stopped_goes_on_exactly(tmp_path: Path, number: 
     for end in ends:
         del end["clock"]["wall"], end["clock"]["training"]
     assert differences(*ends) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", ["eager", "captured"])
+@pytest.mark.parametrize("optim", ["momentum", "adamw", "rmsprop", "muon"])
+def test_a_run_on_the_gpu_goes_on_as_if_it_had_not_stopped(tmp_path: Path, optim: str, step: str):
+    overrides = (f"optim={optim}", f"trainer.step={step}", "trainer.device=cuda", "trainer.epochs=4", "norm=group")
+    whole = fitted(*overrides, folder=tmp_path / "whole")
+    interrupted(*overrides, folder=tmp_path / "cut", after=6)
+    again = resume_run(tmp_path / "cut")
+    fit(again)
+    for one, other in zip(whole.optimizer.param_groups, again.optimizer.param_groups, strict=True):
+        assert type(one["lr"]) is type(other["lr"]) and float(one["lr"]) == float(other["lr"]) > 0
+        assert getattr(one["lr"], "device", None) == getattr(other["lr"], "device", None)
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-2, atol=1e-3)  # cuDNN's sums have no fixed order
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optim", ["momentum", "adamw", "rmsprop"])
+@pytest.mark.parametrize(("first", "then"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_goes_on_on_another_kind_of_device(tmp_path: Path, first: str, then: str, optim: str):
+    overrides = (f"optim={optim}", f"trainer.device={first}", "trainer.precision=auto", "trainer.epochs=4")
+    interrupted(*overrides, folder=tmp_path, after=5)
+    run = resume_run(tmp_path, device=then)
+    fit(run)
+    assert run.step.name == ("captured" if then == "cuda" else "eager")
+    assert float(run.optimizer.param_groups[0]["lr"]) == pytest.approx(run.last_lr)
+    assert math.isfinite(run.metrics["test/loss"])

@@ -45,7 +45,9 @@ class Copier:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        # Of high priority, from a pool of its own: torch hands out its 32 ordinary streams in turn, and a copy on the
+        # stream that a CUDA graph is captured on would become a part of the graph.
+        self._stream = torch.cuda.Stream(device, priority=-1)
 
     def copy(self, fetch: Callable[[], Batch]) -> tuple[Batch, torch.cuda.Event]:
         """The batch that `fetch` makes, on its way to the device, and the event of its arrival."""

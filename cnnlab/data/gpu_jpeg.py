@@ -25,8 +25,8 @@ _BASELINE_OR_PROGRESSIVE = (0xC0, 0xC1, 0xC2)
 class GpuJpegs:
     """Decodes batches of image files on a GPU: JPEG by nvJPEG, what it does not take by Pillow on the CPU.
 
-    The pixels differ from Pillow's by rounding (another inverse DCT, another resampling in fixed point), so a
-    run keeps to one of the two.
+    The pixels differ from Pillow's by rounding (another inverse DCT, another resampling in fixed point), and at the
+    edges of colours that the file has at half the resolution, so a run keeps to one of the two.
 
     Args:
         recipe: with `fit="crop"`.
@@ -71,6 +71,12 @@ class GpuJpegs:
     def _decode(self, encoded: dict[int, bytes], images: Tensor) -> Failures:
         if not encoded:
             return []
+        if self.device.type == "cuda":
+            # nvJPEG writes on a stream of its own, to memory of the current one: what the last batch's kernels still
+            # read there, it would overwrite.
+            done = torch.cuda.Event()
+            done.record()
+            done.synchronize()
         try:
             decoded = self._jpegs(list(encoded.values()))
         except RuntimeError:  # one of them is broken, and it is not said which

@@ -240,7 +240,11 @@ class _Tap:
         """One row of the bank."""
         channel = after.ndim - 1 if after.ndim == 3 else 1  # (N, C, ...), or tokens (N, T, C)
         active = torch.count_nonzero(after, dim=[d for d in range(after.ndim) if d != channel])
-        self.taps.active[self.row] = active
+        known = None if torch.compiler.is_compiling() else self.taps.active[self.row]
+        if known is None or known.shape != active.shape:
+            self.taps.active[self.row] = active
+        else:  # a CUDA graph goes on writing to the tensor that it found, also after an uneven batch without it
+            known.copy_(active)
         count = torch.full((), float(after.numel()), device=after.device)
         unknown = torch.full_like(count, float("nan"))
         saturated, pre = unknown, (unknown, unknown)

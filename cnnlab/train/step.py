@@ -3,8 +3,9 @@ apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -123,6 +124,7 @@ class EagerStep:
 
     def rehearse(self, batch: Batch, count: int) -> None:
         """Forward and backward of a batch without a trace: what is made on first use is made, nothing is learned."""
+        self.model.train()
         with _Restored(list(self.model.buffers())):
             self.zero_grad()
             self.backward(batch, count, 0, Look())
@@ -335,8 +337,9 @@ class CapturedStep(EagerStep):
 
     @property
     def update_is_capturable(self) -> bool:
-        """Whether the optimizer reads nothing on the host."""
-        on_device = all(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
+        """Whether the optimizer reads nothing on the host, not even its rate."""
+        groups = self.optimizer.param_groups
+        on_device = all(isinstance(group["lr"], Tensor) and group.get("capturable", True) for group in groups)
         return self.scaler is None and on_device
 
     def zero_grad(self) -> None:
@@ -365,8 +368,7 @@ class CapturedStep(EagerStep):
         self._updates += 1
         if self._updates == self.warmup:
             torch.cuda.synchronize(self.device)
-            self._update_graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._update_graph, capture_error_mode=CAPTURE_MODE):
+            with _captured() as self._update_graph:
                 self.optimizer.step()
         if self._update_graph is None:
             self.optimizer.step()
@@ -392,11 +394,24 @@ class CapturedStep(EagerStep):
                     run(self._inputs, count, 0, Look())
             torch.cuda.current_stream().wait_stream(stream)
             super().zero_grad()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode=CAPTURE_MODE):
+            with _captured() as graph:
                 self._result = run(self._inputs, count, 0, Look())
         self._gradients = [p.grad for p in self.parameters]
         self._graph = graph
+
+
+@contextmanager
+def _captured() -> Iterator[torch.cuda.CUDAGraph]:
+    """The graph that the block's kernels become. After a failure the current stream is what it was, for which not every
+    torch cares."""
+    gc.collect()  # no cycle of an earlier graph's nodes may live on, or be freed while this one is recorded
+    stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode=CAPTURE_MODE):
+            yield graph
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        raise
 
 
 class _Restored:

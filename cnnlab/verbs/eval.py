@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cnnlab.config import Composed
 from cnnlab.rundir import RunDir, jsonable
-from cnnlab.schema import DataPath, Device
+from cnnlab.schema import DataPath, Device, StepKind
 from cnnlab.verbs.arguments import Parser
 from cnnlab.verbs.reopen import reopened
 
@@ -62,6 +62,7 @@ def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | 
     state = checkpoint.load(path)
     if device is not None:
         config["trainer"]["device"] = device
+    config["trainer"]["step"] = StepKind.eager.value  # no step is taken: none is tried, compiled or captured
     composed = Composed(config, folder.path, {}, ())
     check(composed)
     choices = state.get("origin", {}).get("choices", {})

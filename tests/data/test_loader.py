@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from lab_runs import no_waiting
 from torch import Tensor
 
 from cnnlab import rng
@@ -160,11 +161,8 @@ def test_both_ways_to_the_gpu_serve_the_same_without_waiting_for_it(path: str) -
     loader = Loader(numbered(23), 5, seed=3, shuffle=True, device="cuda", loading=Loading(path=DataPath(path)))
     assert loader.path.value == path
     list(loader.batches(0))  # the allocators' first blocks
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         batches = list(loader.batches(1, start=1))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(tensor.is_cuda for batch, _ in batches for tensor in batch.values())
     wanted = served(Loader(numbered(23), 5, seed=3, shuffle=True), 1, start=1)
     assert [batch["label"].tolist() for batch, _ in batches] == wanted

@@ -152,6 +152,16 @@ def look(taps: Taps, model: nn.Module, x: torch.Tensor) -> None:
     taps.stop()
 
 
+def test_the_counts_stay_where_a_graph_found_them():
+    """An uneven batch runs without the graph, which goes on with its own tensors after."""
+    model, x = Chain(nn.ReLU()), torch.randn(8, 6)
+    taps = tap(model, x)
+    places = [counts.data_ptr() for counts in taps.active if counts is not None]
+    look(taps, model, x[:3])
+    assert len(places) == 2
+    assert [counts.data_ptr() for counts in taps.active if counts is not None] == places
+
+
 @pytest.mark.parametrize(
     ("activation", "expected"),
     [

@@ -14,6 +14,7 @@ from torch import nn
 
 from cnnlab.optim import Muon, NewtonCG, RMSPropInside, Traits
 from cnnlab.optim.muon import orthogonalize
+from cnnlab.optim.traits import accelerated, keep_kernels
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "optim").glob("*.yaml"))
 
@@ -107,6 +108,34 @@ def test_the_rate_may_be_a_tensor(make_optimizer):
         tensor.step(second)
     for a, b in zip(number.model.parameters(), tensor.model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_captured_update_reads_nothing_on_the_host():
+    gpu = torch.device("cuda")
+    assert accelerated(torch.optim.AdamW, {}, gpu, captured=True) == {"fused": True, "capturable": True}
+    assert accelerated(torch.optim.AdamW, {"fused": False}, gpu, captured=True) == {"capturable": True}
+    assert accelerated(torch.optim.RMSprop, {}, gpu, captured=True) == {"capturable": True}
+    assert accelerated(torch.optim.SGD, {}, gpu, captured=True) == {"fused": True}
+    assert accelerated(torch.optim.AdamW, {}, gpu) == {"fused": True}
+    assert accelerated(Muon, {}, gpu, captured=True) == accelerated(torch.optim.RMSprop, {}, gpu) == {}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop])
+def test_a_checkpoint_of_a_gpu_leaves_the_kernels_to_the_cpu(kind):
+    written, read = Problem(), Problem()
+    theirs, ours = kind(written.model.parameters(), lr=0.1), kind(read.model.parameters(), lr=0.1)
+    keep_kernels(ours)
+    written.step(theirs)
+    state = theirs.state_dict()
+    for group in state["param_groups"]:  # as a captured run has it, read to the CPU
+        group |= {"lr": torch.tensor(0.25), "capturable": True, "foreach": True}
+    ours.load_state_dict(state)
+    read.step(ours)  # refuses, if it is told to be captured
+    (group,) = ours.param_groups
+    assert group["lr"] == 0.25 and isinstance(group["lr"], float)
+    assert group["capturable"] is False and group["foreach"] is None
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        ours.load_state_dict({**state, "param_groups": state["param_groups"] * 2})
 
 
 @pytest.mark.parametrize("make_optimizer", [Muon, RMSPropInside])
