@@ -21,6 +21,8 @@ from cnnlab.data.choice import loaded, with_decoder
 from cnnlab.data.loader import Loader
 from cnnlab.device import Placement, as_recorded, place, prepare_cpu
 from cnnlab.errors import CheckpointError, UsageError
+from cnnlab.facts import facts, unseen_classes
+from cnnlab.models.half import NARROW, protect_narrow
 from cnnlab.observe.observer import Observer
 from cnnlab.observe.taps import Taps
 from cnnlab.optim.groups import head_parameters
@@ -110,6 +112,7 @@ class _Builder:
         # In turn: the others find in the cache what took rank 0 long.
         self.ranks.in_turn(lambda: fitted.fit(pipeline, splits["train"], self.config, cache_folder(None)))
         counts = class_counts(splits["train"].labels, spec.num_classes)
+        self.notices += unseen_classes(spec.classes, counts)
         task = make_task(self.config, spec, counts)
         criterion = getattr(task, "criterion", None)
         if isinstance(criterion, nn.Module):  # its class weights
@@ -166,7 +169,7 @@ class _Builder:
             resumed=self.resumed,
         )
         self.wire(run, pipeline, placement)
-        run.facts = self.facts(run, placement, pipeline, splits)
+        run.facts = facts(run, placement, pipeline, self.traits)
         self.notices += observer.drop_unsupported(run)
         run.notices = [*placement.notices, *self.notices]
         return run
@@ -280,6 +283,10 @@ class _Builder:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if placement.layout is Layout.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if placement.device.type == "cpu" and placement.dtype is not torch.float32:
+            narrow = protect_narrow(model, (spec.channels, *spec.size))
+            if narrow:
+                self.notices.append(f"precision: fp32 in {', '.join(narrow)}, which {NARROW}")
         return model, init
 
     def calibrate(self, model: nn.Module, init: Any, train: Loader) -> None:
@@ -374,48 +381,10 @@ class _Builder:
 
         run.observer.receive = receive if run.is_main else None
 
-    def waits(self, run: Run, placement: Placement) -> str:
-        """A word where every step waits for the GPU."""
-        if placement.device.type != "cuda":
-            return ""
-        fused = all(group.get("fused") for group in run.optimizer.param_groups)
-        return ", syncs" if self.traits.closure or (run.step.scaler is not None and not fused) else ""
-
     def chosen(self, run: Run, placement: Placement) -> dict[str, str]:
         """What a resumed run takes up unasked."""
         data_path = run.loaders["train"].path.value
         return {**placement.choices(), "data_path": data_path, "decode": self.loading.decode.value}
-
-    def facts(self, run: Run, placement: Placement, pipeline: Pipeline, splits: Mapping[str, Split]) -> dict[str, str]:
-        parameters = sum(p.numel() for p in run.model.parameters())
-        model = self.config["model"]["_target_"].rpartition(".")[2]
-        notes = getattr(run.model, "notes", [])
-        sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
-        layout = placement.layout.value.replace("_", "-")
-        ranks = f", {self.ranks.world} processes" if self.ranks.world > 1 else ""
-        accumulate = f", {run.trainer.accumulate} micro-batches" if run.trainer.accumulate > 1 else ""
-        return {
-            "model": "; ".join([f"{model}, {parameters:,} parameters", *notes]),
-            "data": f"{self.config['data']['_target_'].rpartition('.')[2]}: {sizes}",
-            "data path": run.loaders["train"].route(),
-            "input": pipeline.describe(),
-            "device": f"{_device_name(placement.device)}{ranks}",
-            "step": f"{run.step.name}, {placement.precision.value}, {layout}{accumulate}, "
-            f"{_optimizer_name(run.optimizer)}{self.waits(run, placement)}",
-        }
-
-
-def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
-    fused = all(group.get("fused") for group in optimizer.param_groups)
-    return f"{'fused ' if fused else ''}{type(optimizer).__name__}"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    if device.type == "cpu":
-        return f"cpu ({torch.get_num_threads()} threads)"
-    return str(device)
 
 
 def _memory_format(layout: Layout) -> torch.memory_format:

@@ -80,6 +80,9 @@ def _message(error: Exception) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         remedy = "type a smaller trainer.batch_size, or trainer.accumulate=2 for the same batch in two pieces"
         return f"the device has not enough memory; {remedy}\n({error})"
+    if "does not have a deterministic implementation" in str(error):
+        remedy = "type trainer.deterministic=false, or another model"
+        return f"this network needs what the device computes in no fixed order; {remedy}\n({error})"
     notes = getattr(error, "__notes__", ["HYDRA_FULL_ERROR=1 shows the traceback"])
     return f"{type(error).__name__}: {error}\nThis is a fault of cnnlab or of a part from outside. " + "; ".join(notes)
 

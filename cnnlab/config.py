@@ -32,9 +32,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from cnnlab.errors import ConfigError, UsageError, short
 from cnnlab.overrides import (
     LISTS,
+    as_text,
     first_key,
     is_choice,
     is_for_hydra,
+    is_path,
     is_plain,
     line,
     misuse,
@@ -159,14 +161,17 @@ class Composer:
     def _parsed(self, overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
         parser = OverridesParser.create(config_loader=self.hydra.config_loader)
         parsed, problems = [], []
-        for text in overrides:
+        for given in overrides:
+            text = given
             try:
+                if is_path(given) and not _is_readable(parser, given):
+                    text = as_text(given)
                 (override,) = parser.parse_overrides([text])
                 if is_plain(override) and override.value() is None and override.key_or_group in self._folders:
                     (override,) = parser.parse_overrides([f"~{override.get_key_element()}"])  # Hydra's way to say so
                 parsed.append(override)
             except Exception:  # the grammar's message counts tokens; a number too long for int() is a ValueError
-                problems.append(self._unreadable(text))
+                problems.append(self._unreadable(given))
         return parsed, problems
 
     def _unreadable(self, text: str) -> str:
@@ -328,6 +333,14 @@ class Composer:
         group, name, *_ = [*override.key_or_group.split("."), ""]
         absent = group in LISTS and name in self.options(group) and name not in config[group]
         return f"; to have it, type {group}=[{name}]" if absent else ""
+
+
+def _is_readable(parser: OverridesParser, text: str) -> bool:
+    try:
+        parser.parse_overrides([text])
+    except Exception:  # see `Composer._parsed`
+        return False
+    return True
 
 
 def options_taken(hydra: Any) -> dict[str, Any]:

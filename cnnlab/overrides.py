@@ -14,6 +14,17 @@ from hydra.core.override_parser.types import Override
 
 from cnnlab.errors import closest, did_you_mean, listing, short
 
+ALIASES = {
+    "activation": {"swish": "silu"},
+    "init": {"kaiming": "he", "glorot": "xavier", "gaussian": "normal"},
+    "loss": {"ce": "cross_entropy", "crossentropy": "cross_entropy", "softmax": "cross_entropy", "l2": "mse"},
+    "model": {"lenet": "cnn", "googlenet": "inception"},
+    "norm": {"bn": "batch", "gn": "group", "ln": "layer", "batchnorm": "batch", "batch_norm": "batch"},
+    "optim": {"gd": "sgd", "nag": "nesterov"},
+    "schedule": {"cosine_annealing": "cosine", "none": "constant", "onecycle": "one_cycle", "poly": "polynomial"},
+    "stats": {"none": "off"},
+}
+"""Other names of options, for the message that they are none here."""
 LISTS = ("augment", "probe", "regularization")
 """Groups that take several options at once, `augment=[crop,flip]`."""
 
@@ -66,12 +77,27 @@ def quoted(text: str) -> str:
     return f"'{key}=\"{short(value)}\"'"
 
 
+def is_path(text: str) -> bool:
+    """Whether it gives a key a path, and nothing that has a meaning of its own (lists, choices, interpolations)."""
+    value = text.partition("=")[2]
+    return "/" in value and not set(value) & set("'\"[]{}$,\\")
+
+
+def as_text(text: str) -> str:
+    """The override with its value in quotes: Hydra's grammar knows no umlauts, and parentheses are calls."""
+    key, _, value = text.partition("=")
+    return f'{key}="{value}"'
+
+
 def misuse(override: Override, groups: Collection[str]) -> str | None:
     """What Hydra would take, or would not explain."""
     key, text = override.key_or_group, line(override)
     if not key:
         return f"`{short(text)}`: expected KEY=VALUE, received no key"
     if override.is_sweep_override():
+        if key in LISTS:
+            several = f"type {key}=[{short(text.partition('=')[2])}] for all of them at once, or -m for a sweep"
+            return f"`{short(text)}`: several values in one run; {several}"
         return (
             f"`{short(text)}`: several values in one run; type -m for a sweep, or for a text with commas, "
             f"quote it twice: {quoted(text)}"
@@ -91,7 +117,9 @@ def wrong_option(override: Override, known: Collection[str]) -> str | None:
     for name in map(str, value if isinstance(value, list) else [value]):
         if name not in known:
             head = f"`{group}={short(name)}`: {group} has no option {short(name)!r}"
-            return f"{head}{did_you_mean(name, known)}; its options: {listing(known)}"
+            meant = ALIASES.get(group, {}).get(name.lower())
+            hint = f" (did you mean `{meant}`?)" if meant in known else did_you_mean(name, known)
+            return f"{head}{hint}; its options: {listing(known)}"
     return None
 
 

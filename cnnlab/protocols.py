@@ -144,7 +144,11 @@ def as_outputs(returned: Any) -> Outputs:
 
 @runtime_checkable
 class Task(Protocol):
-    """What is learned: which targets, which head, which loss, which metrics."""
+    """What is learned: which targets, which head, which loss, which metrics.
+
+    A task may have `by_class(sums)`, as `cnnlab.tasks.metrics.by_class` describes it: `cnnlab eval` then tells what
+    became of each class.
+    """
 
     needs: tuple[str, ...]
     """The targets that the data must have."""

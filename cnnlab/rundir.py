@@ -191,8 +191,10 @@ class RunDir:
         below = [*self.path.glob("*/.hydra/config.yaml"), *self.path.glob("*/*/.hydra/config.yaml")]
         if not below:
             return f"{self.path}: expected a run folder, with .hydra/config.yaml in it; found none"
-        newest = max(below, key=lambda path: path.stat().st_mtime).parent.parent
-        return f"{self.path} is not a run folder, but holds {len(below)}; the newest is {newest}"
+        below = [path.parent.parent for path in sorted(below, key=lambda path: path.stat().st_mtime)]
+        saved = [path for path in below if RunDir(path).last.exists()]
+        newest = f"the newest with a checkpoint is {saved[-1]}" if saved else f"the newest is {below[-1]}"
+        return f"{self.path} is not a run folder, but holds {len(below)}; {newest}"
 
     # ---- what it did ----
 

@@ -4,12 +4,14 @@
     python scripts/bench_peers.py --cells resnet20 --arms "bare loop" "timm, equal"
     python scripts/bench_peers.py --rounds 20 --seconds 2 --json peers.json
     python scripts/bench_peers.py --start-up                                time from process start, instead
+    python scripts/bench_peers.py --device cuda --batch 512 --cells alexnet vgg16_bn inception resnet20 resnet18
 
 A cell is a network, an image size and a batch size. Its arms take short turns, round by round, each in a process of
 its own (`remote_arm.py`), as one would run it:
 
 - `cnnlab train`: the ordinary trainer with all that it does by default (decoded images from its cache, augmentation,
   statistics, records, TensorBoard) in a temporary folder. Evaluation and checkpoints are left out.
+- the same without statistics, and the same again (`--arms "cnnlab train, stats=off" "cnnlab train, again"`).
 - the barest loop by hand, the same compiled and (on CUDA) as one graph; timm, Lightning and torchvision's reference
   recipe, at equal settings and at their defaults: `scripts/peer_arms.py` says what that means.
 
@@ -39,7 +41,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,8 @@ from cnnlab.schema import Regularization, Trainer
 from cnnlab.train.run import Run
 
 OURS = "cnnlab train"
+VARIANTS = {"cnnlab train, stats=off": ["stats=off"], "cnnlab train, again": []}
+"""cnnlab once more: what the statistics cost, and how far two arms lie apart that do the same."""
 CLASSES = 10
 
 
@@ -80,7 +84,7 @@ class Cell:
 
     @property
     def images(self) -> int:
-        return 8192 if self.size <= 32 else 1024
+        return max(8192 if self.size <= 32 else 1024, 8 * self.batch)
 
     @property
     def epoch(self) -> int:
@@ -100,7 +104,11 @@ CELLS = {
     "alexnet224": Cell(("model=alexnet", "model.width=1.0"), 224, 32, torchvision="alexnet"),
     "resnet18-224": Cell(("model=resnet18",), 224, 16, torchvision="resnet18"),
     "resnet50-224": Cell(("model=resnet50",), 224, 8, torchvision="resnet50"),
+    "alexnet": Cell(("model=alexnet",), 32, 128),
+    "inception": Cell(("model=inception",), 32, 128),
 }
+USUAL = list(CELLS)[:7]
+"""Of those, what is measured unless cells are named."""
 
 
 class Logits(nn.Module):
@@ -171,10 +179,16 @@ def measure(cell: Cell, names: Sequence[str], options: argparse.Namespace, tell:
         prepared, device = prepare(cell, typed, folder, options.workers)
         skipped = {name: reason for name in names if (reason := refusal(name, device))}
         lab = RemoteArm(OURS, ours, typed, folder / "run", threads=options.threads)
-        peers = [RemoteArm(n, peer, n, prepared, threads=options.threads) for n in names if n not in skipped]
-        for arm in (lab, *peers):
+        arms = [lab]
+        for number, name in enumerate(names):
+            if name in VARIANTS:
+                made: tuple[Any, ...] = (ours, [*typed, *VARIANTS[name]], folder / f"run{number}")
+            else:
+                made = (peer, name, prepared)
+            arms += [RemoteArm(name, *made, threads=options.threads)] if name not in skipped else []
+        for arm in arms:
             stack.callback(arm.close)
-        turns = interleave([lab, *peers], rounds=options.rounds, seconds=options.seconds, progress=tell)
+        turns = interleave(arms, rounds=options.rounds, seconds=options.seconds, progress=tell)
         return {**described(turns), "skipped": skipped, "step": lab.note, "batch": cell.batch}
 
 
@@ -298,7 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         document |= {"rounds": options.rounds, "seconds_a_turn": options.seconds, "cells": {}}
         for name in options.cells:
-            document["cells"][name] = measure(CELLS[name], options.arms, options, teller(name))
+            cell = CELLS[name] if options.batch is None else replace(CELLS[name], batch=options.batch)
+            document["cells"][name] = measure(cell, options.arms, options, teller(name))
             show(console, name, document["cells"][name])
             write(document, options.json)  # after each cell: an interrupted hour is not lost
     write(document, options.json)
@@ -308,8 +323,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--cells", nargs="+", default=list(CELLS), choices=list(CELLS), metavar="CELL", help=", ".join(CELLS))
-    flag("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    flag("--cells", nargs="+", default=USUAL, choices=list(CELLS), metavar="CELL", help=", ".join(CELLS))
+    flag("--batch", type=int, help="batch size of every cell: a GPU wants larger ones than two cores")
+    arms = [*ARMS, *VARIANTS]
+    flag("--arms", nargs="+", default=list(ARMS), choices=arms, metavar="ARM", help=", ".join(arms))
     flag("--rounds", type=int, default=10, help="turns of each arm (default 10)")
     flag("--seconds", type=float, default=2.0, help="length of a turn (default 2)")
     flag("--workers", type=int, default=os.cpu_count() or 1, help="worker processes at the defaults (default: cores)")

@@ -33,8 +33,8 @@ class Axis:
     """What grows, and the experiments at each size."""
 
     label: str
-    unit: str
-    """What a step's time is divided by, besides itself."""
+    power: int
+    """Of the size, with which a step's arithmetic grows."""
     points: dict[str, dict[int, tuple[str, ...]]]
     """Curves: size to overrides."""
 
@@ -52,12 +52,12 @@ def depth(checkpoint: bool) -> dict[int, tuple[str, ...]]:
 AXES = {
     "depth": Axis(
         "layers of a CIFAR ResNet (32 px, batch 16)",
-        "layer",
+        1,
         {"activations kept": depth(False), "activations recomputed": depth(True)},
     ),
     "batch": Axis(
         "batch size (ResNet-20, 32 px)",
-        "image",
+        1,
         {
             "ResNet-20": {
                 size: ("model=resnet20", f"trainer.batch_size={size}", "data.train=4096")
@@ -67,12 +67,13 @@ AXES = {
     ),
     "image": Axis(
         "side of the image in pixels (ResNet-18 of width 16, batch 16)",
-        "1,000 pixels",
+        2,
         {
             "ResNet-18": {
                 side: (
                     "model=resnet18",
                     "model.width=16",
+                    "model.stem=imagenet",
                     "trainer.batch_size=16",
                     f"data.size={side}",
                     "data.train=256",
@@ -83,7 +84,7 @@ AXES = {
     ),
     "data": Axis(
         "training images (32 px, small CNN, batch 64)",
-        "step",
+        0,
         {
             "CNN": {
                 count: ("model=cnn", "trainer.batch_size=64", f"data.train={count}", "data.contrast=0")
@@ -137,12 +138,13 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 
 def draw(axis: Axis, measured: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
-    """Time a step and peak memory against the size, each with a line of proportional growth."""
+    """Time a step and peak memory against the size; the time with a line that grows as the arithmetic does."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    sizes = sorted({size for points in measured.values() for size in points})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axes, key, scale, title in (
         (left, "step", 1e3, "time a step (ms)"),
@@ -152,10 +154,12 @@ def draw(axis: Axis, measured: dict[str, dict[int, dict[str, float]]], path: Pat
             values = [point[key] * scale for point in points.values()]
             (line,) = axes.plot(list(points), values, marker="o", label=name)
             if key == "step":
-                sizes = list(points)
-                proportional = [values[-1] * size / sizes[-1] for size in sizes]
-                axes.plot(sizes, proportional, ":", color=line.get_color(), label="proportional")
+                own = list(points)
+                arithmetic = [values[-1] * (size / own[-1]) ** axis.power for size in own]
+                axes.plot(own, arithmetic, ":", color=line.get_color(), label="as the arithmetic grows")
         axes.set(xscale="log", xlabel=axis.label, title=title)
+        axes.set_xticks(sizes, labels=[f"{size:,}" for size in sizes], minor=False)
+        axes.set_xticks([], minor=True)
         axes.set_yscale("log") if key == "step" else axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3, which="both")
         axes.legend()

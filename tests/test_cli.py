@@ -169,7 +169,12 @@ def test_json_is_one_document(cli: Cli):
     assert document["metrics"] == record_of(Path("here"))["metrics"]
     assert "epoch 1/1" in answer.err
     evaluated = cli("eval", "here", "--json")
-    assert json.loads(evaluated.out)["test/accuracy"] == document["metrics"]["test/accuracy"]
+    evaluated = json.loads(evaluated.out)
+    assert evaluated["test/accuracy"] == document["metrics"]["test/accuracy"]
+    assert evaluated["checkpoint"] == "best" and [row["class"] for row in evaluated["classes"]] == [*"0123456789"]
+    shown = cli("eval", "here").out.splitlines()
+    assert shown[0].split() == ["checkpoint", "best,", "of", "epoch", "1"]
+    assert "mostly taken for" in shown[-11]
 
 
 def test_two_runs_never_share_a_folder(cli: Cli):
@@ -312,6 +317,18 @@ def test_memory_that_is_not_enough_is_told_with_a_remedy(cli: Cli, monkeypatch: 
     assert "trainer.accumulate=2" in answer.err
 
 
+def test_an_operation_without_a_fixed_order_is_explained(cli: Cli, monkeypatch: pytest.MonkeyPatch):
+    def build(*arguments: object, **options: object):
+        raise RuntimeError(
+            "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set "
+            "'torch.use_deterministic_algorithms(True)'."
+        )
+
+    monkeypatch.setattr("cnnlab.builder.build", build)
+    answer = cli("train", *TINY)
+    assert answer.code == 1 and "type trainer.deterministic=false" in answer.err
+
+
 def test_a_reader_that_goes_away():
     """`cnnlab --help | head -1` must not end in a traceback."""
     command = f"{sys.executable} -m cnnlab train --help | head -n 1"
@@ -372,7 +389,7 @@ def test_resume_of_a_folder_of_runs_names_the_newest(cli: Cli):
     assert cli("train", *TINY).code == 0
     answer = cli("train", "resume=outputs")
     assert answer.code == 2
-    assert f"the newest is {run_folders(Path('outputs'))[0]}" in answer.err
+    assert f"the newest with a checkpoint is {run_folders(Path('outputs'))[0]}" in answer.err
 
 
 def test_a_run_that_is_being_written(cli: Cli):

@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"data", "models", "init", "optim", "losses", "augment"},
     {"tasks", "observe", "checkpoint", "summarize"},
     {"train"},
-    {"assemble", "stepping"},
+    {"assemble", "stepping", "facts"},
     {"builder"},
     {"validate", "bench"},
     {"verbs"},

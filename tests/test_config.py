@@ -203,6 +203,8 @@ MEANT = {
     "model=resnett": "`resnet`",
     "task=Classification": "`classification`",
     "loss=crossentropy": "`cross_entropy`",
+    "activation=swish": "`silu`",
+    "init=kaiming": "`he`",
     "augment=[crop,flp]": "`flip`",
     "trainer=defualt": "`default`",
     "resnet": "`model=resnet`",
@@ -215,9 +217,10 @@ SAID = {
     "~augment.flop": ["augment=none has no 'flop'"],
     "trainer.epochs.more=3": ["trainer.epochs is a value", "type trainer.epochs="],
     "model=[resnet,vgg]": ["expected one option", "-m model=resnet,vgg"],
+    "augment=flip,crop": ["type augment=[flip,crop]"],
     "seed=0,1": ["several values", "type -m", "'seed=\"0,1\"'"],
     "seed=range(3)": ["several values", "type -m"],
-    "data.root=/a/b(1)": ["cannot be read", "'data.root=\"/a/b(1)\"'"],
+    "data.root=[/a/b(1)": ["cannot be read", "'data.root=\"[/a/b(1)\"'"],
     "name=it's (x)": ["cannot be read", '"name=\\"it\'s (x)\\""'],
     "=3": ["expected KEY=VALUE"],
     "nonsense": ["expected KEY=VALUE"],
@@ -236,6 +239,8 @@ OPTIONS = {
     "model=resnett",
     "task=Classification",
     "loss=crossentropy",
+    "activation=swish",
+    "init=kaiming",
     "augment=[crop,flp]",
     "trainer=defualt",
     "norm=",
@@ -365,3 +370,9 @@ def test_causes_that_go_round_are_read_once():
     error.__cause__ = KeyError("deeper")
     error.__cause__.__cause__ = error
     assert reason(error) == "broken; 'deeper'"
+
+
+@pytest.mark.parametrize("path", ["/a/b (1)/c", "/home/jürgen/Übung 3", "~/x~y/z", "/a/b:c@d"])
+def test_a_path_needs_no_quotes_for_hydra(shared_composer: Composer, path: str):
+    (override,) = shared_composer.parse([f"paths.outputs={path}"])
+    assert override.value() == path

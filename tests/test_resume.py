@@ -151,10 +151,10 @@ def test_a_kill_during_an_evaluation_is_no_different(
     run = make_run(*EVERYTHING, *OPTIMIZERS["sgd"], folder=tmp_path)
     evaluate = loop.evaluate
 
-    def killed(run, name, loader=None):
+    def killed(run, name):
         if name == split and run.clock.step == 8:
             raise Killed
-        return evaluate(run, name, loader)
+        return evaluate(run, name)
 
     monkeypatch.setattr(run, "_finish", lambda error: None)
     monkeypatch.setattr(loop, "evaluate", killed)

@@ -58,6 +58,12 @@ def test_a_sweep(cli: Cli):
         ["seed=1", "optim.lr=0.2", "~experiment"],
     ]
     assert len({cell["config_hash"] for cell in cells}) == 4
+    slow, fast = document["over_seeds"]
+    assert (slow["overrides"], fast["overrides"]) == ({"optim.lr": "0.1"}, {"optim.lr": "0.2"})
+    reached = [cells[number]["metrics"]["test/loss"] for number in (0, 2)]
+    assert slow["metrics"]["test/loss"]["mean"] == pytest.approx(sum(reached) / 2)
+    assert slow["metrics"]["test/loss"]["std"] == pytest.approx(abs(reached[0] - reached[1]) / 2**0.5)
+    assert "mean ± standard deviation" in answer.out
     for cell in cells:
         record = record_of(folder / cell["run"])
         assert record["status"] == cell["status"] == "completed"
@@ -66,9 +72,10 @@ def test_a_sweep(cli: Cli):
         assert record["choices"]["model"] == "resnet"
     assert record_of(folder / "0")["seed"] == 0
     table = [line for line in answer.out.splitlines() if line.startswith("│")]
-    assert len(table) == 4
-    assert "seed" in answer.out
-    assert "data.limit" not in answer.out.splitlines()[-6], "what all cells share is no column"
+    assert len(table) == 4 + 2  # and the means over the seeds
+    headings = [line for line in answer.out.splitlines() if line.startswith("┃")]
+    assert len(headings) == 2 and "seed" in headings[0]
+    assert not any("data.limit" in heading for heading in headings), "what all cells share is no column"
 
 
 def test_one_cell_is_the_same_as_a_run(cli: Cli):

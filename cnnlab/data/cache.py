@@ -147,9 +147,18 @@ def unreadable(sources: Sources, recipe: Recipe, *, cache: str | None, workers: 
     folder = cache_folder(cache)
     known = folder / f"{sources.key(recipe)}.unreadable.json"
     try:
-        return [(int(row), str(reason)) for row, reason in json.loads(known.read_text())]
+        failures = [(int(row), str(reason)) for row, reason in json.loads(known.read_text())]
     except (OSError, ValueError, TypeError):
-        pass
+        failures = _tried(sources, recipe, workers)
+        try:
+            write_json(known, failures)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+    _tell_left_out(sources, failures)
+    return failures
+
+
+def _tried(sources: Sources, recipe: Recipe, workers: int | None) -> list[tuple[int, str]]:
     count = len(sources)
     chunks = [sources.items(range(start, min(start + 32, count))) for start in range(0, count, 32)]
     failures: list[tuple[int, str]] = []
@@ -159,10 +168,6 @@ def unreadable(sources: Sources, recipe: Recipe, *, cache: str | None, workers: 
             failures += [(done + number, reason) for number, reason in chunk.failures]
             done += len(chunk.images)
             advance(len(chunk.images))
-    try:
-        write_json(known, failures)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
     return failures
 
 
@@ -197,6 +202,7 @@ def decoded(
     if store is not None:
         if store.failures and on_error == "raise":
             raise _broken(listing.files, store.failures)
+        _tell_left_out(listing, store.failures)
         return store
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -208,6 +214,7 @@ def decoded(
     store = _opened(entry, shape)
     if store is None:
         raise DataError(f"expected a readable cache entry {entry} after building it; remove it and try again")
+    _tell_left_out(listing, store.failures)
     return store
 
 
@@ -298,6 +305,14 @@ def _write(folder: Path, listing: Listing, recipe: Recipe, workers: int) -> list
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     return failures
+
+
+def _tell_left_out(sources: Sources, failures: Sequence[tuple[int, str]]) -> None:
+    if not failures:
+        return
+    shown = [f"{sources.name(row)} ({reason})" for row, reason in failures[:_SHOWN]]
+    shown += [f"and {len(failures) - _SHOWN} more"] if len(failures) > _SHOWN else []
+    _log.warning("%d of %d files are unreadable and left out: %s", len(failures), len(sources), ", ".join(shown))
 
 
 def _broken(files: Sequence[str], failures: Sequence[tuple[int, str]]) -> DataError:

@@ -37,8 +37,9 @@ def from_torchvision(kind: str, root: Path, wanted: str, *, download: bool, **ar
                 f"{missing}, received on downloading them: {error}; "
                 f"fetch them on a machine with a network, put them there and type data.download=false"
             ) from error
+        received = str(error).partition(" You can use download=True")[0]  # torchvision's way to say it
         raise DataError(
-            f"{missing}, received: {error}; type data.root=FOLDER, or data.download=true to fetch them"
+            f"{missing}, received: {received}; type data.root=FOLDER, or data.download=true to fetch them"
         ) from error
 
 

@@ -169,6 +169,12 @@ class ImageFolder:
                     f"expected the classes of train ({_first(classes)}) in {split} of {self.root}, "
                     f"received {_first(unknown)} besides; rename or remove those folders"
                 )
+        if len(classes) == 1:
+            folder = layout["train"][classes[0]].parent
+            raise DataError(
+                f"expected two classes at least in {folder}, received {classes[0]} alone; "
+                f"lay the images out as {_LAYOUT}"
+            )
         return classes
 
     def _listed(
@@ -225,7 +231,9 @@ def subfolders(folder: Path, layout: str) -> dict[str, Path]:
             if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))
         }
     if not found:
-        raise DataError(f"expected one folder a class in {folder}, received none; lay the images out as {layout}")
+        loose = sum(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
+        received = f"{loose} images that lie in none" if loose else "none"
+        raise DataError(f"expected one folder a class in {folder}, received {received}; lay the images out as {layout}")
     return found
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from cnnlab.sinks.live import Display
 
 REDRAW_SECONDS = 0.25
+SILENT_SECONDS = 30.0
+"""Without a line, where there is no live display; then one tells how far it is."""
 
 
 @dataclass
@@ -66,32 +68,38 @@ class Console(Listener):
         self._now = now
         self._display: Display | None = None
         self._shown = Snapshot()
-        self._best: tuple[float, int] | None = None
         self._tested: dict[str, float] = {}
         self._highest_lr = 0.0
         self._start: tuple[float, int] = (0.0, 0)
         self._mark: tuple[float, int] | None = None
         self._drawn = -math.inf
+        self._told = -math.inf
 
     def notice(self, text: str) -> None:
         """One line of text, above the live display where there is one."""
+        self._told = self._now()
         if self._display is not None:
             self._display.print(text)
-        else:
+            return
+        try:
             print(text, file=self._stream, flush=True)
+        except BrokenPipeError:  # nobody reads on (`| head`, a lost connection): no reason to end a training
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
     def on_start(self, run: Any) -> None:
         facts = dict(run.facts)
         facts.setdefault("model", type(run.model).__name__)
+        if run.resumed:
+            facts["resumed"] = f"at step {run.clock.step:,} of {run.total_steps:,}"
         title = _shown_path(run.dir) if run.dir else "cnnlab"
         self._shown = Snapshot(title=title, facts=facts, total_steps=run.total_steps, epochs=run.epochs)
         self._shown.lr = self._highest_lr = run.lr()
         self._start, self._mark = (self._now(), run.clock.step), None
-        self._best, self._tested = None, {}
+        self._tested = {}
         if run.resumed and run.dir:
             for record in read_records(run.dir / "metrics.jsonl"):
                 if record.get("step", 0) <= run.clock.step:
-                    self._note_best(run, record)
                     self._highest_lr = max(self._highest_lr, record.get("lr") or 0.0)
         self._count(run)
         if self._live:
@@ -108,6 +116,9 @@ class Console(Listener):
         if self._display is not None:
             self._count(run)
             self._draw()
+        elif self._now() - self._told >= SILENT_SECONDS:
+            self._count(run)
+            self.notice(f"{self._where(run, run.clock.step)}  {duration(self._shown.seconds_left or 0)} left")
 
     def on_record(self, run: Any, record: dict[str, Any]) -> None:
         split, found = record["split"], figures(record)
@@ -117,7 +128,6 @@ class Console(Listener):
             self._shown.lr = record.get("lr", self._shown.lr)
         self._mark = (self._now(), run.clock.step)
         self._shown.splits[split] = found
-        self._note_best(run, record)
         if split == "test":
             self._tested = found
         if self._display is None:
@@ -161,15 +171,6 @@ class Console(Listener):
         if steps > 0 and seconds > 0:
             self._shown.images_per_second = steps * run.batch_size / seconds
 
-    def _note_best(self, run: Any, record: Mapping[str, Any]) -> None:
-        metric, direction = run.task.monitor
-        value = figures(record).get(metric, math.nan)
-        if record.get("split") != "val" or math.isnan(value):
-            return
-        sign = 1 if direction == "max" else -1
-        if self._best is None or sign * value > sign * self._best[0]:
-            self._best = (value, _epoch_of(record["step"], run))
-
     def _draw(self, force: bool = False) -> None:
         if self._display is None:
             return
@@ -179,10 +180,8 @@ class Console(Listener):
             self._display.update(self._shown)
 
     def _line(self, run: Any, record: Mapping[str, Any], found: Mapping[str, float]) -> str:
-        width = len(str(run.total_steps))
         words = [
-            f"epoch {_epoch_of(record['step'], run)}/{run.epochs}",
-            f"step {record['step']:>{width}}/{run.total_steps}",
+            self._where(run, record["step"]),
             f"{record['split']:<5}",
             *(f"{name} {value:.4g}" for name, value in found.items() if name not in LOSS_PARTS),
         ]
@@ -193,12 +192,18 @@ class Console(Listener):
                 words.append(f"{self._shown.images_per_second:,.0f} images/s")
         return "  ".join(words)
 
+    @staticmethod
+    def _where(run: Any, step: int) -> str:
+        width = len(str(run.total_steps))
+        return f"epoch {_epoch_of(step, run)}/{run.epochs}  step {step:>{width}}/{run.total_steps}"
+
     def _last_words(self, run: Any, error: BaseException | None) -> list[str]:
         """The closing block: how it ended, what came of it, what to type next."""
         seconds = self._now() - self._start[0]
         lines = [f"{_status(error)} after {run.clock.step:,} of {run.total_steps:,} steps, {duration(seconds)}"]
-        if self._best is not None:
-            lines.append(f"  best   val/{run.task.monitor[0]} {self._best[0]:.4g} in epoch {self._best[1]}")
+        best = run.selection.as_record()
+        if best is not None:
+            lines.append(f"  best   {best['metric']} {best['value']:.4g} in epoch {best['epoch']}")
         if self._tested:
             kept = {name: value for name, value in self._tested.items() if name not in LOSS_PARTS}
             lines.append("  test   " + "  ".join(f"{name} {value:.4g}" for name, value in kept.items()))
@@ -212,8 +217,6 @@ class Console(Listener):
                 f"  next   tensorboard --logdir {shlex.quote(_shown_path(run.dir.parent))}",
                 f"         cnnlab eval {shlex.quote(path)}",
             ]
-            if isinstance(error, InterruptedRun):
-                lines.append(f"         cnnlab train resume={shlex.quote(path)}")
         return lines
 
 

@@ -10,7 +10,7 @@ cell's height is the value, its verdict the color. The thresholds:
 | zeros, where no unit's death is known | 90 % | 99 % | a healthy ReLU layer has about 50 % |
 | saturated, share of the activations | 10 % | 50 % | 2 to 3 % in a healthy tanh network; SageMaker Debugger: 50 % |
 | activation gradient std, as a multiple of the last layer's | below 0.01, above 10 | below 0.001 and itself below 1e-4, above 70, zero, non-finite | AUTOTRAINER (Zhang et al. 2021), on activation instead of weight gradients, which cannot tell He from Xavier |
-| update : weight, per tensor but biases, at the full learning rate | outside 1e-4 .. 1e-2 | below 1e-7, above 0.1 | CS231n: about 1e-3 |
+| update/weight, per tensor but biases, at the full learning rate | outside 1e-4 .. 1e-2 | below 1e-7, above 0.1 | CS231n: about 1e-3 |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from typing import Any
 from cnnlab.sinks.records import by_depth
 
 COLUMNS = 24
+LEAST_ANNEALED = 0.01
+"""Of the highest learning rate."""
 
 
 class Verdict(IntEnum):
@@ -110,7 +112,7 @@ _RULES = (
         "activation/std",
         "activation std",
         _signal,
-        lambda r, v: f"x{r:.2g} of the first" if math.isfinite(v) else "not finite",
+        lambda r, v: f"{r:.2g} times the first layer's" if math.isfinite(v) else "not finite",
         _reference,
     ),
     _DEAD,
@@ -120,14 +122,14 @@ _RULES = (
         "activation_gradient/std",
         "gradient std",
         _gradient,
-        lambda r, v: f"x{r:.2g} of the last" if math.isfinite(v) else "not finite",
+        lambda r, v: f"{r:.2g} times the last layer's" if math.isfinite(v) else "not finite",
         lambda values: _reference(values[::-1]),
     ),
     _Rule(
         _UPDATE_RATIO,
-        "update : weight",
+        "update/weight",
         _update,
-        lambda r, v: f"{v:.2g} a step at the full rate",
+        lambda r, v: f"{v:.2g} of its weight a step at the full rate, where 0.001 is usual",
         lambda values: 1e-3,
         scales_with_rate=True,
     ),
@@ -138,13 +140,16 @@ def health(record: Mapping[str, Any], annealed: float = 1.0) -> list[Strip]:
     """The strips of a statistics record, for the quantities that it has.
 
     `annealed` is the learning rate as a share of the run's highest: updates shrink with it, and are judged as
-    they would be at the highest rate, or every cosine would end in alarm.
+    they would be at the highest rate, or every cosine would end in alarm. Of a rate below `LEAST_ANNEALED` they are
+    not judged: many an update is rounded away then.
     """
     quantities = by_depth(record)
     if _DEAD.quantity in quantities:
         quantities.pop(_ZEROS.quantity, None)
     if not any(value > 0 for value in quantities.get(_SATURATED.quantity, ([], []))[1]):
         quantities.pop(_SATURATED.quantity, None)
+    if annealed < LEAST_ANNEALED:
+        quantities.pop(_UPDATE_RATIO, None)
     if _UPDATE_RATIO in quantities:
         quantities[_UPDATE_RATIO] = _without_biases(*quantities[_UPDATE_RATIO])
     return [

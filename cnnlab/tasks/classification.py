@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cnnlab.protocols import Batch, DataSpec, Loss, Outputs
 from cnnlab.schema import NonNegative
-from cnnlab.tasks.metrics import confusion, picture_grid
+from cnnlab.tasks.metrics import by_class, confusion, picture_grid
 
 
 class Classification:
@@ -80,6 +80,9 @@ class Classification:
             "accuracy": (correct.sum() / occurring.sum()).item(),
             "balanced_accuracy": recall.mean().item(),
         }
+
+    def by_class(self, sums: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        return by_class(sums["confusion"], self.spec.classes)
 
     def pictures(self, batch: Batch, outputs: Outputs | None) -> dict[str, Tensor]:
         return {"inputs": picture_grid(batch["image"])}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,32 @@ def confusion(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
     cell = torch.add(predicted, row, alpha=classes).flatten()
     counts = cell.new_zeros((classes + dense) * classes).scatter_add_(0, cell, torch.ones_like(cell))
     return counts.view(-1, classes)[:classes]
+
+
+def by_class(counts: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What became of each class, from a confusion matrix (classes, classes), rows the target.
+
+    `samples` (images, or pixels of masks), `recall` (the share of them that is found), `precision` (the share of what
+    is taken for the class that is of it), `iou` (intersection over union), `taken_for` (the class that most of those
+    that are missed are taken for, `None` where none is); a rate of nothing is `None`.
+    """
+    matrix = counts.double().cpu()
+    correct, target, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    missed = matrix - correct.diag()
+    rates = {
+        "recall": correct / target,
+        "precision": correct / predicted,
+        "iou": correct / (target + predicted - correct),
+    }
+    return [
+        {
+            "class": name,
+            "samples": int(target[row]),
+            **{rate: None if values[row].isnan() else values[row].item() for rate, values in rates.items()},
+            "taken_for": names[int(missed[row].argmax())] if missed[row].sum() else None,
+        }
+        for row, name in enumerate(names)
+    ]
 
 
 def picture_grid(images: Tensor, columns: int = 8, rows: int = 2, gap: int = 1) -> Tensor:

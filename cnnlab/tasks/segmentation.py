@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cnnlab.protocols import VOID, Batch, ConvNet, DataSpec, Features, Loss, Outputs
-from cnnlab.tasks.metrics import confusion, picture_grid
+from cnnlab.tasks.metrics import by_class, confusion, picture_grid
 
 Upsample = Literal["auto", "unpool", "nearest"]
 
@@ -70,6 +70,9 @@ class Segmentation:
             "pixel_accuracy": (correct.sum() / counts.sum()).item(),
             "mean_iou": (correct[present] / union[present]).mean().item(),
         }
+
+    def by_class(self, sums: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        return by_class(sums["confusion"], self.spec.mask_classes)
 
     def pictures(self, batch: Batch, outputs: Outputs | None) -> dict[str, Tensor]:
         shown = {"inputs": picture_grid(batch["image"]), "masks": picture_grid(self._coloured(batch["mask"]))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from cnnlab.data.loader import Loader
 from cnnlab.observe.observer import Look
@@ -55,18 +56,22 @@ def close_epoch(run: Run) -> None:
     run.tell("on_epoch", figures)
 
 
+def evaluate(run: Run, name: str) -> dict[str, float]:
+    """The metrics of the split `name` over all ranks, as `val/accuracy`; the network as it is evaluated."""
+    figures = describe_sums(run.task, measure(run, run.loaders[name]))
+    run.tell("on_record", {"step": run.clock.step, "epoch": run.clock.epoch, "split": name, **figures})
+    return {f"{name}/{metric}": value for metric, value in figures.items()}
+
+
 @torch.no_grad()
-def evaluate(run: Run, name: str, loader: Loader | None = None) -> dict[str, float]:
-    """The metrics of the split `name` (or of a loader of it) over all ranks, as `val/accuracy`; the network as
-    it is evaluated."""
+def measure(run: Run, loader: Loader) -> dict[str, Tensor]:
+    """The task's measures, summed over a split and over all ranks; the network as it is evaluated."""
     totals = Totals(run.ranks, run.device)
     run.model.eval()
     with run.averaged():
         run.share_buffers()
-        for batch, _ in (loader or run.loaders[name]).batches(0):
+        for batch, _ in loader.batches(0):
             if len(batch["index"]):
                 totals.add(run.forward(batch)[1])
-    figures = describe_sums(run.task, totals.take())
     run.model.train()
-    run.tell("on_record", {"step": run.clock.step, "epoch": run.clock.epoch, "split": name, **figures})
-    return {f"{name}/{metric}": value for metric, value in figures.items()}
+    return totals.take()

@@ -98,7 +98,8 @@ def _show(document: Mapping[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     machine, run = document["machine"], document["run"]
     name = machine["gpu"] or machine["cpu"]
-    console.print(f"{name}, {machine['cores']} cores, torch {machine['torch']}", markup=False)
+    cores = f"{machine['cores']} core{'s' if machine['cores'] != 1 else ''}"
+    console.print(f"{name}, {cores}, torch {machine['torch']}", markup=False)
     for fact, text in run["facts"].items():
         console.print(f"  {fact:<7} {text}", markup=False)
     _show_arms(console, document)
@@ -120,7 +121,7 @@ def _show_arms(console: Console, document: Mapping[str, Any]) -> None:
             name,
             f"{rate['median']:,.1f}",
             f"{rate['low']:,.1f} - {rate['high']:,.1f}",
-            f"{1000 * arm['step_seconds']['median']:,.3g}",
+            _milliseconds(arm["step_seconds"]["median"]),
             f"{rate['median'] / full:.3f}",
         )
     console.print(table)
@@ -135,10 +136,12 @@ def _show_costs(console: Console, document: Mapping[str, Any]) -> None:
     costs = document["costs"]
     if costs["statistics"] is not None:
         found = costs["statistics"]
-        lines.append(("statistics", f"{_percent(found['overhead'])}, sampling one step in {found['every']}"))
-        lines.append(("", f"{found['run_seconds']:.2f} s of the whole run are sampling"))
+        lines.append(
+            ("statistics", f"{_percent(found['overhead'])} of the time, sampling one step in {found['every']}")
+        )
+        lines.append(("", f"{found['run_seconds']:.2f} s of the whole run go into samples"))
         lines.append(("", f"a sampled step takes {_spread(found['sampled_step'])} steps more"))
-        lines.append(("", f"a step that is not sampled takes {_percent(found['idle'])} more"))
+        lines.append(("", f"a step that is not sampled takes {_percent(found['idle'])} longer"))
     for name in ("augmentation", "data"):
         if costs[name] is not None:
             lines.append((name, f"{_percent(costs[name])} of the time"))
@@ -158,7 +161,13 @@ def _spread(spread: Mapping[str, float]) -> str:
 
 
 def _percent(spread: Mapping[str, float]) -> str:
-    return f"{spread['median']:.2%} ({spread['low']:.2%} - {spread['high']:.2%})"
+    """A cost; where its quartiles lie on both sides of zero it is not told from none."""
+    shown = f"{spread['median']:.2%} ({spread['low']:.2%} - {spread['high']:.2%})"
+    return f"{shown}, within the noise," if spread["low"] <= 0 <= spread["high"] else shown
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.0f}" if seconds >= 0.1 else f"{1000 * seconds:.3g}"
 
 
 def _show_roofline(console: Console, found: Mapping[str, Any]) -> None:
@@ -167,8 +176,8 @@ def _show_roofline(console: Console, found: Mapping[str, Any]) -> None:
     from cnnlab.summarize import memory, quantity
 
     title = (
-        f"Roofline: {found['share']:.1%} of it; a step takes {1000 * found['step_seconds']:,.3g} ms, "
-        f"at least {1000 * found['least_step_seconds']:,.3g}"
+        f"Roofline: {found['share']:.1%} of it; a step takes {_milliseconds(found['step_seconds'])} ms, "
+        f"at least {_milliseconds(found['least_step_seconds'])}"
     )
     table = Table(title=title, title_justify="left", caption_justify="left", caption_style="")
     table.caption = (

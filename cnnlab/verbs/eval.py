@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cnnlab.config import Composed
+from cnnlab.errors import CheckpointError
 from cnnlab.rundir import RunDir, jsonable
 from cnnlab.schema import DataPath, Device, StepKind
 from cnnlab.verbs.arguments import Parser
 from cnnlab.verbs.reopen import reopened
 
+MOST_CLASSES = 20
+"""Are shown, those with the least recall."""
 EXAMPLES = """examples:
   cnnlab eval outputs/digits-resnet/2026-11-22_10-00-00-1a2b
   cnnlab eval RUN --split val --checkpoint last
@@ -19,7 +23,11 @@ EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = Parser("eval", "Evaluates a run's checkpoint; the run folder is left as it is.", EXAMPLES)
+    parser = Parser(
+        "eval",
+        "Evaluates a run's checkpoint, as a whole and class by class; the run folder is left as it is.",
+        EXAMPLES,
+    )
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--split", choices=["train", "val", "test"], default="test")
     parser.add_argument("--checkpoint", choices=["best", "last"], default="best")
@@ -29,20 +37,57 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_all(arguments)
     folder = RunDir(args.run)
     reopened(folder, args.config_dir)  # its own parts are importable from here on
-    figures = evaluate_run(folder, args.split, args.checkpoint, args.device)
+    which = available(folder, args.checkpoint)
+    figures, classes = measured(folder, args.split, which, args.device)
     if args.json:
-        print(json.dumps(jsonable(figures)))
+        print(json.dumps(jsonable({**figures, "checkpoint": which, "classes": classes})))
     else:
-        for name, value in figures.items():
-            print(f"{name:<24} {value:.4f}")
+        _show(folder, which, figures, classes)
     return 0
 
 
-def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | None = None) -> dict[str, float]:
-    """The metrics of the checkpoint `which` of a run on `split`, named as in its `run.json`.
+def _show(folder: RunDir, which: str, figures: Mapping[str, float], classes: Sequence[Mapping[str, Any]]) -> None:
+    best = folder.read().get("best") or {}
+    epoch = f", of epoch {best['epoch']}" if which == "best" and "epoch" in best else ""
+    print(f"{'checkpoint':<24} {which}{epoch}")
+    for name, value in figures.items():
+        print(f"{name:<24} {value:.4f}")
+    found = [row for row in classes if row["samples"]]
+    worst = sorted(found, key=lambda row: row["recall"])[:MOST_CLASSES]
+    if not worst:
+        return
+    heading = "class" if len(worst) == len(found) else f"worst {MOST_CLASSES} of {len(found)}"
+    print(f"\n{heading:<24} {'samples':>9} {'recall':>7} {'precision':>9} {'IoU':>7}  mostly taken for")
+    for row in worst:
+        recall, precision, iou = ("-" if row[k] is None else f"{row[k]:.4f}" for k in ("recall", "precision", "iou"))
+        taken_for = row["taken_for"] or ""
+        print(f"{row['class']:<24} {row['samples']:>9,} {recall:>7} {precision:>9} {iou:>7}  {taken_for}".rstrip())
 
-    It computes as the run did (precision and layout), where it finds the kind of device that the run had. A
-    run that has no best checkpoint, because it was never evaluated, has its last one measured.
+
+def available(folder: RunDir, wanted: str) -> str:
+    """The checkpoint to take: of a run that was never evaluated, and so has no best one, the last.
+
+    Raises `CheckpointError` if the best one is gone.
+    """
+    if wanted != "best" or folder.best.exists():
+        return wanted
+    if (folder.read().get("best") or {}).get("epoch") is not None:
+        raise CheckpointError(f"{folder.best} is missing; type --checkpoint last for the one of the last epoch")
+    return "last"
+
+
+def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | None = None) -> dict[str, float]:
+    """The metrics of `measured`, by themselves."""
+    return measured(folder, split, which, device)[0]
+
+
+def measured(
+    folder: RunDir, split: str, which: str = "best", device: str | None = None
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The metrics of the checkpoint `which` of a run on `split`, named as in its `run.json`; and what became of each
+    class (see `cnnlab.tasks.metrics.by_class`).
+
+    It computes as the run did (precision and layout), where it finds the kind of device that the run had.
 
     Raises:
         UsageError: no run folder.
@@ -54,12 +99,12 @@ def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | 
     from cnnlab.data.loader import Loader
     from cnnlab.device import as_recorded
     from cnnlab.schema import Trainer
-    from cnnlab.train.loop import evaluate
+    from cnnlab.train.loop import measure
+    from cnnlab.train.run import describe_sums
     from cnnlab.validate import check
 
     config = reopened(folder).config
-    path = folder.best if which == "best" and folder.best.exists() else folder.last
-    state = checkpoint.load(path)
+    state = checkpoint.load(folder.best if available(folder, which) == "best" else folder.last)
     if device is not None:
         config["trainer"]["device"] = device
     config["trainer"]["step"] = StepKind.eager.value  # no step is taken: none is tried, compiled or captured
@@ -82,4 +127,6 @@ def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | 
         loader = Loader(source, size, seed=0, shuffle=False, device=run.device, transform=loader.transform)
     elif split == "test":
         loader = run.loaders["test"]
-    return evaluate(run, split, loader)
+    sums = measure(run, loader)
+    classes = run.task.by_class(sums) if hasattr(run.task, "by_class") else []
+    return {f"{split}/{metric}": value for metric, value in describe_sums(run.task, sums).items()}, classes

@@ -19,7 +19,7 @@ Per layer: output shape, kernel, stride, padding, parameters, multiply-adds (1 m
 field, memory of the activations that training keeps; then the parameter groups and the learning rate.
 
 examples:
-  cnnlab summary model=resnet50 data=imagenet data.root=/data/imagenet
+  cnnlab summary model=resnet50 data=shapes data.size=224
   cnnlab summary model=vgg data=cifar10
   cnnlab summary optim=adamw groups.layer_decay=0.9
   cnnlab summary schedule=one_cycle

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from omegaconf import OmegaConf
 from cnnlab.config import Composed, Composer, make_importable, options_taken
 from cnnlab.errors import CheckpointError, CnnlabError, ConfigError, DataError, InterruptedRun, Terminated, UsageError
 from cnnlab.overrides import is_for_hydra
-from cnnlab.rundir import SCHEMA_VERSION, RunDir, claim, config_hash, jsonable, write_json
+from cnnlab.rundir import SCHEMA_VERSION, RunDir, claim, config_hash, write_json
 from cnnlab.verbs.arguments import Arguments
+from cnnlab.verbs.sweep_table import over_seeds, report
 
 FINISHED = ("completed", "diverged")
 """Ends of a cell that would come out alike if it began again."""
@@ -168,7 +169,8 @@ class SweepDir:
                     "best": found.get("best"),
                 }
             )
-        write_json(self.json, {"schema_version": SCHEMA_VERSION, "cells": records})
+        document = {"schema_version": SCHEMA_VERSION, "cells": records, "over_seeds": over_seeds(records)}
+        write_json(self.json, document)
         return records
 
 
@@ -258,53 +260,3 @@ def _free_gpu_memory() -> None:
     if torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
-
-
-# ---- the end ----
-
-
-def report(records: Sequence[Mapping[str, Any]], folder: Path, seconds: float, *, json_output: bool = False) -> None:
-    """The table of a sweep's cells and the reasons of those that did not complete; or all of it as JSON."""
-    if json_output:
-        print(json.dumps(jsonable({"sweep": str(folder), "seconds": round(seconds, 3), "cells": records})))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    from cnnlab.sinks.records import LOSS_PARTS
-
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    console.print(f"\n{len(records)} cells in {seconds:.0f} s: {folder}", markup=False)
-    table = Table()
-    varied = [key for key in _keys(records) if len({_value(record, key) for record in records}) > 1]
-    measured = dict.fromkeys(name for record in records for name in record["metrics"])
-    names = [name for name in measured if name.rpartition("/")[2] not in LOSS_PARTS]
-    for heading in ("cell", *varied, "status", *names, "seconds"):
-        table.add_column(heading, justify="right" if heading in (*names, "seconds") else "left", overflow="fold")
-    for record in records:
-        table.add_row(
-            str(record["cell"]),
-            *(_value(record, key) for key in varied),
-            record["status"],
-            *(_figure(record["metrics"].get(name)) for name in names),
-            "" if record["seconds"] is None else f"{record['seconds']:.1f}",
-        )
-    console.print(table)
-    for record in records:
-        if record["status"] != "completed":
-            reason = f"cell {record['cell']} {record['status']}: {record['reason']}"
-            written = folder / record["run"] / "error.txt"
-            seen = f" (traceback in {written})" if written.exists() else ""
-            console.print(reason + seen, markup=False, soft_wrap=True)
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _keys(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(o.partition("=")[0] for record in records for o in record["overrides"]))
-
-
-def _value(record: Mapping[str, Any], key: str) -> str:
-    return next((o.partition("=")[2] for o in record["overrides"] if o.partition("=")[0] == key), "")

@@ -114,6 +114,8 @@ def _opening(composed: Composed, run: Any) -> dict[str, Any]:
         "config_hash": config_hash(composed.config),
         "choices": composed.choices,
         "config_dirs": list(composed.config_dirs),
+        "classes": list(run.spec.classes),
+        "samples": {name: len(loader.split) for name, loader in run.loaders.items()},
         "data_fingerprint": {name: loader.split.fingerprint for name, loader in run.loaders.items()},
         **environment(),
         "device": run.facts["device"],

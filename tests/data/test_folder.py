@@ -155,7 +155,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert (array[:, :, 8:] == np.array(GREEN)[:, None, None]).all() and (array[:, :, :8] == 0).all()
 
 
-def test_a_broken_file_is_named_or_skipped(tmp_path: Path) -> None:
+def test_a_broken_file_is_named_or_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = make_folder(tmp_path / "data", {"a": 10, "b": 10})
     (root / "a" / "003.png").write_bytes((root / "a" / "003.png").read_bytes()[:40])
     (root / "b" / "x.jpg").write_text("this is no JPEG")
@@ -166,12 +166,14 @@ def test_a_broken_file_is_named_or_skipped(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").iterdir()), "a refused folder leaves nothing in the cache"
     splits = folder(root, on_error="skip").load()
     assert sum(len(split) for split in splits.values()) == 19
+    (told,) = caplog.messages
+    assert told.startswith("2 of 21 files are unreadable and left out: a/003.png (")
     with pytest.raises(DataError, match="2 of 21"):
         folder(root).load()
 
 
 def test_many_broken_files_are_counted(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "data", {"a": 3})
+    root = make_folder(tmp_path / "data", {"a": 3, "b": 1})
     for n in range(9):
         (root / "a" / f"broken{n}.png").write_text("")
     with pytest.raises(DataError, match="and 4 more"):
@@ -187,6 +189,12 @@ def test_unusable_folders_say_what_is_wanted(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="one folder a class"):
         folder(tmp_path / "empty").spec()
+    make_folder(tmp_path / "single", {"cat": 3})
+    with pytest.raises(DataError, match="two classes at least in .*single, received cat alone"):
+        folder(tmp_path / "single").spec()
+    save_plain(tmp_path / "flat" / "1.png")
+    with pytest.raises(DataError, match="received 1 images that lie in none"):
+        folder(tmp_path / "flat").spec()
     make_folder(tmp_path / "bare" / "val", {"a": 1})
     with pytest.raises(DataError, match="expected a folder `train`"):
         folder(tmp_path / "bare").spec()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cnnlab.train.state import Selection
+
 
 def fake_run(directory: Path | None = None, *, step: int = 0, resumed: bool = False, **changes: Any) -> Any:
     """10 steps an epoch, 3 epochs, batches of 32."""
@@ -35,6 +37,7 @@ def fake_run(directory: Path | None = None, *, step: int = 0, resumed: bool = Fa
         epochs=3,
         batch_size=32,
         task=types.SimpleNamespace(monitor=("accuracy", "max")),
+        selection=Selection("accuracy", "max"),
         model=nn.Linear(2, 2),
         device=torch.device("cpu"),
         facts={"device": "cpu", "step": "eager", "precision": "fp32", "data": "digits [1,257 train]"},

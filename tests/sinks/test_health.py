@@ -16,7 +16,7 @@ def strips(record):
 
 def test_a_healthy_network_is_good_throughout():
     found = strips(stats_record(5, layers=20))
-    assert list(found) == ["activation std", "dead units", "gradient std", "update : weight"]
+    assert list(found) == ["activation std", "dead units", "gradient std", "update/weight"]
     assert all(strip.verdict is Verdict.GOOD and strip.words == "" for strip in found.values())
 
 
@@ -71,9 +71,13 @@ def test_a_tensor_without_a_ratio_is_unknown_not_bad():
 
 
 def test_updates_are_judged_as_at_the_full_rate():
-    record = {"layers": [], "tensors": ["w"], "update/ratio": [1e-6]}
+    record = {"layers": [], "tensors": ["w"], "update/ratio": [2e-6]}
     assert health(record)[0].verdict is Verdict.WATCH
-    assert health(record, annealed=1e-3)[0].verdict is Verdict.GOOD
+    assert health(record, annealed=0.01)[0].verdict is Verdict.GOOD
+
+
+def test_updates_are_not_judged_where_they_are_rounded_away():
+    assert health({"layers": [], "tensors": ["w"], "update/ratio": [0.0]}, annealed=1e-3) == []
 
 
 @pytest.mark.parametrize(

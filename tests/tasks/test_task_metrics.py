@@ -11,7 +11,7 @@ from sklearn import metrics as sk
 
 from cnnlab.protocols import VOID, DataSpec
 from cnnlab.tasks.classification import Classification, class_counts
-from cnnlab.tasks.metrics import confusion, picture_grid
+from cnnlab.tasks.metrics import by_class, confusion, picture_grid
 from cnnlab.tasks.segmentation import Segmentation
 
 RANDOM = np.random.default_rng(0)
@@ -45,6 +45,24 @@ def test_confusion_is_scikit_learns(classes: int):
     target, predicted = labels(classes, 2000)
     counts = confusion(torch.from_numpy(predicted), torch.from_numpy(target), classes)
     assert np.array_equal(counts.numpy(), sk.confusion_matrix(target, predicted, labels=range(classes)))
+
+
+def test_what_became_of_each_class_is_scikit_learns():
+    random = np.random.default_rng(0)
+    target = random.integers(0, 4, 200)
+    predicted = np.where(random.random(200) < 0.7, target, random.integers(0, 4, 200))
+    found = by_class(confusion(torch.from_numpy(predicted), torch.from_numpy(target), 4), "abcd")
+    precision, recall, _, count = sk.precision_recall_fscore_support(target, predicted)
+    for name, wanted in (("precision", precision), ("recall", recall), ("samples", count)):
+        assert [row[name] for row in found] == pytest.approx(wanted.tolist())
+    assert [row["iou"] for row in found] == pytest.approx(sk.jaccard_score(target, predicted, average=None).tolist())
+
+
+def test_a_class_that_never_occurs_has_no_rates():
+    cat, dog, cow = by_class(torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), ("cat", "dog", "cow"))
+    assert (cat["recall"], cat["taken_for"]) == (0.75, "dog")
+    assert (dog["precision"], dog["taken_for"]) == (pytest.approx(2 / 3), None)
+    assert (cow["samples"], cow["recall"], cow["precision"], cow["iou"]) == (0, None, None, None)
 
 
 @pytest.mark.parametrize(("classes", "missing"), [(2, 0), (10, 0), (10, 3), (300, 0)])

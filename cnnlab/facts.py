@@ -1,0 +1,93 @@
+"""What a run is made of, in a few lines for the person who started it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cnnlab.augment import Pipeline
+from cnnlab.device import Placement
+from cnnlab.optim.traits import Traits
+from cnnlab.train.run import Run
+
+NAMED = 5
+"""Classes that are named; of more, the others are counted."""
+
+
+def facts(run: Run, placement: Placement, pipeline: Pipeline, traits: Traits) -> dict[str, str]:
+    """A line each on the model, the data and its way to the device, and how a step is taken."""
+    parameters = sum(p.numel() for p in run.model.parameters())
+    splits = {name: loader.split for name, loader in run.loaders.items()}
+    sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
+    pixels = "x".join(map(str, (run.spec.channels, *run.spec.size)))
+    ranks = f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
+    accumulate = f", {run.trainer.accumulate} micro-batches" if run.trainer.accumulate > 1 else ""
+    layout = placement.layout.value.replace("_", "-")
+    return {
+        "model": "; ".join([f"{_part(run, 'model')}, {parameters:,} parameters", *getattr(run.model, "notes", [])]),
+        "data": f"{_part(run, 'data')}, {pixels}: {sizes}",
+        "classes": classes_in_words(run.spec.classes, splits["train"].labels),
+        "data path": run.loaders["train"].route(),
+        "input": pipeline.describe(),
+        "device": f"{_device_name(placement.device)}{ranks}",
+        "step": f"{run.step.name}, {placement.precision.value}, {layout}{accumulate}, "
+        f"{_optimizer_name(run.optimizer)}{_waits(run, placement, traits)}",
+    }
+
+
+def classes_in_words(names: Sequence[str], labels: Tensor | None) -> str:
+    """What there is to tell apart, and how many training images there are of each: `cat 42, dog 40`, or
+    `10 (airplane, ..., deer, ...), 4,900 training images each`.
+
+    Args:
+        labels: (N,) of the training set, or `None` where images have no label.
+    """
+    counts = None if labels is None else torch.bincount(labels, minlength=len(names)).tolist()
+    if len(names) <= NAMED:
+        return ", ".join(names if counts is None else [f"{name} {n:,}" for name, n in zip(names, counts, strict=True)])
+    words = f"{len(names)} ({', '.join(names[:NAMED])}, ...)"
+    if counts is None:
+        return words
+    least, most = min(counts), max(counts)
+    return f"{words}, {f'{most:,}' if least == most else f'{least:,} to {most:,}'} training images each"
+
+
+def unseen_classes(names: Sequence[str], counts: Tensor | None) -> list[str]:
+    """A notice where the training set lacks classes.
+
+    Args:
+        counts: (classes,) training images of each, or `None` where images have no label.
+    """
+    unseen = [] if counts is None else [name for name, n in zip(names, counts.tolist(), strict=True) if n == 0]
+    if not unseen:
+        return []
+    more = f" and {len(unseen) - NAMED} more" if len(unseen) > NAMED else ""
+    return [f"data: no training image of {', '.join(unseen[:NAMED])}{more}, which the network cannot learn"]
+
+
+def _part(run: Run, group: str) -> str:
+    return str(run.config[group]["_target_"]).rpartition(".")[2]
+
+
+def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return f"{'fused ' if fused else ''}{type(optimizer).__name__}"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu ({threads} thread{'s' if threads > 1 else ''})"
+    return str(device)
+
+
+def _waits(run: Run, placement: Placement, traits: Traits) -> str:
+    """A word where every step waits for the GPU."""
+    if placement.device.type != "cuda":
+        return ""
+    fused = all(group.get("fused") for group in run.optimizer.param_groups)
+    return ", syncs" if traits.closure or (run.step.scaler is not None and not fused) else ""
