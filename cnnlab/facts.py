@@ -19,7 +19,7 @@ NAMED = 5
 def facts(run: Run, placement: Placement, pipeline: Pipeline, traits: Traits) -> dict[str, str]:
     """A line each on the model, the data and its way to the device, and how a step is taken."""
     parameters = sum(p.numel() for p in run.model.parameters())
-    splits = {name: loader.split for name, loader in run.loaders.items()}
+    splits = {name: run.loaders[name].split for name in ("train", "val", "test")}
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
     pixels = "x".join(map(str, (run.spec.channels, *run.spec.size)))
     ranks = f", {run.ranks.world} processes" if run.ranks.world > 1 else ""

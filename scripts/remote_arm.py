@@ -105,4 +105,3 @@ def _serve(pipe: Connection, make: Make, arguments: tuple[Any, ...], threads: in
             pass
         except Exception as error:
             pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
-    os._exit(0)  # threads of a framework may never end
