@@ -161,17 +161,14 @@ class Composer:
     def _parsed(self, overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
         parser = OverridesParser.create(config_loader=self.hydra.config_loader)
         parsed, problems = [], []
-        for given in overrides:
-            text = given
+        for text in overrides:
             try:
-                if is_path(given) and not _is_readable(parser, given):
-                    text = as_text(given)
-                (override,) = parser.parse_overrides([text])
+                override = _override(parser, text)
                 if is_plain(override) and override.value() is None and override.key_or_group in self._folders:
                     (override,) = parser.parse_overrides([f"~{override.get_key_element()}"])  # Hydra's way to say so
                 parsed.append(override)
             except Exception:  # the grammar's message counts tokens; a number too long for int() is a ValueError
-                problems.append(self._unreadable(given))
+                problems.append(self._unreadable(text))
         return parsed, problems
 
     def _unreadable(self, text: str) -> str:
@@ -335,12 +332,15 @@ class Composer:
         return f"; to have it, type {group}=[{name}]" if absent else ""
 
 
-def _is_readable(parser: OverridesParser, text: str) -> bool:
+def _override(parser: OverridesParser, text: str) -> Override:
+    """What a text overrides; a path needs no quotes for Hydra's grammar."""
     try:
-        parser.parse_overrides([text])
+        (override,) = parser.parse_overrides([text])
     except Exception:  # see `Composer._parsed`
-        return False
-    return True
+        if not is_path(text):
+            raise
+        (override,) = parser.parse_overrides([as_text(text)])
+    return override
 
 
 def options_taken(hydra: Any) -> dict[str, Any]:
