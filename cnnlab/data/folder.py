@@ -232,7 +232,7 @@ def subfolders(folder: Path, layout: str) -> dict[str, Path]:
         }
     if not found:
         loose = sum(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
-        received = f"{loose} images that lie in none" if loose else "none"
+        received = f"{loose} image{'s' if loose > 1 else ''} in none" if loose else "none"
         raise DataError(f"expected one folder a class in {folder}, received {received}; lay the images out as {layout}")
     return found
 

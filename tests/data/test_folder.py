@@ -193,7 +193,7 @@ def test_unusable_folders_say_what_is_wanted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="two classes at least in .*single, received cat alone"):
         folder(tmp_path / "single").spec()
     save_plain(tmp_path / "flat" / "1.png")
-    with pytest.raises(DataError, match="received 1 images that lie in none"):
+    with pytest.raises(DataError, match="received 1 image in none"):
         folder(tmp_path / "flat").spec()
     make_folder(tmp_path / "bare" / "val", {"a": 1})
     with pytest.raises(DataError, match="expected a folder `train`"):
