@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,7 @@ from cnnlab.config import Composed
 from cnnlab.data.cache import cache_folder
 from cnnlab.data.choice import loaded, with_decoder
 from cnnlab.data.loader import Loader
-from cnnlab.device import Placement, as_recorded, place, prepare_cpu
+from cnnlab.device import Placement, as_recorded, place, prepare_cpu, set_deterministic
 from cnnlab.errors import CheckpointError, UsageError
 from cnnlab.facts import facts, unseen_classes
 from cnnlab.models.half import NARROW, protect_narrow
@@ -179,9 +178,7 @@ class _Builder:
     def place(self) -> Placement:
         if self.trainer.threads is not None:
             torch.set_num_threads(self.trainer.threads)
-        if self.trainer.deterministic:  # without it, cuBLAS refuses
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(self.trainer.deterministic)
+        set_deterministic(self.trainer.deterministic)
         placement = place(
             self.trainer,
             closure=self.traits.closure,

@@ -100,6 +100,13 @@ def cpu_has_fast_bf16() -> bool:
     return named or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def set_deterministic(wanted: bool) -> None:
+    """Whether torch computes in a fixed order, or refuses what it cannot."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS refuses
+    torch.use_deterministic_algorithms(wanted)
+
+
 def prepare_cpu() -> None:
     """Settings of this process that make training on a CPU faster and change no number but denormal ones.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from cnnlab.augment import Pipeline
 from cnnlab.device import Placement
 from cnnlab.optim.traits import Traits
+from cnnlab.tasks.classification import class_counts
 from cnnlab.train.run import Run
 
 NAMED = 5
@@ -28,7 +29,7 @@ def facts(run: Run, placement: Placement, pipeline: Pipeline, traits: Traits) ->
     return {
         "model": "; ".join([f"{_part(run, 'model')}, {parameters:,} parameters", *getattr(run.model, "notes", [])]),
         "data": f"{_part(run, 'data')}, {pixels}: {sizes}",
-        "classes": classes_in_words(run.spec.classes, splits["train"].labels),
+        "classes": classes_in_words(run.spec.classes, class_counts(splits["train"].labels, run.spec.num_classes)),
         "data path": run.loaders["train"].route(),
         "input": pipeline.describe(),
         "device": f"{_device_name(placement.device)}{ranks}",
@@ -37,20 +38,20 @@ def facts(run: Run, placement: Placement, pipeline: Pipeline, traits: Traits) ->
     }
 
 
-def classes_in_words(names: Sequence[str], labels: Tensor | None) -> str:
+def classes_in_words(names: Sequence[str], counts: Tensor | None) -> str:
     """What there is to tell apart, and how many training images there are of each: `cat 42, dog 40`, or
     `10 (airplane, ..., deer, ...), 4,900 training images each`.
 
     Args:
-        labels: (N,) of the training set, or `None` where images have no label.
+        counts: (classes,) training images of each, or `None` where images have no label.
     """
-    counts = None if labels is None else torch.bincount(labels, minlength=len(names)).tolist()
+    each = None if counts is None else counts.tolist()
     if len(names) <= NAMED:
-        return ", ".join(names if counts is None else [f"{name} {n:,}" for name, n in zip(names, counts, strict=True)])
+        return ", ".join(names if each is None else [f"{name} {n:,}" for name, n in zip(names, each, strict=True)])
     words = f"{len(names)} ({', '.join(names[:NAMED])}, ...)"
-    if counts is None:
+    if each is None:
         return words
-    least, most = min(counts), max(counts)
+    least, most = min(each), max(each)
     return f"{words}, {f'{most:,}' if least == most else f'{least:,} to {most:,}'} training images each"
 
 

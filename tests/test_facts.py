@@ -11,17 +11,17 @@ LETTERS = tuple("abcdefgh")
 
 
 @pytest.mark.parametrize(
-    ("names", "labels", "words"),
+    ("names", "counts", "words"),
     [
-        (("cat", "dog"), [0, 0, 1], "cat 2, dog 1"),
+        (("cat", "dog"), [2, 1], "cat 2, dog 1"),
         (("cat", "dog"), None, "cat, dog"),
-        (LETTERS, [*range(8)] * 3, "8 (a, b, c, d, e, ...), 3 training images each"),
-        (LETTERS, [0, 0, 1, 2, 3, 4, 5, 6], "8 (a, b, c, d, e, ...), 0 to 2 training images each"),
+        (LETTERS, [3] * 8, "8 (a, b, c, d, e, ...), 3 training images each"),
+        (LETTERS, [2, 1, 1, 1, 1, 1, 1, 0], "8 (a, b, c, d, e, ...), 0 to 2 training images each"),
         (LETTERS, None, "8 (a, b, c, d, e, ...)"),
     ],
 )
-def test_classes(names, labels, words):
-    assert classes_in_words(names, None if labels is None else torch.tensor(labels)) == words
+def test_classes(names, counts, words):
+    assert classes_in_words(names, None if counts is None else torch.tensor(counts)) == words
 
 
 def test_a_class_without_a_training_image_is_told():

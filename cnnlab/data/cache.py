@@ -201,7 +201,7 @@ def decoded(
     store = _opened(entry, shape)
     if store is not None:
         if store.failures and on_error == "raise":
-            raise _broken(listing.files, store.failures)
+            raise _broken(listing, store.failures)
         _tell_left_out(listing, store.failures)
         return store
     try:
@@ -261,7 +261,7 @@ def _build(entry: Path, listing: Listing, recipe: Recipe, workers: int, on_error
         temporary.chmod(0o755)  # mkdtemp's are private, and a cache may be shared
         failures = _write(temporary, listing, recipe, workers)
         if failures and on_error == "raise":
-            raise _broken(listing.files, failures)
+            raise _broken(listing, failures)
         try:
             temporary.rename(entry)
         except OSError:  # there is one already: another builder's, or a damaged one
@@ -310,16 +310,19 @@ def _write(folder: Path, listing: Listing, recipe: Recipe, workers: int) -> list
 def _tell_left_out(sources: Sources, failures: Sequence[tuple[int, str]]) -> None:
     if not failures:
         return
-    shown = [f"{sources.name(row)} ({reason})" for row, reason in failures[:_SHOWN]]
-    shown += [f"and {len(failures) - _SHOWN} more"] if len(failures) > _SHOWN else []
-    _log.warning("%d of %d files are unreadable and left out: %s", len(failures), len(sources), ", ".join(shown))
+    named = "; ".join(_named(sources, failures))
+    _log.warning("%d of %d files are unreadable and left out: %s", len(failures), len(sources), named)
 
 
-def _broken(files: Sequence[str], failures: Sequence[tuple[int, str]]) -> DataError:
-    lines = [f"expected readable images, received {len(failures)} of {len(files)} that are not:"]
-    lines += [f"  {files[row]}: {reason}" for row, reason in failures[:_SHOWN]]
-    if len(failures) > _SHOWN:
-        lines.append(f"  and {len(failures) - _SHOWN} more")
+def _named(sources: Sources, failures: Sequence[tuple[int, str]]) -> list[str]:
+    """The first failures, and how many there are besides."""
+    more = [f"and {len(failures) - _SHOWN} more"] if len(failures) > _SHOWN else []
+    return [f"{sources.name(row)}: {reason}" for row, reason in failures[:_SHOWN]] + more
+
+
+def _broken(sources: Sources, failures: Sequence[tuple[int, str]]) -> DataError:
+    lines = [f"expected readable images, received {len(failures)} of {len(sources)} that are not:"]
+    lines += [f"  {named}" for named in _named(sources, failures)]
     return DataError("\n".join([*lines, "repair or remove them, or type data.on_error=skip to leave them out"]))
 
 

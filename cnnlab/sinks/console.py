@@ -194,8 +194,9 @@ class Console(Listener):
 
     @staticmethod
     def _where(run: Any, step: int) -> str:
-        width = len(str(run.total_steps))
-        return f"epoch {_epoch_of(step, run)}/{run.epochs}  step {step:>{width}}/{run.total_steps}"
+        epoch = str(_epoch_of(step, run)).rjust(len(str(run.epochs)))
+        done = str(step).rjust(len(str(run.total_steps)))
+        return f"epoch {epoch}/{run.epochs}  step {done}/{run.total_steps}"
 
     def _last_words(self, run: Any, error: BaseException | None) -> list[str]:
         """The closing block: how it ended, what came of it, what to type next."""

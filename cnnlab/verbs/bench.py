@@ -137,14 +137,14 @@ def _show_costs(console: Console, document: Mapping[str, Any]) -> None:
     if costs["statistics"] is not None:
         found = costs["statistics"]
         lines.append(
-            ("statistics", f"{_percent(found['overhead'])} of the time, sampling one step in {found['every']}")
+            ("statistics", f"{_percent(found['overhead'], 'of the time')}, sampling one step in {found['every']}")
         )
         lines.append(("", f"{found['run_seconds']:.2f} s of the whole run go into samples"))
         lines.append(("", f"a sampled step takes {_spread(found['sampled_step'])} steps more"))
-        lines.append(("", f"a step that is not sampled takes {_percent(found['idle'])} longer"))
+        lines.append(("", f"a step that is not sampled takes {_percent(found['idle'], 'longer')}"))
     for name in ("augmentation", "data"):
         if costs[name] is not None:
-            lines.append((name, f"{_percent(costs[name])} of the time"))
+            lines.append((name, _percent(costs[name], "of the time")))
     start = document["start"]
     if start["first_step_seconds"] is not None:
         rate = f"; with it, a run of {document['run']['steps']:,} steps trains {start['images_per_second']:,} images/s"
@@ -160,10 +160,10 @@ def _spread(spread: Mapping[str, float]) -> str:
     return f"{spread['median']:.3f} ({spread['low']:.3f} - {spread['high']:.3f})"
 
 
-def _percent(spread: Mapping[str, float]) -> str:
+def _percent(spread: Mapping[str, float], what: str) -> str:
     """A cost; where its quartiles lie on both sides of zero it is not told from none."""
-    shown = f"{spread['median']:.2%} ({spread['low']:.2%} - {spread['high']:.2%})"
-    return f"{shown}, within the noise," if spread["low"] <= 0 <= spread["high"] else shown
+    shown = f"{spread['median']:.2%} ({spread['low']:.2%} - {spread['high']:.2%}) {what}"
+    return f"{shown}, within the noise" if spread["low"] <= 0 <= spread["high"] else shown
 
 
 def _milliseconds(seconds: float) -> str:

@@ -78,11 +78,11 @@ def available(folder: RunDir, wanted: str) -> str:
 
 def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | None = None) -> dict[str, float]:
     """The metrics of `measured`, by themselves."""
-    return measured(folder, split, which, device)[0]
+    return measured(folder, split, available(folder, which), device)[0]
 
 
 def measured(
-    folder: RunDir, split: str, which: str = "best", device: str | None = None
+    folder: RunDir, split: str, which: str, device: str | None = None
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The metrics of the checkpoint `which` of a run on `split`, named as in its `run.json`; and what became of each
     class (see `cnnlab.tasks.metrics.by_class`).
@@ -104,7 +104,7 @@ def measured(
     from cnnlab.validate import check
 
     config = reopened(folder).config
-    state = checkpoint.load(folder.best if available(folder, which) == "best" else folder.last)
+    state = checkpoint.load(folder.best if which == "best" else folder.last)
     if device is not None:
         config["trainer"]["device"] = device
     config["trainer"]["step"] = StepKind.eager.value  # no step is taken: none is tried, compiled or captured

@@ -167,7 +167,7 @@ def test_a_broken_file_is_named_or_skipped(tmp_path: Path, caplog: pytest.LogCap
     splits = folder(root, on_error="skip").load()
     assert sum(len(split) for split in splits.values()) == 19
     (told,) = caplog.messages
-    assert told.startswith("2 of 21 files are unreadable and left out: a/003.png (")
+    assert told.startswith("2 of 21 files are unreadable and left out: a/003.png: ")
     with pytest.raises(DataError, match="2 of 21"):
         folder(root).load()
 

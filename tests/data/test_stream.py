@@ -112,13 +112,14 @@ def test_a_broken_file_is_named_when_its_batch_is_due(tmp_path: Path) -> None:
 
 def test_skipping_tries_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = photos(tmp_path / "data")
-    splits_of(root, "stream", on_error="skip")
+    first = splits_of(root, "stream", on_error="skip")
 
     def fail(*_: object) -> None:
         raise AssertionError("tried again")
 
     monkeypatch.setattr("cnnlab.data.cache.decode_chunk", fail)
-    splits_of(root, "stream", on_error="skip")
+    again = splits_of(root, "stream", on_error="skip")
+    assert {name: len(split) for name, split in again.items()} == {name: len(split) for name, split in first.items()}
 
 
 def test_a_vanished_file_is_a_data_error(tmp_path: Path) -> None:

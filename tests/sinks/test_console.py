@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+from pathlib import Path
 
 import pytest
 from sink_helpers import fake_run, metric_record, stats_record
@@ -161,6 +162,7 @@ def test_a_reader_that_has_gone_does_not_end_the_run():
         os.close(read)
         listener.notice("nobody reads this")
         listener.notice("nor this")
+        assert os.fstat(stream.fileno()).st_rdev == Path(os.devnull).stat().st_rdev, "from now on it writes to nowhere"
 
 
 def test_an_end_before_the_first_step_is_told():
