@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hydra._internal.hydra import Hydra
 from hydra.plugins.completion_plugin import CompletionPlugin, DefaultCompletionPlugin
 
 from cnnlab.cli import BUILDERS, VERBS
 from cnnlab.config import Composer
 from cnnlab.errors import CnnlabError, UsageError
+from cnnlab.hydra_private import Hydra
 from cnnlab.verbs.arguments import override_parser, parse
 
 PROGRAM = "cnnlab"

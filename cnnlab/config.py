@@ -17,12 +17,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hydra import version as hydra_version
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -30,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cnnlab.errors import ConfigError, UsageError, short
+from cnnlab.hydra_private import open_hydra
 from cnnlab.overrides import (
     LISTS,
     as_text,
@@ -125,16 +120,11 @@ class Composer:
     def __init__(self, config_dirs: Sequence[str | Path] = (), config_name: str = CONFIG_NAME):
         self.config_name = config_name
         self.config_dirs = tuple(str(Path(folder).expanduser().resolve()) for folder in config_dirs)
-        search_path = create_config_search_path(str(config_root()))
-        assert isinstance(search_path, ConfigSearchPathImpl)
         for folder in self.config_dirs:
             if not Path(folder).is_dir():
                 raise UsageError(f"--config-dir: expected a folder, received {folder}, which is none")
-            last = SearchPathQuery(provider="schema")  # after the shipped configs, as Hydra's own --config-dir
-            search_path.prepend(provider="command-line", path=f"file://{folder}", anchor=last)
         make_importable(self.config_dirs)
-        hydra_version.setbase("1.3")
-        self.hydra = Hydra("cnnlab", ConfigLoaderImpl(search_path))
+        self.hydra = open_hydra(str(config_root()), self.config_dirs)
 
     # ---- what there is ----
 

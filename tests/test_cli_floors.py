@@ -16,7 +16,8 @@ ROOT = Path(cnnlab.__file__).parent
 
 FLOORS: list[set[str]] = [
     {"__init__", "errors", "schema"},
-    {"check", "overrides", "rundir", "protocols", "rng", "measure"},
+    {"usertext", "check", "overrides", "rundir", "protocols", "rng", "measure"},
+    {"hydra_private"},
     {"config", "parts", "device", "ranks", "sinks", "receptive_field", "flops"},
     {"data", "models", "init", "optim", "losses", "augment"},
     {"tasks", "observe", "checkpoint", "summarize"},
@@ -30,10 +31,22 @@ FLOORS: list[set[str]] = [
 ]
 """Low to high; a name is a module of `cnnlab` or a package with all that is in it."""
 
-PARTS = FLOORS[3]
+PARTS = FLOORS[4]
 """What is swapped."""
 
-NO_TORCH = {"errors", "schema", "check", "overrides", "config", "parts", "rundir", "cli", "completion"}
+NO_TORCH = {
+    "errors",
+    "schema",
+    "usertext",
+    "check",
+    "hydra_private",
+    "overrides",
+    "config",
+    "parts",
+    "rundir",
+    "cli",
+    "completion",
+}
 HEAVY = {"torchvision", "sklearn", "torchmetrics", "timm", "pytorch_optimizer", "matplotlib", "pandas", "scipy"}
 
 
@@ -132,3 +145,8 @@ def test_training_on_digits_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr.strip() == "[]"
+
+
+def test_hydras_private_names_stand_together():
+    private = [name_of(path) for path in modules() if any("hydra._" in name for name in imports(path, top_level=False))]
+    assert private == ["hydra_private"]

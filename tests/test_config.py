@@ -151,7 +151,7 @@ def test_several_folders_and_another_primary_config(user_folder: UserFolder, tmp
         ("a: b: c\n", "line 1: expected YAML"),
         ("lr: ${nowhere}\n", "nowhere"),
         ("defaults: [nothing]\n", "nothing"),
-        ("\x00", "special characters"),
+        ("\x00", "line 1: expected text, received a zero byte"),
     ],
 )
 def test_a_broken_file_of_the_user(user_folder: UserFolder, text: str, message: str):

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from cnnlab.config import CONFIG_NAME, Composed, Composer
 from cnnlab.errors import UsageError, did_you_mean
+from cnnlab.hydra_private import get_args_parser
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,8 +128,6 @@ def answer(open_composer: Composer, args: Arguments) -> int:
         hydra.show_info(args.info, config_name=name, overrides=open_composer.lines(args.overrides))
         root.handlers[:], root.level = kept, level
     else:
-        from hydra._internal.utils import get_args_parser
-
         show = hydra.hydra_help if args.hydra_help else hydra.app_help
         args = replace(args, overrides=open_composer.lines(args.overrides))
         show(config_name=name, args_parser=get_args_parser(), args=args)

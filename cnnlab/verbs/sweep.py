@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
@@ -22,6 +21,7 @@ from omegaconf import OmegaConf
 
 from cnnlab.config import Composed, Composer, make_importable, options_taken
 from cnnlab.errors import CheckpointError, CnnlabError, ConfigError, DataError, InterruptedRun, Terminated, UsageError
+from cnnlab.hydra_private import BASIC_SWEEPER, Callbacks
 from cnnlab.overrides import is_for_hydra
 from cnnlab.rundir import SCHEMA_VERSION, RunDir, claim, config_hash, write_json
 from cnnlab.verbs.arguments import Arguments
@@ -29,7 +29,6 @@ from cnnlab.verbs.sweep_table import over_seeds, report
 
 FINISHED = ("completed", "diverged")
 """Ends of a cell that would come out alike if it began again."""
-BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
 def sweep(open_composer: Composer, args: Arguments) -> int:
