@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-_FORMATS = ("jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm", "pbm", "jp2", "avif")
-EXTENSIONS = frozenset(f".{name}" for name in _FORMATS)
+from cnnlab.data.formats import opened
+
 Array = np.ndarray[Any, Any]
 Item = str | tuple[str, int, int]
 """An image file, or `(file, offset, bytes)` of one inside another (a shard's member)."""
@@ -93,8 +93,8 @@ def decode(source: str | BinaryIO, recipe: Recipe) -> tuple[Array, tuple[int, in
     """
     from PIL import Image, ImageOps
 
-    with Image.open(source) as opened:
-        image: Image.Image = opened
+    with opened(source) as file:
+        image: Image.Image = file
         # Asking for the EXIF of a file that has none takes as long as decoding a small JPEG.
         if "exif" in image.info or image.format == "TIFF":
             image = ImageOps.exif_transpose(image)

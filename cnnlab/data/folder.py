@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cnnlab.data.cache import Listing, cache_folder, decoded, is_cached, unreadable, without
-from cnnlab.data.decode import EXTENSIONS, Recipe
+from cnnlab.data.decode import Recipe
+from cnnlab.data.formats import EXTENSIONS
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned, require_fractions
 from cnnlab.data.stream import StreamSplit, streamed, streams
 from cnnlab.errors import DataError

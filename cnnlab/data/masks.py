@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cnnlab.data.cache import Listing, decoded
-from cnnlab.data.decode import EXTENSIONS, Recipe
+from cnnlab.data.decode import Recipe
+from cnnlab.data.formats import EXTENSIONS
 from cnnlab.data.splits import Fraction, Limit, assemble, digest, partitioned, require_fractions
 from cnnlab.errors import DataError
 from cnnlab.protocols import VOID, DataSpec, Split

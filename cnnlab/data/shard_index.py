@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from cnnlab.data.cache import cache_folder
-from cnnlab.data.decode import EXTENSIONS, Item, Recipe
+from cnnlab.data.decode import Item, Recipe
+from cnnlab.data.formats import EXTENSIONS
 from cnnlab.errors import DataError
 
 _log = logging.getLogger(__name__)

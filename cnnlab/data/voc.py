@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cnnlab.data.cache import Listing, decoded
-from cnnlab.data.decode import EXTENSIONS, Recipe, letterbox
+from cnnlab.data.decode import Recipe, letterbox
+from cnnlab.data.formats import EXTENSIONS
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned, require_fractions
 from cnnlab.errors import DataError
 from cnnlab.protocols import DataSpec, Split
