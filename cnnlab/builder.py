@@ -373,8 +373,7 @@ class _Builder:
         ]
 
         def receive(record: dict[str, Any]) -> None:
-            epoch = record["step"] // run.steps_per_epoch
-            run.tell("on_stats", {"step": record["step"], "epoch": epoch, **record})
+            run.tell("on_stats", {**run.place(record["step"]), **record})
 
         run.observer.receive = receive if run.is_main else None
 

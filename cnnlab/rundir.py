@@ -15,7 +15,9 @@ from typing import Any
 
 from cnnlab.errors import CheckpointError, CnnlabError, UsageError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of a run folder. 1 counted the updates of a statistics record from 0 and the epochs of a training record from 0, and
+had no penalty in evaluations: `cnnlab.sinks.records.current` reads it as 2, and a run that was begun so goes on so."""
 
 RESUMABLE = (
     "trainer.epochs",
@@ -206,6 +208,20 @@ class RunDir:
             return json.loads(self.run_json.read_text())
         except ValueError as error:
             raise CheckpointError(f"{self.run_json} is damaged: {error}") from error
+
+    @property
+    def schema(self) -> int:
+        """The version of this folder's records.
+
+        Raises `CheckpointError` for one that only a newer cnnlab knows.
+        """
+        found = self.read().get("schema_version", SCHEMA_VERSION)
+        if not isinstance(found, int) or not 1 <= found <= SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{self.run_json}: expected a schema_version of 1 to {SCHEMA_VERSION}, received {found!r}; the run was "
+                "written by a newer cnnlab, which reads it"
+            )
+        return found
 
     def update(self, **facts: Any) -> None:
         """Merges facts into `run.json`, atomically."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cnnlab.builder import build
 from cnnlab.config import Composed, compose
+from cnnlab.errors import InterruptedRun
 from cnnlab.protocols import Listener, StepResult
 from cnnlab.ranks import Ranks
 from cnnlab.rundir import RunDir
@@ -171,3 +172,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
     """The records of a run folder that a resumed run must leave as an unbroken one does."""
     names = ("metrics.jsonl", "stats.jsonl", "evidence/sample_loss.f16")
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+
+
+def interrupted_at(step: int, *overrides: str, folder: Path) -> Run:
+    """A run in `folder` that was asked to stop after update `step`, and saved."""
+    run = make_run(*overrides, folder=folder)
+    run.listeners.insert(0, Interrupt(step))
+    try:
+        fit(run)
+    except InterruptedRun:
+        return run
+    raise AssertionError("the run was not interrupted")

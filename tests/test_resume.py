@@ -236,7 +236,7 @@ def test_a_run_cut_short_inside_an_epoch_goes_on_inside_it(tmp_path: Path):
         tmp_path / "whole/evidence/sample_loss.f16"
     ).read_bytes()
     seen = [(r["epoch"], r["step"]) for r in read_records(tmp_path / "parts/metrics.jsonl") if r["split"] == "train"]
-    assert seen == [(0, 3), (0, 4), (1, 6), (1, 8)]
+    assert seen == [(1, 3), (1, 4), (2, 6), (2, 8)]
 
 
 def test_fewer_epochs_than_are_done_are_refused(tmp_path: Path):

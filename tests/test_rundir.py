@@ -22,7 +22,7 @@ def test_what_is_written_is_read(tmp_path: Path):
     assert run.read() == {}
     run.update(status="running", metrics={"test/loss": float("nan")})
     run.update(steps=3)
-    assert run.read() == {"schema_version": 1, "status": "running", "metrics": {"test/loss": None}, "steps": 3}
+    assert run.read() == {"schema_version": 2, "status": "running", "metrics": {"test/loss": None}, "steps": 3}
 
 
 def test_a_folder_that_is_there_already_may_be_used_once(tmp_path: Path):
@@ -95,7 +95,7 @@ def test_a_damaged_record(tmp_path: Path, content: bytes):
 def test_failures_are_recorded(tmp_path: Path):
     run = RunDir(tmp_path)
     run.record_failure(DataError("no images"), config_hash="x")
-    assert run.read() == {"schema_version": 1, "status": "failed", "reason": "no images", "config_hash": "x"}
+    assert run.read() == {"schema_version": 2, "status": "failed", "reason": "no images", "config_hash": "x"}
     assert not run.error.exists(), "the user's mistake has no traceback"
     run.record_failure(KeyboardInterrupt())
     assert run.read()["status"] == "interrupted"

@@ -48,7 +48,7 @@ def test_a_sweep(cli: Cli):
     assert answer.code == 0, answer.err
     (folder,) = Path("outputs/sweeps").iterdir()
     document = json.loads((folder / "sweep.json").read_text())
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
     cells = document["cells"]
     assert [cell["cell"] for cell in cells] == [0, 1, 2, 3]
     assert [cell["overrides"][-3:] for cell in cells] == [

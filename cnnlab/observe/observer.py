@@ -98,7 +98,8 @@ class _SampledLook(Look):
 
 
 class Observer:
-    """Watches a network on the steps that are due.
+    """Watches a network on the steps that are due: the first update, and each whose number (from 1) is a multiple of
+    the cadence, as those of the training records are.
 
     `receive` is told each record, `{"step", "layers", "tensors", tag: figures}`, a step late: as soon as the copy
     from the device has arrived.
@@ -140,7 +141,7 @@ class Observer:
         self._records = 0
         self._figures = 0
         self._pending: tuple[int, dict[str, torch.Size], Tensor, Any] | None = None
-        self._keep_to_bounds(-1, 0)
+        self._keep_to_bounds(0, 0)
 
     def drop_unsupported(self, run: Any) -> list[str]:
         """Asks each probe whether it can measure this run; leaves out those that cannot, and says why."""
@@ -150,12 +151,13 @@ class Observer:
         return [f"{probe.name} is not measured: {reason}" for probe, reason in reasons if reason is not None]
 
     def __call__(self, step: int) -> Look:
-        """The look at update `step`: idle unless a probe is due."""
-        due = [probe for probe, every in self.probes if step % (every * self.cadence) == 0]
+        """The look at the update that follows `step` ones: idle unless a probe is due."""
+        number = step + 1
+        due = [probe for probe, every in self.probes if number == 1 or number % (every * self.cadence) == 0]
         self.overhead.begin(bool(due))
         if due or self._arrived():
             self.drain()
-        return _SampledLook(self, step, due) if due else IDLE
+        return _SampledLook(self, number, due) if due else IDLE
 
     @property
     def cadence(self) -> int:
@@ -189,7 +191,7 @@ class Observer:
         self._records += 1
         self._figures += packed.numel()
         self._keep_to_bounds(step, packed.numel())
-        self.overhead.decide(self._total_steps, lambda slowdown: self._coming(-1, self.stretch * slowdown))
+        self.overhead.decide(self._total_steps, lambda slowdown: self._coming(0, self.stretch * slowdown))
         event = None
         if packed.device.type == "cuda":
             host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
@@ -223,15 +225,15 @@ class Observer:
         self.receive(record)
 
     def _keep_to_bounds(self, step: int, size: int) -> None:
-        """Stretches the cadences until the records after `step`, of `size` figures each, fit."""
+        """Stretches the cadences until the records after update `step`, of `size` figures each, fit."""
         left = self._max_records - self._records
         if size:
             left = min(left, (MAX_FIGURES - self._figures) // size)
         if left <= 0:
-            self.stretch = self._total_steps
+            self.stretch = self._total_steps + 1
         distinct = self._distinct()
         if distinct and left > 0:  # no smaller factor can do, so the search begins there
-            self.stretch = max(self.stretch, (self._total_steps - 1 - step) // ((left + 1) * min(distinct)))
+            self.stretch = max(self.stretch, (self._total_steps - step) // ((left + 1) * min(distinct)))
         while left > 0 and self._coming(step, self.cadence) > left:
             self.stretch += 1
 
@@ -241,9 +243,10 @@ class Observer:
         return [every for every in cadences if not any(every % c == 0 for c in cadences - {every})]
 
     def _coming(self, step: int, factor: int) -> int:
-        """Samples after `step` when all cadences are `factor` times as long."""
-        last = self._total_steps - 1
-        return sum(last // (c * factor) - step // (c * factor) for c in self._distinct())
+        """Samples after update `step` when all cadences are `factor` times as long."""
+        distinct = self._distinct()
+        first = step == 0 and bool(distinct) and 1 not in [c * factor for c in distinct]
+        return first + sum(self._total_steps // (c * factor) - step // (c * factor) for c in distinct)
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"records": self._records, "figures": self._figures, "total_steps": self._total_steps}

@@ -14,6 +14,8 @@ from cnnlab.observe.taps import Activity
 class View:
     """One sampled step, at the phase for which the probe asked.
 
+    `step` counts the updates, this one among them, as the records do.
+
     `tensors` names `parameters` (those that train). Gradients are unscaled, accumulated over micro-batches,
     summed over ranks and not yet clipped. `count` is the number of samples of the whole batch. `activity` is
     there for probes that need activations or their gradients, `previous` (the weights before the update) for

@@ -3,17 +3,45 @@
 A metric record has `step`, `epoch`, `split`, `lr` and the split's figures. A statistics record has `step`,
 `epoch`, `layers` and `tensors` (names in depth order), scalars, and lists with one value a layer or one a
 tensor.
+
+`step` is the number of updates done, in both: a statistics record's figures are of the update that made it `step`.
+`epoch` counts from 1 and is that of this update; an evaluation at an epoch's end has the same as the training record
+there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 _BOOKKEEPING = frozenset({"step", "epoch", "split", "lr"})
 LOSS_PARTS = ("data_loss", "penalty")
 """The named parts of `loss`, which the console leaves to the files."""
+
+
+def current(records: Iterable[Mapping[str, Any]], schema: int) -> Iterator[dict[str, Any]]:
+    """The records of one file of a run folder of version `schema` (see `cnnlab.rundir.SCHEMA_VERSION`), as this version
+    has them. An evaluation's penalty, which version 1 did not compute, is null."""
+    epoch = None
+    for record in records:
+        if schema > 1:
+            yield dict(record)
+        elif "split" not in record:
+            yield {**record, "step": record["step"] + 1, "epoch": record["epoch"] + 1}
+        elif record["split"] == "train":
+            epoch = record["epoch"] + 1
+            yield {**record, "epoch": epoch}
+        else:
+            yield {**record, "epoch": record["epoch"] if epoch is None else epoch, "penalty": None}
+
+
+def as_first_version(record: Mapping[str, Any], epochs_done: int) -> dict[str, Any]:
+    """A record of this version as version 1 had it, for a run that was begun so."""
+    if record.get("split") in (None, "train"):
+        begun = record["epoch"] - 1
+        return {**record, "epoch": begun, **({} if "split" in record else {"step": record["step"] - 1})}
+    return {**record, "epoch": epochs_done}
 
 
 def number(value: Any) -> float:

@@ -15,9 +15,9 @@ import numpy as np
 from torch import Tensor
 
 from cnnlab.protocols import Listener
-from cnnlab.rundir import flatten
+from cnnlab.rundir import RunDir, flatten
 from cnnlab.sinks.jsonl import read_records
-from cnnlab.sinks.records import by_depth, evenly_spaced, figures, is_number, names_of, number
+from cnnlab.sinks.records import by_depth, current, evenly_spaced, figures, is_number, names_of, number
 
 if TYPE_CHECKING:
     from cnnlab.sinks.events import EventFile
@@ -70,7 +70,7 @@ class TensorBoard(Listener):
         start = events.hparams_session_start(self._hparams, time.time())
         self._events.add(run.clock.step, [start, events.layout(_layout(()))])
         if run.resumed and run.dir:
-            self._remember(run.dir / "stats.jsonl", run.clock.step)
+            self._remember(RunDir(run.dir), run.clock.step)
 
     def on_record(self, run: Any, record: dict[str, Any]) -> None:
         from cnnlab.sinks.events import hparams_experiment, scalar
@@ -137,10 +137,10 @@ class TensorBoard(Listener):
                 if not math.isnan(numbers[position]):
                     yield scalar(f"{_tag(quantity)}/{names[position]}", numbers[position])
 
-    def _remember(self, path: Path, step: int) -> None:
+    def _remember(self, folder: RunDir, step: int) -> None:
         """Takes up the depth pictures where the run stood: its statistics up to `step`."""
         described: dict[str, Any] = {}
-        for record in read_records(path):
+        for record in current(read_records(folder.stats), folder.schema):
             described |= {key: record[key] for key in ("layers", "tensors") if key in record}
             if record.get("step", 0) <= step:
                 self._collect(record["step"], by_depth({**described, **record}))

@@ -48,7 +48,7 @@ class Checkpointer(Listener):
         better = False
         if figures:
             value = figures[f"val/{run.selection.metric}"]
-            better = run.selection.offer(value, -(-run.clock.step // run.steps_per_epoch))
+            better = run.selection.offer(value, run.place()["epoch"])
             if hasattr(run.schedule, "observe"):
                 run.schedule.observe(value, run.selection.direction)
         self._save(run, best=better)

@@ -59,13 +59,14 @@ def close_epoch(run: Run) -> None:
 def evaluate(run: Run, name: str) -> dict[str, float]:
     """The metrics of the split `name` over all ranks, as `val/accuracy`; the network as it is evaluated."""
     figures = describe_sums(run.task, measure(run, run.loaders[name]))
-    run.tell("on_record", {"step": run.clock.step, "epoch": run.clock.epoch, "split": name, **figures})
+    run.tell("on_record", {**run.place(), "split": name, **figures})
     return {f"{name}/{metric}": value for metric, value in figures.items()}
 
 
 @torch.no_grad()
 def measure(run: Run, loader: Loader) -> dict[str, Tensor]:
-    """The task's measures, summed over a split and over all ranks; the network as it is evaluated."""
+    """The task's measures, summed over a split and over all ranks, and the penalty of the weights; the network as it is
+    evaluated."""
     totals = Totals(run.ranks, run.device)
     run.model.eval()
     with run.averaged():
@@ -73,5 +74,6 @@ def measure(run: Run, loader: Loader) -> dict[str, Tensor]:
         for batch, _ in loader.batches(0):
             if len(batch["index"]):
                 totals.add(run.forward(batch)[1])
+        sums = run.with_penalty(totals.take())
     run.model.train()
-    return totals.take()
+    return sums

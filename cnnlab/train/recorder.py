@@ -18,6 +18,7 @@ from cnnlab.protocols import Listener, StepResult
 from cnnlab.ranks import Ranks
 from cnnlab.rundir import RunDir, write_atomically
 from cnnlab.sinks.jsonl import JsonlSink
+from cnnlab.sinks.records import as_first_version
 from cnnlab.train.run import Run, describe_sums
 from cnnlab.train.state import Arriving
 
@@ -30,6 +31,7 @@ class Recorder(Listener):
     """
 
     def __init__(self, folder: RunDir | None):
+        self._first_version = folder is not None and folder.schema == 1
         self._metrics = JsonlSink(folder.metrics) if folder is not None else None
         self._stats = JsonlSink(folder.stats, digits=5) if folder is not None else None
         self._coming: tuple[dict[str, Any], Arriving] | None = None
@@ -42,7 +44,7 @@ class Recorder(Listener):
         at_end = clock.batch == run.steps_per_epoch or run.finished()
         if clock.step % run.trainer.log_every == 0 or at_end:
             self._tell(run)
-            record = {"step": clock.step, "epoch": clock.epoch, "split": "train", "lr": run.last_lr}
+            record = {**run.place(), "split": "train", "lr": run.last_lr}
             if run.ranks.world > 1:
                 run.tell("on_record", {**record, **describe_sums(run.task, run.totals.take())})
             else:
@@ -58,7 +60,7 @@ class Recorder(Listener):
 
     def on_record(self, run: Run, record: dict[str, Any]) -> None:
         if self._metrics is not None:
-            self._metrics.write(record)
+            self._write(run, self._metrics, record)
         if not math.isfinite(record["loss"]):
             self._diverged(run, record["split"])
 
@@ -66,7 +68,10 @@ class Recorder(Listener):
         if self._stats is None:
             return
         named = self._stats.size() == 0
-        self._stats.write({k: v for k, v in record.items() if named or k not in ("layers", "tensors")})
+        self._write(run, self._stats, {k: v for k, v in record.items() if named or k not in ("layers", "tensors")})
+
+    def _write(self, run: Run, sink: JsonlSink, record: Mapping[str, Any]) -> None:
+        sink.write(as_first_version(record, run.clock.epoch) if self._first_version else record)
 
     def on_save(self, run: Run) -> None:
         """Nothing is left unwritten, and what diverged since the last record does not overwrite what did not."""

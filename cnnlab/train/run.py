@@ -88,6 +88,16 @@ class Run:
     def val_size(self) -> int:
         return len(self.loaders["val"].split)
 
+    def place(self, step: int | None = None) -> dict[str, int]:
+        """`step` and `epoch` of a record, in all files alike: how many updates are done, and in which epoch, counted
+        from 1, the last one of them was made (0 before the first).
+
+        Args:
+            step: `None` takes the updates that are done now.
+        """
+        step = self.clock.step if step is None else step
+        return {"step": step, "epoch": -(-step // self.steps_per_epoch)}
+
     def lr(self) -> float:
         """The base learning rate of the coming update."""
         base = float(self.optimizer.param_groups[0]["base_lr"])
@@ -136,6 +146,12 @@ class Run:
     def averaged(self) -> AbstractContextManager[None]:
         """The network as it is evaluated: with the moving averages where there are any."""
         return nullcontext() if self.ema is None else self.ema.applied()
+
+    def with_penalty(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The sums of an evaluation, on the CPU, with the penalty of the weights at hand, where the loss has one."""
+        if self.step.penalty is None:
+            return sums
+        return {**sums, "penalty": self.step.penalty().detach().cpu() * sums["count"]}
 
     def share_buffers(self) -> None:
         """Rank 0's buffers on every rank: each has seen other samples, and one network is evaluated."""

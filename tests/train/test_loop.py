@@ -43,7 +43,7 @@ def test_a_run_says_what_the_contract_promises(tmp_path: Path):
     assert set(record["metrics"]) == {f"test/{name}" for name in named}
     records = list(read_records(tmp_path / "metrics.jsonl"))
     assert [(r["split"], r["epoch"], r["step"]) for r in records] == [
-        ("train", 0, 3), ("train", 0, 4), ("val", 1, 4), ("train", 1, 6), ("train", 1, 8), ("val", 2, 8),
+        ("train", 1, 3), ("train", 1, 4), ("val", 1, 4), ("train", 2, 6), ("train", 2, 8), ("val", 2, 8),
         ("test", 2, 8),
     ]  # fmt: skip
     for r in records:
@@ -370,7 +370,7 @@ def test_listeners_hear_everything_in_order(tmp_path: Path):
                 heard.append(name)
             return super().__getattribute__(name)
 
-    run = make_run("trainer.epochs=1", "trainer.max_steps=2", "stats.every=2", folder=tmp_path)
+    run = make_run("trainer.epochs=1", "trainer.max_steps=2", "stats.every=3", folder=tmp_path)
     run.listeners.insert(0, Hears())
     fit(run)
     assert heard == [
