@@ -37,8 +37,10 @@ class State:
         assert name not in self._parts, f"{name} is registered twice"
         self._parts[name] = part
 
-    def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._parts.items()}
+    def state_dict(self, only: tuple[str, ...] | None = None) -> dict[str, Any]:
+        """The state of every part (or of those in `only`), not copied."""
+        names = self._parts if only is None else only
+        return {name: self._parts[name].state_dict() for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any], only: tuple[str, ...] | None = None) -> None:
         """Loads every part (or those in `only`). Raises `CheckpointError` for one that does not fit."""

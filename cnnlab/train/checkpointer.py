@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
 
 from cnnlab import checkpoint
 from cnnlab.errors import InterruptedRun
@@ -19,12 +22,15 @@ _DUE = 1 << 10
 class Checkpointer(Listener):
     """Writes `last.pt` and `best.pt`, selects by the monitored metric, and ends an interrupted run.
 
-    It comes last among the listeners: what the others keep in the State is complete by then.
+    It comes last among the listeners: what the others keep in the State is complete by then. Where there is no file
+    for the best weights (a run from Python without a folder, `trainer.checkpoint=false`), they are kept in memory.
     """
 
     def __init__(self, *, enabled: bool, minutes: float):
         self.enabled = enabled
         self._seconds = 60 * minutes
+        self._best: dict[str, Any] | None = None
+        """The best weights so far that are in no file, on rank 0's CPU."""
         self._saved_at = time.monotonic()
         self._vote: Callable[[], int] = lambda: 0
 
@@ -55,20 +61,26 @@ class Checkpointer(Listener):
         self._stop_for(run, run.ranks.any(run.interrupted_by))
 
     def on_trained(self, run: Run) -> None:
-        """The test split is evaluated with the checkpoint that val chose."""
-        folder = run.folder
-        if not self.enabled or folder is None:
-            return
-        state = checkpoint.load(folder.best) if run.is_main and folder.best.exists() else None
-        parts = ("model",) if run.ema is None else ("model", "ema")
-        chosen = run.ranks.share(None if state is None else {name: state[name] for name in parts})
+        """The test split is evaluated with the weights that val chose."""
+        chosen = run.ranks.share(self._chosen(run) if run.is_main else None)
         if chosen is not None:
-            run.state.load_state_dict(chosen, only=parts)
+            run.state.load_state_dict(chosen, only=_evaluated(run))
+
+    def _chosen(self, run: Run) -> dict[str, Any] | None:
+        """The best weights, from memory or from their file; `None` where no evaluation gave a best one."""
+        if self._best is not None or run.folder is None or not run.folder.best.exists():
+            return self._best
+        state = checkpoint.load(run.folder.best)
+        return {name: state[name] for name in _evaluated(run)}
 
     def _save(self, run: Run, *, best: bool = False) -> None:
         self._saved_at = time.monotonic()
         pending = self._vote()
         self._vote = lambda: 0 if pending == _DUE else pending
+        if best and run.is_main:
+            in_file = self.enabled and run.folder is not None
+            state = run.state.state_dict(only=_evaluated(run))
+            self._best = None if in_file else _on_cpu(state)
         if not self.enabled:
             return
         run.tell("on_save")
@@ -84,3 +96,17 @@ class Checkpointer(Listener):
         if not self.enabled or run.folder is None:
             raise InterruptedRun(f"{where}; nothing was saved (trainer.checkpoint=false)", wish)
         raise InterruptedRun(f"{where}; saved. Go on with: cnnlab train resume={run.folder.path}", wish)
+
+
+def _evaluated(run: Run) -> tuple[str, ...]:
+    """The parts of the State that make the network as it is evaluated."""
+    return ("model",) if run.ema is None else ("model", "ema")
+
+
+def _on_cpu(value: Any) -> Any:
+    """Nested state with a copy of each tensor, on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {name: _on_cpu(item) for name, item in value.items()}
+    return [_on_cpu(item) for item in value] if isinstance(value, list | tuple) else value

@@ -92,6 +92,9 @@ def scenarios(ranks: Ranks, folder: Path) -> dict[str, Any]:
     fit(apart)
     found["written"] = sorted(p.name for p in (folder / f"of rank {ranks.rank}").rglob("*"))
     found["apart"] = apart.metrics
+    nowhere = make_run(*STATEFUL, ranks=ranks)
+    fit(nowhere)
+    found["nowhere"] = nowhere.metrics
     with pytest.raises(DivergedError) as caught:
         fit(make_run("optim.lr=1e8", "schedule=constant", "norm=none", folder=folder / "diverged", ranks=ranks))
     found["diverged"] = str(caught.value)
@@ -184,6 +187,7 @@ def test_only_the_main_process_writes(two):
     assert "run.json" in first["written"]
     assert second["written"] == []
     assert second["apart"] == first["apart"], "the chosen checkpoint is read once and shared"
+    assert first["nowhere"] == second["nowhere"] == first["apart"], "without a file it is kept in memory"
 
 
 def test_the_averages_of_buffers_are_evaluated_as_the_checkpoint_has_them(two):
