@@ -264,6 +264,7 @@ class _Builder:
             shuffle=True,
             drop_last=drop_last,
             transform=transform(True),
+            neighbours=pipeline.neighbours,
             **common,
         )
         return loaders
@@ -287,9 +288,10 @@ class _Builder:
         return model, init
 
     def calibrate(self, model: nn.Module, init: Any, train: Loader) -> None:
-        """Lets an init that looks at data (LSUV) see the first batch; all ranks then begin with rank 0's weights."""
+        """Lets an init that looks at data (LSUV) see the first batch, whole; all ranks then begin with rank 0's
+        weights."""
         if getattr(init, "needs_batch", False) and not self.resumed:
-            batch, _ = next(train.batches(0))
+            batch, _ = next(train.alone().batches(0))
             init.calibrate(model, batch["image"])
         self.ranks.share_([*model.parameters(), *model.buffers()])
 

@@ -3,8 +3,9 @@
 Two kinds of consumers:
 
 - *whole-tensor draws* (init, dropout, the order of an epoch) seed a generator with `derive(seed, stream, ...)`;
-- *per-sample draws* (augmentation, mixup partners) hash (seed, stream, epoch, sample index), so that neither the
-  batch layout nor the number of workers or ranks changes what a sample gets.
+- *per-sample draws* (augmentation, shares and boxes of mixup and CutMix) hash (seed, stream, epoch, sample index), so
+  that neither the batch layout nor the number of workers or ranks changes what a sample gets. Whom a sample is mixed
+  with follows from the order of the epoch: it is the one before it in the global batch.
 
 The hash is SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), in wrapping
 int64 arithmetic, so that every device computes the same bits.

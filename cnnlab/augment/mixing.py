@@ -1,8 +1,9 @@
 """Mixup and CutMix: two images and their labels in one, `label` becoming (N, classes) float.
 
 The partner is the previous sample of the batch (the first one's is the last), so each sample serves once and
-nothing has to be sorted; since the order of an epoch is random, so are the pairs. This is the one
-augmentation that depends on which samples share a batch; how much of the partner a sample gets does not.
+nothing has to be sorted; since the order of an epoch is random, so are the pairs. The batch is that of an update, over
+all processes and micro-batches. This is the one augmentation that depends on which samples share a batch; how much of
+the partner a sample gets does not.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class _Mixing(Barrier):
     """What both have in common: draw 0 chooses the samples that are mixed, draw 1 the share that stays."""
 
     bounded = True
+    neighbours = 1
 
     def __init__(self, alpha: Positive = 1.0, p: Probability = 1.0):
         self.alpha = alpha

@@ -53,6 +53,9 @@ class Part(ABC):  # noqa: B024 (each of the three kinds has its own abstract met
     """Whether a sample gets new numbers each epoch; if not, `Draws.epoch` still tells them apart."""
     bounded: bool = True
     """Whether values in [0, 1] stay there; the pipeline clamps, once and at its end, if not for all parts."""
+    neighbours: int = 0
+    """Samples before its own in the batch that a sample's result depends on (`tensor.roll(1, 0)`: 1). On several
+    processes these are the global batch's, as on one."""
 
     def num_draws(self, channels: int, size: tuple[int, int]) -> int:
         """Uniform numbers that a sample of this shape needs."""

@@ -121,7 +121,8 @@ class Pipeline:
 
     In training, each part gets its numbers from `rng.uniform(seed, "augment/<name>", epoch, index, draws)`:
     what happens to a sample depends on the seed, the name, the epoch and the sample, not on its batch, the
-    workers, the ranks, or the other parts. In evaluation, images are only normalized.
+    workers, the ranks, or the other parts (but for the partners that mixup and CutMix take from the global batch, see
+    `neighbours`). In evaluation, images are only normalized.
 
     Nothing here waits for the device, and no shape depends on values, so that the whole can be compiled or
     captured.
@@ -156,6 +157,11 @@ class Pipeline:
         self.seed = seed
         self._stages = _stages(self.parts, fold)
         self._clamps = not all(part.bounded for part in self.parts.values())
+
+    @property
+    def neighbours(self) -> int:
+        """Samples before its own in the batch that a sample's result depends on, in training."""
+        return sum(part.neighbours for part in self.parts.values())
 
     def fit(self, split: Split) -> None:
         """Computes what the parts and the normalization must know of the training set."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -29,6 +30,10 @@ class Loader:
     each sample is served exactly once an epoch, whatever the ranks. There is no state: a resumed run asks for
     `batches(epoch, start)`.
 
+    Where `transform` mixes a sample with the one before it (`neighbours`), rank r gets the r-th of `world` consecutive
+    parts instead, and the transform sees the samples before that part, too: so partners come from the global batch,
+    and a rank prepares one sample more than its own, not twice as many.
+
     `path` says how: `resident` splits are gathered where the batch is wanted (on a GPU, those that take at most
     `loading.memory_share` of its free memory are copied there). `mapped` ones are gathered by a thread of the
     CPU, and `stream`ed ones decoded by processes, `loading.ahead` batches ahead; on a GPU they are copied by a
@@ -44,6 +49,7 @@ class Loader:
         rank, world: this process and the number of processes.
         device: where batches go.
         transform: applied to each batch on the device.
+        neighbours: samples before its own that the transform's result for a sample depends on.
         loading: the config's section; `None` takes its defaults.
 
     Raises:
@@ -63,6 +69,7 @@ class Loader:
         world: int = 1,
         device: torch.device | str = "cpu",
         transform: Transform | None = None,
+        neighbours: int = 0,
         loading: Loading | None = None,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world:
@@ -86,6 +93,7 @@ class Loader:
         self.rank = rank
         self.world = world
         self.transform = transform
+        self.neighbours = neighbours
 
     @property
     def resident(self) -> bool:
@@ -141,9 +149,29 @@ class Loader:
             # One copy an epoch, from pinned memory: from pageable memory a copy waits for the device.
             order = order.pin_memory().to(self.device, non_blocking=True)
         whole = list(order.split(self.batch_size))[start : self.steps]
-        parts = [indices[self.rank :: self.world] for indices in whole]
-        for batch, indices in zip(self._fetched(parts), whole):
-            yield batch if self.transform is None else self.transform(batch, epoch), len(indices)
+        parts, before = zip(*(self._part(indices) for indices in whole)) if whole else ((), ())
+        for batch, indices, foreign in zip(self._fetched(parts), whole, before):
+            batch = batch if self.transform is None else self.transform(batch, epoch)
+            own = {name: tensor[foreign:] for name, tensor in batch.items()} if foreign else batch
+            yield own, len(indices)
+
+    def alone(self) -> Loader:
+        """The same batches, whole: for what must not depend on the number of processes."""
+        other = copy(self)
+        other.rank, other.world = 0, 1
+        return other
+
+    def _part(self, indices: Tensor) -> tuple[Tensor, int]:
+        """This rank's part of a global batch, and how many of other ranks' samples come first in it."""
+        if self.neighbours == 0 or self.world == 1:
+            return indices[self.rank :: self.world], 0
+        size, more = divmod(len(indices), self.world)
+        first = self.rank * size + min(self.rank, more)
+        last = first + size + (self.rank < more)
+        if first == last:
+            return indices[:0], 0
+        positions = torch.arange(first - self.neighbours, last, device=indices.device) % len(indices)
+        return indices[positions], self.neighbours
 
     def _fetched(self, parts: Sequence[Tensor]) -> Iterator[Batch]:
         """The samples of each part, on the device."""

@@ -134,7 +134,7 @@ class Evidence(Listener):
             return
         moments = {}
         for name in ("train", "val"):
-            batch, _ = next(run.loaders[name].batches(0))
+            batch, _ = next(run.loaders[name].alone().batches(0))
             moments[name] = channel_moments(batch["image"])
         self._folder.update(inputs=moments)
         write_atomically(self._folder.evidence / "shape.json", json.dumps([-1, len(self._losses)]).encode())

@@ -6,8 +6,10 @@ import pytest
 import torch
 from augment_samples import batch_of, pictures, spec
 
-from cnnlab.augment import CutMix, Identity, Mixup, Pipeline
+from cnnlab.augment import CutMix, Cutout, HorizontalFlip, Identity, Mixup, PadCrop, Pipeline
 from cnnlab.augment.mixing import BetaQuantile
+from cnnlab.data.loader import Loader
+from cnnlab.data.splits import TensorSplit
 
 
 def mixed(part, count=200, epoch=0):
@@ -78,3 +80,38 @@ def test_extreme_shares_are_finite_and_symmetric(alpha):
     assert bool((share.diff() >= 0).all())
     variance = 1 / (4 * (2 * alpha + 1))
     torch.testing.assert_close(share.var().item(), variance, rtol=0.02, atol=0)
+
+
+# ---- several processes ----
+
+ORDERS = {
+    "mixup": ("mixup",),
+    "twice, with others in between": ("crop", "mixup", "flip", "cutmix", "cutout"),
+}
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize("name", ORDERS)
+def test_the_ranks_parts_are_those_of_one_process(name, world):
+    """Of 17 samples in batches of 8, 8 and 1: ranks with several samples, with one, and with none."""
+    kinds = {"crop": PadCrop(), "flip": HorizontalFlip(), "mixup": Mixup(1.0), "cutmix": CutMix(), "cutout": Cutout(4)}
+    parts = {part: kinds[part] for part in ORDERS[name]}
+    pipeline = Pipeline(parts, Identity(), spec=spec(), seed=3)
+    split = TensorSplit(pictures(17), {"label": torch.arange(17) % 4}, "17 pictures")
+
+    def served(rank, world):
+        def transform(batch, epoch):
+            return pipeline(batch, epoch=epoch, train=True)
+
+        loader = Loader(
+            split, 8, seed=1, shuffle=True, rank=rank, world=world, transform=transform, neighbours=pipeline.neighbours
+        )
+        return [batch for batch, _ in loader.batches(2)]
+
+    ranks = [served(rank, world) for rank in range(world)]
+    for number, whole in enumerate(served(0, 1)):
+        for key in ("index", "image", "label"):
+            together = torch.cat([rank[number][key] for rank in ranks])
+            assert torch.equal(together, whole[key]), key
+        sizes = [len(rank[number]["index"]) for rank in ranks]
+        assert max(sizes) - min(sizes) <= 1, "the work is even"

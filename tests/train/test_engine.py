@@ -46,10 +46,18 @@ RUNS = {
         "augment=standard",
     ),
     "micro-batches": ("norm=group", "trainer.accumulate=3", "data.limit=97"),
+    "mixed": (
+        "norm=group",
+        "augment=[crop,flip,mixup,cutmix,cutout]",
+        "augment.mixup.alpha=1",
+        "trainer.accumulate=3",
+        "data.limit=98",
+        "stats=off",
+    ),
     "fp16": ("norm=group", "data.limit=97", "trainer.precision=fp16"),
     "lbfgs": ("norm=group", "optim=lbfgs", "optim.max_iter=1", "data.limit=97", "regularization.l2=1e-3"),
 }
-"""At 97 samples the last batch has one: the second rank's part of it is empty."""
+"""At 97 samples the last batch has one: the second rank's part of it is empty. At 98 each rank has one sample."""
 
 TOLERANCE = {"fp16": 0.02, "lbfgs": 1e-3}
 """Of weights and losses; 2e-5 otherwise. fp16 rounds by the shape of the batch, a line search amplifies."""
@@ -146,7 +154,7 @@ def test_statistics_are_those_of_the_whole_batch(two, name: str):
 @pytest.mark.parametrize("name", RUNS)
 def test_every_sample_is_seen_once_an_epoch(two, name: str):
     folder, (first, second) = two
-    samples = 99 if name == "uneven" else 97
+    samples = {"uneven": 99, "mixed": 98}.get(name, 97)
     mine, theirs = first[name]["indices"], second[name]["indices"]
     assert len(mine) == len(theirs) == 8
     for epoch in (0, 1):
@@ -206,9 +214,18 @@ def test_a_diverged_job_ends_on_all_processes_at_once(two):
     assert record["status"] == "diverged"
 
 
-def test_weights_that_depend_on_data_begin_alike(two):
+def test_weights_that_depend_on_data_begin_alike_and_as_on_one_process(two):
     _, (first, second) = two
+    alone = make_run("init=lsuv").model.state_dict()
     assert differences(first["lsuv"], second["lsuv"]) == []
+    assert differences(first["lsuv"], alone) == []
+
+
+@pytest.mark.parametrize("name", ["empty part", "mixed"])
+def test_the_moments_of_the_inputs_are_those_of_the_whole_batch(two, name: str, tmp_path: Path):
+    folder, _ = two
+    fitted(*RUNS[name], "trainer.max_steps=1", folder=tmp_path / "alone")
+    assert RunDir(folder / name).read()["inputs"] == RunDir(tmp_path / "alone").read()["inputs"]
 
 
 # ---- the real thing: torchrun and the command line ----
