@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+FLOOR  := .venv-floor
 
-.PHONY: help setup demo test test-all test-gpu bench check format wheel clean
+.PHONY: help setup demo test test-all test-floor test-gpu bench check format wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -27,6 +28,15 @@ test: $(STAMP) ## the tests, without those marked slow or gpu
 test-all: $(STAMP) ## all tests that this machine can run, the slow ones too
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
+$(FLOOR)/.installed: pyproject.toml scripts/floors.py
+	$(PYTHON) -m venv --clear $(FLOOR)
+	$(PYTHON) scripts/floors.py > $(FLOOR)/floors.txt
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(FLOOR)/floors.txt --editable '.[dev]'
+	@touch $@
+
+test-floor: $(FLOOR)/.installed ## the tests with the lowest versions that pyproject.toml allows, in .venv-floor
+	$(FLOOR)/bin/python -m pytest -n 2
+
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
@@ -45,5 +55,5 @@ format: $(STAMP) ## let ruff format the code
 wheel: $(STAMP) ## build the wheel, configs included
 	$(BIN)/python -m build --wheel --no-isolation
 
-clean: ## remove .venv and build products; runs in outputs/ stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove the environments and build products; runs in outputs/ stay
+	rm -rf $(VENV) $(FLOOR) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -59,8 +59,9 @@ RUNS = {
 }
 """At 97 samples the last batch has one: the second rank's part of it is empty. At 98 each rank has one sample."""
 
-TOLERANCE = {"fp16": 0.02, "lbfgs": 1e-3}
-"""Of weights and losses; 2e-5 otherwise. fp16 rounds by the shape of the batch, a line search amplifies."""
+TOLERANCE = {"fp16": 0.03, "lbfgs": 1e-3}
+"""Of weights, losses and rates; 2e-5 otherwise. fp16 rounds by the shape of the batch, by which two of 97 samples may
+change sides; a line search amplifies."""
 
 STATEFUL = (
     "model=cnn", "model.widths=[4,8]", "regularization.dropout=0.3", "regularization.ema=0.9", "optim=momentum",
