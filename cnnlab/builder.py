@@ -17,6 +17,7 @@ from cnnlab.check import bind_section, locate
 from cnnlab.config import Composed
 from cnnlab.data.cache import cache_folder
 from cnnlab.data.choice import loaded, with_decoder
+from cnnlab.data.found import Findings
 from cnnlab.data.loader import Loader
 from cnnlab.device import Placement, as_recorded, place, prepare_cpu, set_deterministic
 from cnnlab.errors import CheckpointError, UsageError
@@ -101,6 +102,7 @@ class _Builder:
         self.stats: Stats = bind_section(Stats, config["stats"])
         self.traits = Traits.of(locate(config["optim"]["_target_"]))
         self.notices: list[str] = []
+        self.findings = Findings()
 
     def run(self) -> Run:
         placement = self.place()
@@ -166,6 +168,7 @@ class _Builder:
             ema=ema,
             patience=self.regularization.patience,
             resumed=self.resumed,
+            left_out=self.findings.left_out,
         )
         self.wire(run, pipeline, placement)
         run.facts = facts(run, placement, pipeline, self.traits)
@@ -205,7 +208,8 @@ class _Builder:
         def data(loading: Loading) -> Data:
             return make(self.config["data"], loading=loading)
 
-        splits = loaded(data, self.loading, self.ranks, self.choices.get("data_path"))
+        splits, self.findings = loaded(data, self.loading, self.ranks, self.choices.get("data_path"))
+        self.notices += self.findings.notices
         chosen = with_decoder(self.loading, splits["train"], placement.device, self.choices.get("decode"))
         self.loading = self.ranks.share(chosen)
         return splits

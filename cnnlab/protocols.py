@@ -57,7 +57,10 @@ class Split(Protocol):
 
 
 class Data(Protocol):
-    """A data set. `spec` must be cheap (no image is read); `load` may take long."""
+    """A data set. `spec` must be cheap (no image is read, but for headers); `load` may take long.
+
+    After `load` it may have `findings` (`cnnlab.data.found.Findings`): what was found and is not used.
+    """
 
     def spec(self) -> DataSpec: ...
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from cnnlab.data.found import Findings
 from cnnlab.data.stream import StreamSplit
 from cnnlab.errors import UsageError
 from cnnlab.protocols import Data, Split
@@ -14,8 +15,11 @@ from cnnlab.ranks import Ranks
 from cnnlab.schema import DataPath, Decoder, Loading
 
 
-def loaded(make: Callable[[Loading], Data], loading: Loading, ranks: Ranks, recorded: str | None) -> dict[str, Split]:
-    """The splits. Rank 0 loads first, so that the others find decoded what it has decoded.
+def loaded(
+    make: Callable[[Loading], Data], loading: Loading, ranks: Ranks, recorded: str | None
+) -> tuple[dict[str, Split], Findings]:
+    """The splits, and what was found beside them. Rank 0 loads first, so that the others find decoded what it has
+    decoded.
 
     A run that goes on streams if it did so before: a stream's fingerprint is of its files, a decoded set's of its
     pixels. Where decoded images lie is chosen anew, by what the machine has: it changes no batch.
@@ -31,14 +35,15 @@ def loaded(make: Callable[[Loading], Data], loading: Loading, ranks: Ranks, reco
     if loading.path is DataPath.auto and recorded is not None:
         streamed = recorded == DataPath.stream.value
         loading = replace(loading, path=DataPath.stream if streamed else DataPath.mapped)
-    splits = ranks.in_turn(lambda: make(loading).load())
+    data = make(loading)
+    splits = ranks.in_turn(data.load)
     chosen = ranks.collect(isinstance(splits["train"], StreamSplit))
     if len(set(chosen)) > 1:
         raise UsageError(
             "expected one data path on all processes, received machines that have room for the decoded images and "
             "others that have not; type loading.path=stream"
         )
-    return splits
+    return splits, getattr(data, "findings", Findings())
 
 
 def with_decoder(loading: Loading, split: Split, device: torch.device, recorded: str | None) -> Loading:

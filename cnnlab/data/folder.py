@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,41 +11,40 @@ from torch import Tensor
 
 from cnnlab.data.cache import Listing, cache_folder, decoded, is_cached, unreadable, without
 from cnnlab.data.decode import Recipe
-from cnnlab.data.formats import EXTENSIONS
+from cnnlab.data.found import Findings, Walk, first_names, require_one_place
+from cnnlab.data.headers import own_size
+from cnnlab.data.layout import Layout, class_folders
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned, require_fractions
 from cnnlab.data.stream import StreamSplit, streamed, streams
 from cnnlab.errors import DataError
 from cnnlab.protocols import DataSpec, Split
 from cnnlab.schema import Loading, NonNegativeInt, PositiveInt
 
-_SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
 _LAYOUT = "ROOT/<class>/<image> or ROOT/{train,val,test}/<class>/<image>"
-_DEFAULT_SIZE = 64
-_LARGEST_OWN_SIZE = 256
-_SHOWN = 5
-"""Names in a message before it counts the rest."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Files relative to the root, their labels (M,), and the rows of each split that the folder has."""
+
+    files: list[str]
+    labels: Tensor
+    given: dict[str, Tensor]
 
 
 class ImageFolder:
     """Classification of the images in `root/<class>/` or `root/{train,val,test}/<class>/`.
 
-    Images may have any size, format and mode that Pillow reads; subfolders of a class are searched too.
+    Images may have any size, format and mode that Pillow decodes by itself; subfolders of a class are searched too, and
+    links are followed, each file once. What is hidden is not read; what is found and not used is told in `findings`.
     Training and evaluation get the same pixels: the shorter side resized to `resize` (bilinear, antialiased),
     the middle `size` x `size` cut out; augmentation works on that. Images are decoded once, into a cache, or
     anew each epoch (`loading.path`), to the same pixels.
 
     Args:
         root: the folder.
-        size: side of the images; `None` takes their own where a few of them are square and alike (at
-            most 256), else 64.
+        size: side of the images; `None` takes their own where all of them are square and alike (at most 256), by
+            their headers, else 64.
         resize: length of the shorter side before the crop; `None` takes `size`.
         channels: 3 (colour) or 1 (grey).
         val, test: fractions of the training images for a split that the folder does not have, by class.
@@ -96,15 +94,20 @@ class ImageFolder:
         self.cache = cache
         self.workers = workers
         self.loading = loading or Loading()
+        self.findings = Findings()
 
     def spec(self) -> DataSpec:
-        """Lists folders, and reads the headers of a few images where no size is given. Raises `DataError`."""
-        layout = self._layout()
-        recipe = self._recipe(layout)
-        return DataSpec(recipe.channels, (recipe.height, recipe.width), self._classes(layout))
+        """Lists folders and, where no size is given, reads the images' headers. Raises `DataError`."""
+        walk, ignored = Walk(self.root), Findings()
+        layout = self._layout(walk, ignored)
+        size = self.size
+        if size is None:
+            found = self._listed(layout, walk, ignored)
+            size = own_size(Listing(self.root, found.files), self.cache).taken()
+        recipe = self._recipe(size)
+        return DataSpec(recipe.channels, (recipe.height, recipe.width), tuple(sorted(layout["train"])))
 
-    def _recipe(self, layout: Mapping[str, Mapping[str, Path]]) -> Recipe:
-        size = _own_size(layout["train"]) if self.size is None else self.size
+    def _recipe(self, size: int) -> Recipe:
         resize = size if self.resize is None else self.resize
         if resize < size:
             raise ValueError(
@@ -113,9 +116,18 @@ class ImageFolder:
         return Recipe(self.channels, size, size, "crop", resize)
 
     def load(self) -> dict[str, Split]:
-        layout = self._layout()
-        classes = self._classes(layout)
-        files, labels, given = self._listed(layout, classes)
+        self.findings = Findings()
+        walk = Walk(self.root)
+        layout = self._layout(walk, self.findings)
+        classes = sorted(layout["train"])
+        found = self._listed(layout, walk, self.findings)
+        files, labels, given = found.files, found.labels, found.given
+        size = self.size
+        if size is None:
+            own = own_size(Listing(self.root, files), self.cache)
+            size = own.taken()
+            self.findings.notices += own.notices()
+        recipe = self._recipe(size)
         parts = partitioned(
             given,
             labels,
@@ -130,128 +142,48 @@ class ImageFolder:
             used = torch.cat([*parts.values()]).sort().values
             files, labels = [files[row] for row in used.tolist()], labels[used]
             parts = {name: torch.searchsorted(used, rows) for name, rows in parts.items()}
-        recipe, listing = self._recipe(layout), Listing(self.root, files)
+        listing = Listing(self.root, files)
         needed = len(files) * recipe.channels * recipe.height * recipe.width
         cached = is_cached(listing, recipe, self.cache)
         if streams(self.loading, needed, cache_folder(self.cache), cached=cached):
             if self.on_error == "skip":
-                parts = without(unreadable(listing, recipe, cache=self.cache, workers=self.workers), parts)
+                failures = unreadable(listing, recipe, cache=self.cache, workers=self.workers)
+                self.findings.leave_out(listing, failures)
+                parts = without(failures, parts)
             return streamed(StreamSplit, listing, recipe, labels, parts, self.loading)
         store = decoded(listing, recipe, on_error=self.on_error, cache=self.cache, workers=self.workers)
+        self.findings.leave_out(listing, store.failures)
         source = digest(store.fingerprint, labels)
         return assemble(store.images, {"label": labels}, source, store.readable(parts), mapped=True)
 
-    def _layout(self) -> dict[str, dict[str, Path]]:
-        """Class folders by split; a folder without splits has `train` only."""
-        found = subfolders(self.root, _LAYOUT)
-        splits = {_SPLIT_NAMES[name.lower()]: path for name, path in found.items() if name.lower() in _SPLIT_NAMES}
-        if "train" not in splits:
-            if splits and len(splits) == len(found):
-                raise DataError(
-                    f"expected a folder `train` beside {', '.join(sorted(found))} in {self.root}; "
-                    f"lay the images out as {_LAYOUT}"
-                )
-            return {"train": found}
-        if self.val_as_test:
-            if "val" not in splits:
-                raise DataError(
-                    f"expected a folder `val` in {self.root} for data.val_as_test=true, "
-                    f"received {', '.join(sorted(found))}; type data.val_as_test=false"
-                )
-            splits["test"] = splits.pop("val")
-        return {name: subfolders(path, _LAYOUT) for name, path in splits.items()}
+    def _layout(self, walk: Walk, findings: Findings) -> Layout:
+        return class_folders(self.root, walk, _LAYOUT, self.val_as_test, findings)
 
-    def _classes(self, layout: Mapping[str, Mapping[str, Path]]) -> tuple[str, ...]:
-        classes = tuple(sorted(layout["train"]))
-        for split, folders in layout.items():
-            unknown = sorted(set(folders) - set(classes))
-            if unknown:
+    def _listed(self, layout: Layout, walk: Walk, findings: Findings) -> _Found:
+        """Raises `DataError` where a class has no images, or one image two classes."""
+        classes = sorted(layout["train"])
+        places = {
+            (split, name): walk.images(folders[name]) for split, folders in layout.items() for name in sorted(folders)
+        }
+        walk.settle(self.on_error, findings)
+        for (split, name), found in places.items():
+            if not found and split == "train":
                 raise DataError(
-                    f"expected the classes of train ({_first(classes)}) in {split} of {self.root}, "
-                    f"received {_first(unknown)} besides; rename or remove those folders"
+                    f"expected images in every class folder, received none in {layout[split][name]}; put some there "
+                    "(.jpg, .png, or what else Pillow reads) or remove the folder"
                 )
-        if len(classes) == 1:
-            folder = layout["train"][classes[0]].parent
-            raise DataError(
-                f"expected two classes at least in {folder}, received {classes[0]} alone; "
-                f"lay the images out as {_LAYOUT}"
-            )
-        return classes
-
-    def _listed(
-        self, layout: Mapping[str, Mapping[str, Path]], classes: tuple[str, ...]
-    ) -> tuple[list[str], Tensor, dict[str, Tensor]]:
-        """Files relative to the root, their labels (M,), and the rows of each split that the folder has."""
+        findings.notices += require_one_place(places)
         files: list[str] = []
         labels: list[int] = []
         given = {}
-        for split, folders in layout.items():
+        for split in layout:
             start = len(files)
-            for name in sorted(folders):
-                found = images_in(folders[name], self.root)
-                if not found and split == "train":
-                    raise DataError(
-                        f"expected images in every class folder, received none in {folders[name]}; "
-                        f"put some there ({', '.join(sorted(EXTENSIONS))}) or remove the folder"
-                    )
+            for label, name in enumerate(classes):
+                found = places.get((split, name), {})
                 files += found
-                labels += [classes.index(name)] * len(found)
+                labels += [label] * len(found)
             given[split] = torch.arange(start, len(files))
-        return files, torch.tensor(labels, dtype=torch.int64), given
-
-
-def _own_size(classes: Mapping[str, Path]) -> int:
-    """The side that the first image of each of the first classes has, or `_DEFAULT_SIZE`."""
-    from PIL import Image
-
-    sizes = set()
-    for name in sorted(classes)[:_SHOWN]:
-        for path in sorted(classes[name].iterdir()):
-            if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
-                try:
-                    with Image.open(path) as image:
-                        sizes.add(image.size)
-                except OSError:
-                    return _DEFAULT_SIZE  # what is unreadable is reported when the images are decoded
-                break
-    if len(sizes) != 1:
-        return _DEFAULT_SIZE
-    width, height = sizes.pop()
-    return width if width == height <= _LARGEST_OWN_SIZE else _DEFAULT_SIZE
-
-
-def subfolders(folder: Path, layout: str) -> dict[str, Path]:
-    """The visible folders in `folder`, by name. Raises `DataError` where there is none."""
-    if not folder.is_dir():
-        what = "a file" if folder.exists() else "nothing"
-        raise DataError(f"expected a folder at {folder}, received {what}; type data.root=FOLDER, laid out as {layout}")
-    with os.scandir(folder) as entries:
-        found = {
-            entry.name: folder / entry.name
-            for entry in entries
-            if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))
-        }
-    if not found:
-        loose = sum(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
-        received = f"{loose} image{'s' if loose > 1 else ''} in none" if loose else "none"
-        raise DataError(f"expected one folder a class in {folder}, received {received}; lay the images out as {layout}")
-    return found
-
-
-def images_in(folder: Path, root: Path) -> list[str]:
-    """The image files below `folder`, relative to `root`, sorted; other files are passed over."""
-    found = []
-    for base, _, names in os.walk(folder, followlinks=True):
-        relative = os.path.relpath(base, root)
-        found += [
-            f"{relative}/{name}"
-            for name in names
-            if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")  # noqa: PTH122
-        ]
-    return sorted(found)
-
-
-def _first(names: Sequence[str]) -> str:
-    """The first few names, and how many there are."""
-    shown = ", ".join(names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown}, ... ({len(names)} in all)"
+            lacking = [name for name in classes if not places.get((split, name))]
+            if lacking and len(files) > start:
+                findings.notices.append(f"data: no image of {first_names(lacking)} in {split} of {self.root}")
+        return _Found(files, torch.tensor(labels, dtype=torch.int64), given)

@@ -50,6 +50,8 @@ class Run:
     listeners: list[Listener] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    """Each file of the data that could not be read, with the reason."""
     state: State = field(default_factory=State)
     clock: Clock = field(default_factory=Clock)
     metrics: dict[str, float] = field(default_factory=dict)

@@ -116,6 +116,7 @@ def _opening(composed: Composed, run: Any) -> dict[str, Any]:
         "config_dirs": list(composed.config_dirs),
         "classes": list(run.spec.classes),
         "samples": {name: len(loader.split) for name, loader in run.loaders.items()},
+        "left_out": [{"file": name, "reason": reason} for name, reason in run.left_out],
         "data_fingerprint": {name: loader.split.fingerprint for name, loader in run.loaders.items()},
         **environment(),
         "device": run.facts["device"],
