@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,7 @@ def test_a_run_tells_what_it_does_not_use_and_records_what_it_left_out(cli: Call
     for n in range(7):
         Path(f"photos/cat/broken{n}.jpg").write_text("")
     Path("photos/dog/notes.txt").write_text("")
-    os.symlink("nowhere", "photos/dog/gone.png")
+    Path("photos/dog/gone.png").symlink_to("nowhere")
     data = ["data=folder", "data.root=photos", "data.cache=cache", "data.workers=0"]
     answer = cli("train", *TINY, *data)
     assert answer.code == 3 and "dog/gone.png" in answer.err and "data.on_error=skip" in answer.err
