@@ -22,10 +22,10 @@ from cnnlab.data.loader import Loader
 from cnnlab.device import Placement, as_recorded, place, prepare_cpu, set_deterministic
 from cnnlab.errors import CheckpointError, UsageError
 from cnnlab.facts import facts, unseen_classes
+from cnnlab.init.prior import start_from
 from cnnlab.models.half import NARROW, protect_narrow
 from cnnlab.observe.observer import Observer
 from cnnlab.observe.taps import Taps
-from cnnlab.optim.groups import head_parameters
 from cnnlab.optim.traits import Traits, accelerated
 from cnnlab.parts import make
 from cnnlab.protocols import Batch, Data, DataSpec, Split, Task
@@ -279,7 +279,7 @@ class _Builder:
             model = make_network(self.config, spec, task, self.regularization)
         init = make(self.config["init"])
         init(model, self.seed)
-        self.start_from_prior(model, task)
+        self.start_from_prior(model, task, spec)
         model = model.to(placement.device)
         if self.trainer.sync_batch_norm and self.ranks.world > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -299,19 +299,12 @@ class _Builder:
             init.calibrate(model, batch["image"])
         self.ranks.share_([*model.parameters(), *model.buffers()])
 
-    def start_from_prior(self, model: nn.Module, task: Task) -> None:
+    def start_from_prior(self, model: nn.Module, task: Task, spec: DataSpec) -> None:
         """Sets the classifiers' biases to what the loss wants to start from (focal loss: its prior)."""
         wanted = getattr(getattr(task, "criterion", None), "initial_bias", None)
         bias = None if wanted is None else wanted(task.criterion.num_classes)  # type: ignore[attr-defined]
-        if bias is None:
-            return
-        named = dict(model.named_parameters())
-        last = [named[n] for n in head_parameters(model) if n.endswith("bias") and named[n].shape == bias.shape]
-        with torch.no_grad():
-            for parameter in last:
-                parameter.copy_(bias)
-        if not last:
-            self.notices.append("loss: this network names no classifier with a bias, so the loss's prior has no effect")
+        if bias is not None and not start_from(model, bias, (spec.channels, *spec.size)):
+            self.notices.append("loss: this network's logits do not end with a bias, so the loss's prior has no effect")
 
     def optimizer(self, model: nn.Module, placement: Placement) -> torch.optim.Optimizer:
         node = self.config["optim"]

@@ -39,7 +39,7 @@ class LSUV(Orthogonal):
         done: set[nn.Module] = set()
         handles = [layer.register_forward_hook(_scaler(done)) for _, layer in layers(model)]
         try:
-            with _training_without_noise(model):
+            with training_without_noise(model):
                 model(images)
         finally:
             for handle in handles:
@@ -62,7 +62,7 @@ def _scaler(done: set[nn.Module]) -> Any:
 
 
 @contextmanager
-def _training_without_noise(model: nn.Module) -> Iterator[None]:
+def training_without_noise(model: nn.Module) -> Iterator[None]:
     """Training mode but for leaf modules that are no norm layers (dropout); restores modes and buffers."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
