@@ -11,7 +11,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from os import PathLike
@@ -19,7 +19,19 @@ from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Union
 
 from cnnlab.errors import closest, did_you_mean, listing, short
+from cnnlab.kinds import (
+    LISTS,
+    STANDARD,
+    alternatives,
+    hints_of,
+    is_factory,
+    is_part,
+    is_standard,
+    nested_parts,
+    unfit,
+)
 from cnnlab.schema import Range
+from cnnlab.trust import TYPED, Trust
 
 MISSING = "???"
 RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_"}
@@ -33,10 +45,20 @@ class TargetError(ValueError):
 
 
 def locate(target: str) -> Any:
-    """The class or function that `package.module.Name` names. Raises `TargetError` with what went wrong."""
+    """The class or function that `package.module.Name` names. Raises `TargetError` with what went wrong.
+
+    Python's own (`os.system`) are none of them, by whatever name they are reached.
+    """
     parts = target.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
-        raise TargetError(f"expected `package.module.Name`, received {target!r}")
+        raise TargetError(f"expected `package.module.Name`, received {short(repr(target))}")
+    found = None if parts[0] in STANDARD else _imported(parts)
+    if found is None or is_standard(found):
+        raise TargetError("expected a class or a function that makes a part, received one of Python's own")
+    return found
+
+
+def _imported(parts: Sequence[str]) -> Any:
     for cut in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:cut])
         try:
@@ -66,10 +88,6 @@ def _attribute(module: Any, parts: Sequence[str], cut: int) -> Any:
     return found
 
 
-def is_part(node: Any) -> bool:
-    return isinstance(node, Mapping) and "_target_" in node
-
-
 def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
     """The parameters of a class's constructor or of a function, and those of their annotations that resolve.
 
@@ -79,21 +97,7 @@ def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
         parameters = dict(inspect.signature(target).parameters)
     except (ValueError, TypeError):
         parameters = {"anything": inspect.Parameter("anything", inspect.Parameter.VAR_KEYWORD)}
-    return parameters, _hints(target.__init__ if inspect.isclass(target) else target)
-
-
-def _hints(function: Any) -> dict[str, Any]:
-    with suppress(Exception):
-        return typing.get_type_hints(function, include_extras=True)
-    found: dict[
-        str, Any
-    ] = {}  # an annotation of a third party names what it does not import: that one is left unchecked
-    for name, annotation in getattr(function, "__annotations__", {}).items():
-        alone = types.SimpleNamespace(__annotations__={name: annotation})
-        with suppress(Exception):
-            scope = getattr(function, "__globals__", {})
-            found |= typing.get_type_hints(alone, globalns=scope, include_extras=True)
-    return found
+    return parameters, hints_of(target.__init__ if inspect.isclass(target) else target)
 
 
 def accepts(target: Callable[..., Any], name: str) -> bool:
@@ -106,21 +110,50 @@ def accepts(target: Callable[..., Any], name: str) -> bool:
 # ---- checking a node ----
 
 
-def check_part(node: Any, path: str, wired: Collection[str] = ()) -> list[str]:
-    """Every problem of one `_target_` node; `wired` are the parameters that the builder passes itself."""
+def check_part(
+    node: Any,
+    path: str,
+    wired: Collection[str] = (),
+    kinds: Sequence[Any] | None = None,
+    trust: Trust = TYPED,
+) -> list[str]:
+    """Every problem of one `_target_` node, of which nothing is called.
+
+    Args:
+        wired: the parameters that the builder passes itself.
+        kinds: what is asked for there (see `cnnlab.kinds`); `None` takes any part.
+        trust: who wrote the config, and what the command line vouches for.
+    """
     if node is None or (is_part(node) and node["_target_"] is None):
         return []
     if not is_part(node):
         return [f"`{path}`: expected a part with a `_target_`, received {_show(node)}"]
+    name = node["_target_"]
+    where = f"`{path}._target_={short(str(name))}`"
     try:
-        target = locate(str(node["_target_"]))
+        if refusal := trust.refuses_name(str(name)):
+            return [f"{where}: {refusal}"]
+        target = locate(str(name))
+        if refusal := trust.refuses(target, node):
+            return [f"{where}: {refusal}"]
     except TargetError as error:
-        return [f"`{path}._target_={node['_target_']}`: {error}"]
-    return check_call(target, node, path, wired)
+        return [f"{where}: {error}"]
+    if kinds is not None:
+        partial, vouched = node.get("_partial_", False) is True, trust.vouches(target)
+        if trust.stored and partial and not vouched and not any(is_factory(kind) for kind in kinds):
+            return [f"{where}: a run folder may hand on no function as a part; expected a class"]
+        reason = unfit(target, kinds, partial=partial, vouched=vouched)
+        if reason is not None:
+            return [f"`{path}`: {reason}"]
+    return check_call(target, node, path, wired, trust)
 
 
 def check_call(
-    target: Callable[..., Any], node: Mapping[str, Any], path: str, wired: Collection[str] = ()
+    target: Callable[..., Any],
+    node: Mapping[str, Any],
+    path: str,
+    wired: Collection[str] = (),
+    trust: Trust = TYPED,
 ) -> list[str]:
     """Every problem of calling `target` with the keys of `node`."""
     parameters, hints = parameters_of(target)
@@ -128,15 +161,15 @@ def check_call(
     named = {k: p for k, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     problems = []
     for key, value in node.items():
-        if key in RESERVED:
-            continue
         where = f"{path}.{key}"
-        if key not in named and not open_keys:
+        if key in _HYDRAS:
+            problems += _check_hydras(str(key), value, where)
+        elif key not in named and not open_keys:
             problems.append(_unknown(path, str(key), [k for k in named if k not in wired]))
         elif isinstance(value, str) and value == MISSING:
             problems.append(f"`{where}` needs a value: {where}=...")
-        elif nested := list(_parts_in(value, where)):
-            problems += [problem for part, place in nested for problem in check_part(part, place)]
+        elif nested := list(nested_parts(value, hints.get(key), where)):
+            problems += [problem for part, place, kinds in nested for problem in _nested(part, place, kinds, trust)]
         elif key in hints and not _is_default(value, named.get(key)):
             problems += check_value(value, hints[key], where)
     if not node.get("_partial_", False):
@@ -147,6 +180,27 @@ def check_call(
             if p.default is p.empty and name not in given
         ]
     return problems
+
+
+def _nested(part: Mapping[str, Any], place: str, kinds: Sequence[Any], trust: Trust) -> list[str]:
+    """The problems of a part inside another's values: it may stand only where the parameter asks for one."""
+    if not kinds:
+        name = short(str(part["_target_"]))
+        return [f"`{place}._target_={name}`: no part may stand here; {place.rpartition('.')[2]} takes a plain value"]
+    return check_part(part, place, (), kinds, trust)
+
+
+_HYDRAS = {*RESERVED, "_args_"}
+
+
+def _check_hydras(key: str, value: Any, where: str) -> list[str]:
+    """The problem of one of Hydra's keys: what it would change there and nothing does here is refused."""
+    if key == "_args_":
+        return [f"`{where}`: expected parameters by name, received a list of values"]
+    allowed = {"_partial_": (True, False), "_recursive_": (True,), "_convert_": ("all", "none", "partial", "object")}
+    if key not in allowed or any(value is option or value == option != 1 for option in allowed[key]):
+        return []
+    return [f"`{where}={_show(value)}`: expected {_one_of(allowed[key])}, received {_show(value)}"]
 
 
 def check_value(value: Any, hint: Any, where: str) -> list[str]:
@@ -160,28 +214,17 @@ def _unknown(path: str, key: str, known: Collection[str]) -> str:
     return f"`{path}.{key}`: {path} has no {key!r}{hint}"
 
 
-def _parts_in(value: Any, where: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The parts nested in a value, with their paths."""
-    if is_part(value):
-        yield value, where
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _parts_in(item, f"{where}.{key}")
-    elif isinstance(value, list):
-        for number, item in enumerate(value):
-            yield from _parts_in(item, f"{where}.{number}")
-
-
 def _is_default(value: Any, parameter: inspect.Parameter | None) -> bool:
     """What the author chose is right, whatever the annotation says (`limit: float = None`)."""
     return parameter is not None and type(value) is type(parameter.default) and bool(value == parameter.default)
 
 
 def check_section(section: type, node: Any, path: str) -> list[str]:
-    """Every problem of a fixed section against its dataclass."""
+    """Every problem of a fixed section against its dataclass, in which no part may stand."""
     if not isinstance(node, Mapping):
         return [f"`{path}`: expected the keys of {section.__name__}, received {_show(node)}"]
-    return check_call(section, node, path)
+    hydras = [f"`{path}.{key}`: no part may stand here; {path} has plain values" for key in node if key in _HYDRAS]
+    return hydras + check_call(section, {k: v for k, v in node.items() if k not in _HYDRAS}, path)
 
 
 def bind_section(section: type, node: Mapping[str, Any]) -> Any:
@@ -194,28 +237,18 @@ def bind_section(section: type, node: Mapping[str, Any]) -> Any:
 
 def converted(target: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The values as the annotations of `target` have them: enum members, and tuples for lists."""
-    hints = _hints(target.__init__ if inspect.isclass(target) else target)
+    hints = hints_of(target.__init__ if inspect.isclass(target) else target)
     return {key: _converted(value, hints[key]) if key in hints else value for key, value in values.items()}
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    for option in _alternatives(hint):
+    for option in alternatives(hint):
         if isinstance(option, type) and issubclass(option, Enum) and not isinstance(value, Enum):
             if value in [member.value for member in option]:
                 return option(value)
         elif isinstance(value, list) and (option is tuple or typing.get_origin(option) is tuple):
             return tuple(value)
     return value
-
-
-def _alternatives(hint: Any) -> list[Any]:
-    """The members of a union, without `Annotated`."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return _alternatives(arguments[0])
-    if origin in (Union, types.UnionType):
-        return [option for argument in arguments for option in _alternatives(argument)]
-    return [hint]
 
 
 def mismatch(value: Any, hint: Any) -> str | None:
@@ -225,7 +258,6 @@ def mismatch(value: Any, hint: Any) -> str | None:
     return f"expected {describe(hint)}, received {_show(value)}"
 
 
-_LISTS = (list, Sequence, set, frozenset, Collection, Iterable)
 _SCALARS = (bool, int, float, str)
 
 
@@ -238,7 +270,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, argument) for argument in _typeable(arguments))
     if origin is Literal:
         return any(value == option and type(value) is type(option) for option in arguments)
-    if origin in _LISTS:
+    if origin in LISTS:
         return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
     if origin is tuple:
         return isinstance(value, list | tuple) and _fits_tuple(value, arguments)
@@ -327,7 +359,7 @@ def describe(hint: Any) -> str:
         return _describe_union(arguments)
     if origin is Literal:
         return _one_of(arguments)
-    if origin in (*_LISTS, tuple):
+    if origin in (*LISTS, tuple):
         inner = [describe(argument) for argument in arguments if argument is not Ellipsis]
         return f"a list [{', '.join(inner)}{', ...' if Ellipsis in arguments or origin is not tuple else ''}]"
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -355,7 +387,7 @@ def _one_of(options: Iterable[Any]) -> str:
 
 def _how_to_type(where: str, value: Any, hint: Any) -> str:
     """What to type instead, where the value tells what was meant."""
-    options = _alternatives(hint)
+    options = alternatives(hint)
     if isinstance(value, str):
         meant = closest(value, [str(name) for option in options for name in _names(option)], cutoff=0.7)
         if meant:
@@ -374,7 +406,7 @@ def _how_to_type(where: str, value: Any, hint: Any) -> str:
 
 
 def _is_list_type(hint: Any) -> bool:
-    return hint in (list, tuple) or typing.get_origin(hint) in (*_LISTS, tuple)
+    return hint in (list, tuple) or typing.get_origin(hint) in (*LISTS, tuple)
 
 
 def _names(option: Any) -> Sequence[Any]:

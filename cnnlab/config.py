@@ -41,6 +41,7 @@ from cnnlab.overrides import (
     wrong_key,
     wrong_option,
 )
+from cnnlab.trust import TYPED, Trust
 
 CONFIG_NAME = "config"
 
@@ -60,7 +61,8 @@ class Composed:
 
     `config` holds plain values with all interpolations resolved; `run_dir` is where Hydra's settings put the
     run, and `sweep_dir` the sweep that it is a cell of; `choices` maps each group to the option taken;
-    `overrides` are the command line's without Hydra's; `config_dirs` are the user's own folders.
+    `overrides` are the command line's without Hydra's; `config_dirs` are the user's own folders; `trust` says who
+    wrote the config and what the command line vouches for.
     """
 
     config: dict[str, Any]
@@ -69,19 +71,18 @@ class Composed:
     overrides: tuple[str, ...]
     config_dirs: tuple[str, ...] = ()
     sweep_dir: Path | None = None
+    trust: Trust = TYPED
 
 
 @dataclass(frozen=True)
 class Draft:
     """What could be composed, and what could not.
 
-    `problems` has one sentence a wrong override. Those are left out of `composed` (`None` where nothing
-    composes), and `doubtful` are the groups that they were meant for.
+    `problems` has one sentence a wrong override. Those are left out of `composed` (`None` where nothing composes).
     """
 
     composed: Composed | None
     problems: tuple[str, ...] = ()
-    doubtful: frozenset[str] = frozenset()
 
 
 def _stamp() -> str:
@@ -99,9 +100,9 @@ OmegaConf.register_new_resolver("cnnlab.stamp", _stamp, use_cache=True, replace=
 OmegaConf.register_new_resolver("cnnlab.name", _name, replace=True)
 
 
-def make_importable(config_dirs: Iterable[str | Path]) -> None:
-    """Lets `_target_` name the user's own modules: beside their YAML folders, or in the current folder."""
-    for folder in [*map(Path, config_dirs), Path.cwd()]:
+def make_importable(folders: Iterable[str | Path]) -> None:
+    """Lets `_target_` name the user's own modules, after all that is installed."""
+    for folder in map(Path, folders):
         entry = str(folder.resolve())
         if entry not in sys.path:
             sys.path.append(entry)
@@ -117,12 +118,12 @@ class Composer:
     Raises `UsageError` for a folder that does not exist.
     """
 
-    def __init__(self, config_dirs: Sequence[str | Path] = (), config_name: str = CONFIG_NAME):
+    def __init__(
+        self, config_dirs: Sequence[str | Path] = (), config_name: str = CONFIG_NAME, trusted: Sequence[str] = ()
+    ):
         self.config_name = config_name
-        self.config_dirs = tuple(str(Path(folder).expanduser().resolve()) for folder in config_dirs)
-        for folder in self.config_dirs:
-            if not Path(folder).is_dir():
-                raise UsageError(f"--config-dir: expected a folder, received {folder}, which is none")
+        self.trust = Trust.of(trusted, config_dirs)
+        self.config_dirs = self.trust.folders
         make_importable(self.config_dirs)
         self.hydra = open_hydra(str(config_root()), self.config_dirs)
 
@@ -208,7 +209,8 @@ class Composer:
         return draft.composed
 
     def draft(self, overrides: Sequence[str] = (), number: int | None = None) -> Draft:
-        """Composes what can be composed, and tells what cannot."""
+        """Composes what can be composed, and tells what cannot. Parts may lie in the current folder, too."""
+        make_importable([Path.cwd()])
         parsed, problems = self._parsed(overrides)
         misused = {line(o): problem for o in parsed if (problem := misuse(o, self._folders))}
         kept = [override for override in parsed if line(override) not in misused]
@@ -221,12 +223,11 @@ class Composer:
                 problems += more
             except _Refused as refusal:  # not even the defaults compose
                 return Draft(None, (*problems, str(refusal)))
-        left_out = {*overrides} - {*map(line, kept)}
         try:
             composed = self._resolved(loaded, overrides, number)
         except Exception as error:  # where a cell goes, hydra.sweep, may have an interpolation of its own
             return Draft(None, (*problems, f"hydra.sweep: {reason(error)}"))
-        return Draft(composed, tuple(problems), frozenset(map(first_key, left_out)))
+        return Draft(composed, tuple(problems))
 
     def load(self, overrides: Iterable[str], mode: RunMode = RunMode.RUN) -> DictConfig:
         """Hydra's composition, not resolved. Raises `_Refused`."""
@@ -257,7 +258,7 @@ class Composer:
             sweep_dir = Path(str(hydra.sweep.dir))
             run_dir = sweep_dir / str(hydra.sweep.subdir)
         own = tuple(text for text in overrides if not is_for_hydra(text))
-        return Composed(config, run_dir, options_taken(hydra), own, self.config_dirs, sweep_dir)
+        return Composed(config, run_dir, options_taken(hydra), own, self.config_dirs, sweep_dir, self.trust)
 
     # ---- when Hydra refuses: which override, and what was meant ----
 
@@ -347,12 +348,14 @@ def _plain(config: DictConfig, key: Any) -> Any:
 
 
 @contextmanager
-def composer(config_dirs: Sequence[str | Path] = (), config_name: str = CONFIG_NAME) -> Iterator[Composer]:
+def composer(
+    config_dirs: Sequence[str | Path] = (), config_name: str = CONFIG_NAME, trusted: Sequence[str] = ()
+) -> Iterator[Composer]:
     """A `Composer`; Hydra's process-wide config is put back after the block."""
     settings = HydraConfig.instance()
     kept = settings.cfg
     try:
-        yield Composer(config_dirs, config_name)
+        yield Composer(config_dirs, config_name, trusted)
     finally:
         settings.cfg = kept
 

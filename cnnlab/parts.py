@@ -10,28 +10,34 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from cnnlab.check import RESERVED, accepts, converted, is_part, locate
+from cnnlab.check import RESERVED, accepts, converted, locate, parameters_of
+from cnnlab.errors import UsageError, short
+from cnnlab.kinds import LISTS, MAPPINGS, inside, is_part, kinds_of
 
 
 def make(node: Mapping[str, Any] | None, **wired: Any) -> Any:
     """The part that `node` names, with those of the `wired` parameters that its constructor takes.
 
-    `None` for no node, or one whose `_target_` is null: the choice is then the model's own.
+    `None` for no node, or one whose `_target_` is null: the choice is then the model's own. Nested nodes are made
+    where an annotation asks for a part. Raises `UsageError` for one that stands elsewhere.
     """
     if node is None or node.get("_target_") is None:
         return None
     target = locate(str(node["_target_"]))
     values = {key: value for key, value in node.items() if key not in RESERVED}
-    given = {key: _made(value) for key, value in converted(target, values).items()}
+    _, hints = parameters_of(target)
+    given = {key: _made(value, hints.get(key)) for key, value in converted(target, values).items()}
     given |= {key: value for key, value in wired.items() if key not in given and accepts(target, key)}
     return partial(target, **given) if node.get("_partial_", False) else target(**given)
 
 
-def _made(value: Any) -> Any:
+def _made(value: Any, hint: Any) -> Any:
     if is_part(value):
+        if not kinds_of(hint):  # a config that was not checked
+            raise UsageError(f"`_target_={short(str(value['_target_']))}`: no part may stand there")
         return make(value)
     if isinstance(value, Mapping):
-        return {key: _made(item) for key, item in value.items()}
+        return {key: _made(item, inside(hint, MAPPINGS)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_made(item) for item in value)
+        return type(value)(_made(item, inside(hint, (*LISTS, tuple))) for item in value)
     return value

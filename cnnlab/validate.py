@@ -14,14 +14,17 @@ import torch
 from torch import nn
 
 from cnnlab.assemble import make_network, make_optimizer, make_pipeline, target_classes
-from cnnlab.check import accepts, bind_section, check_part, check_section, check_value, is_part, locate
+from cnnlab.augment import Barrier, Colour, Geometric, Normalize
+from cnnlab.check import accepts, bind_section, check_part, check_section, check_value, locate
 from cnnlab.config import Composed, Composer
 from cnnlab.device import place
 from cnnlab.errors import ConfigError, DataError, UsageError, did_you_mean
+from cnnlab.kinds import is_part
 from cnnlab.optim.traits import Traits
 from cnnlab.parts import make
-from cnnlab.protocols import DataSpec
+from cnnlab.protocols import Data, DataSpec, Init, Loss, Probe, Schedule, Task
 from cnnlab.schema import DataPath, Decoder, DropoutKind, Groups, Loading, Regularization, Stats, Trainer
+from cnnlab.trust import Trust
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,23 @@ FACTORIES = ("activation", "norm")
 MAPPINGS = ("augment", "probe")
 """Groups whose node maps names to parts, in order."""
 
+FACTORY = Callable[..., nn.Module]
+KINDS: dict[str, tuple[Any, ...]] = {
+    "data": (Data,),
+    "task": (Task,),
+    "model": (nn.Module,),
+    "activation": (FACTORY,),
+    "norm": (FACTORY,),
+    "init": (Init,),
+    "loss": (Loss,),
+    "optim": (torch.optim.Optimizer,),
+    "schedule": (Schedule,),
+    "normalize": (Normalize,),
+    "augment": (Geometric, Colour, Barrier),
+    "probe": (Probe,),
+}
+"""What a part of each group is, which its class or its annotations say before it is made."""
+
 PROTOCOLS = {
     "data": ("spec", "load"),
     "task": ("needs", "monitor", "head", "prepare", "loss", "measure", "metrics", "pictures"),
@@ -82,72 +102,71 @@ def checked(composer: Composer, overrides: Sequence[str], number: int | None = N
         DataError: the config is sound, and its data is not there.
     """
     draft = composer.draft(overrides, number)
-    problems, data_error = list(draft.problems), None
-    if draft.composed is not None:
-        found, data_error = _problems(draft.composed, draft.doubtful)
-        problems += found
+    problems = [*draft.problems, *(static_problems(draft.composed) if draft.composed is not None else [])]
     if problems:
         raise ConfigError(problems)
-    if data_error is not None:
-        raise data_error
     assert draft.composed is not None
+    _try(draft.composed)
     return draft.composed
 
 
 def check(composed: Composed) -> None:
     """Raises `ConfigError` with every problem, else `DataError` where the data is not there."""
-    problems, data_error = _problems(composed)
-    if problems:
+    if problems := static_problems(composed):
         raise ConfigError(problems)
-    if data_error is not None:
-        raise data_error
+    _try(composed)
 
 
-def _problems(composed: Composed, doubtful: frozenset[str] = frozenset()) -> tuple[list[str], DataError | None]:
-    """Every problem; the parts of `doubtful` groups are left out of the trial."""
-    config = composed.config
-    by_group = dict(_static(config))
-    trial = _Trial(config, {*doubtful, *(group for group, found in by_group.items() if found)})
+def _try(composed: Composed) -> None:
+    """Makes every part of a config whose values are sound. Raises what `check` does."""
+    trial = _Trial(composed.config)
     trial.run()
-    return [problem for found in by_group.values() for problem in found] + trial.problems, trial.data_error
+    if trial.problems:
+        raise ConfigError(trial.problems)
+    if trial.data_error is not None:
+        raise trial.data_error
 
 
-def _static(config: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Each group or key with what its values alone tell."""
+def static_problems(composed: Composed) -> list[str]:
+    """Every problem that names, signatures and values tell; nothing is called, so nothing that a config names runs."""
+    return [problem for found in _static(composed.config, composed.trust) for problem in found]
+
+
+def _static(config: Mapping[str, Any], trust: Trust) -> Iterator[list[str]]:
     for name, section in SECTIONS.items():
-        yield name, check_section(section, config.get(name), name)
+        yield check_section(section, config.get(name), name)
     for name, hint in VALUES.items():
         empty = [f"`{name}=`: expected a text that is not empty"] if config.get(name) == "" else []
-        yield name, empty or check_value(config.get(name), hint, name)
+        yield empty or check_value(config.get(name), hint, name)
     for group in GROUPS:
-        yield group, _check_group(group, config.get(group))
+        yield _check_group(group, config.get(group), trust)
     for group in MAPPINGS:
-        yield group, _check_mapping(group, config.get(group))
+        yield _check_mapping(group, config.get(group), trust)
     known = [*SECTIONS, *VALUES, *GROUPS, *MAPPINGS]
     for key in config:
         if key not in known and not key.startswith("_"):
             hint = did_you_mean(key, known) or "; a name of your own, for interpolations, starts with _"
-            yield key, [f"`{key}`: nothing reads this key{hint}"]
+            yield [f"`{key}`: nothing reads this key{hint}"]
 
 
-def _check_group(group: str, node: Any) -> list[str]:
+def _check_group(group: str, node: Any, trust: Trust) -> list[str]:
     if node is None or (is_part(node) and node["_target_"] is None):
         optional = node is not None and group in FACTORIES
         return [] if optional else [f"`{group}`: expected a part, received none; type {group}=OPTION"]
-    problems = check_part(node, group, _wired(group, node))
-    if group in FACTORIES and not problems and node.get("_partial_") is not True:
-        problems.append(f"`{group}`: expected `_partial_: true` in its YAML; the network makes a new one at each place")
-    return problems
+    if group in FACTORIES and is_part(node) and node.get("_partial_") is not True:
+        return [f"`{group}`: expected `_partial_: true` in its YAML; the network makes a new one at each place"]
+    return check_part(node, group, _wired(group, node, trust), KINDS[group], trust)
 
 
-def _check_mapping(group: str, node: Any) -> list[str]:
+def _check_mapping(group: str, node: Any, trust: Trust) -> list[str]:
     if not isinstance(node, Mapping) or is_part(node):
         return [f"`{group}`: expected parts by name, as in `{{my_part: {{_target_: package.module.Name}}}}`"]
-    return [problem for name, part in node.items() for problem in check_part(part, f"{group}.{name}")]
+    kinds = KINDS[group]
+    return [found for name, part in node.items() for found in check_part(part, f"{group}.{name}", (), kinds, trust)]
 
 
-def _wired(group: str, node: Any) -> tuple[str, ...]:
-    if group != "optim" or not is_part(node):
+def _wired(group: str, node: Any, trust: Trust) -> tuple[str, ...]:
+    if group != "optim" or not is_part(node) or trust.refuses_name(str(node["_target_"])):
         return WIRED.get(group, ())
     try:
         return tuple(list(inspect.signature(locate(str(node["_target_"]))).parameters)[:1])
@@ -156,11 +175,11 @@ def _wired(group: str, node: Any) -> tuple[str, ...]:
 
 
 class _Trial:
-    """Makes each part whose values are sound, and keeps what it refuses in `problems`."""
+    """Makes each part, once the values of all are sound, and keeps what they refuse in `problems`."""
 
-    def __init__(self, config: Mapping[str, Any], broken: set[str]):
+    def __init__(self, config: Mapping[str, Any]):
         self.config = config
-        self.broken = broken
+        self.broken: set[str] = set()
         self.problems: list[str] = []
         self.data_error: DataError | None = None
 

@@ -26,6 +26,7 @@ from cnnlab.check import (
     mismatch,
     parameters_of,
 )
+from cnnlab.errors import UsageError
 from cnnlab.parts import make
 from cnnlab.schema import (
     Duration,
@@ -39,6 +40,7 @@ from cnnlab.schema import (
     Range,
     Trainer,
 )
+from cnnlab.trust import Trust
 
 Item = TypeVar("Item")
 
@@ -258,7 +260,6 @@ def test_what_the_author_chose_is_right():
 
 def test_open_keys_and_unknown_signatures():
     assert check_part({"_target_": f"{HERE}.takes_anything", "x": 1}, "p") == []
-    assert check_part({"_target_": "builtins.dict", "x": 1}, "p") == []
     assert "anything" in parameters_of(dict)[0]
 
 
@@ -271,11 +272,109 @@ def test_an_annotation_that_does_not_resolve_leaves_the_others():
     ]
 
 
+class Nest:
+    """Asks for parts in each way that an annotation can."""
+
+    def __init__(
+        self,
+        one: nn.Module | None = None,
+        many: Sequence[nn.Module] = (),
+        named: Mapping[str, nn.Module] | None = None,
+        factory: Callable[[], nn.Module] | str | None = None,
+        number: float | Tensor = 0.0,
+        anything: Any = None,
+        path: Path | None = None,
+        bare=None,  # type: ignore[no-untyped-def]
+        **rest: Any,
+    ):
+        self.given = {key: value for key, value in locals().items() if key != "self"}
+
+
+def nest(**values: Any) -> dict[str, Any]:
+    return {"_target_": f"{HERE}.Nest", **values}
+
+
+LINEAR = {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3}
+
+
 def test_nested_parts_are_checked():
-    bad = {"_target_": f"{HERE}.takes_two", "frist": 1}
-    assert "`p.inner.frist`" in check_part({"_target_": f"{HERE}.takes_anything", "inner": bad}, "p")[0]
-    assert "`p.list.1.frist`" in check_part({"_target_": f"{HERE}.takes_anything", "list": [1, bad]}, "p")[0]
-    assert "`p.map.a.frist`" in check_part({"_target_": f"{HERE}.takes_anything", "map": {"a": bad}}, "p")[0]
+    bad = {**LINEAR, "in_faetures": 1}
+    assert "`p.one.in_faetures`" in check_part(nest(one=bad), "p")[0]
+    assert "`p.many.1.in_faetures`" in check_part(nest(many=[LINEAR, bad]), "p")[0]
+    assert "`p.named.a.in_faetures`" in check_part(nest(named={"a": bad}), "p")[0]
+    assert check_part(nest(one=LINEAR, many=[LINEAR], named={"a": LINEAR}), "p") == []
+    assert check_part(nest(factory={"_target_": "torch.nn.ReLU", "_partial_": True}), "p") == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"number": LINEAR},
+        {"number": [LINEAR]},
+        {"anything": LINEAR},
+        {"anything": {"deep": [LINEAR]}},
+        {"path": LINEAR},
+        {"bare": LINEAR},
+        {"other": LINEAR},
+        {"one": {"a": LINEAR}},
+        {"many": {"a": LINEAR}},
+        {"named": [LINEAR]},
+        {"factory": [LINEAR]},
+    ],
+)
+def test_a_part_where_none_is_asked_for(values: dict[str, Any]):
+    (problem,) = check_part(nest(**values), "p")
+    assert "no part may stand here" in problem
+    with pytest.raises(UsageError, match="no part may stand there"):
+        make(nest(**values))
+
+
+def says_nothing(): ...
+
+
+def says_so() -> nn.ReLU: ...  # type: ignore[empty-body]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"one": {"_target_": f"{HERE}.Nest"}}, "expected a torch.nn.Module, received Nest"),
+        ({"one": {"_target_": "torch.nn.ReLU", "_partial_": True}}, "received partial of ReLU"),
+        ({"one": {"_target_": f"{HERE}.takes_two", "first": 1}}, "received int"),
+        ({"one": {"_target_": f"{HERE}.says_nothing"}}, "does not say what it returns"),
+        ({"factory": {"_target_": f"{HERE}.says_nothing", "_partial_": True}}, "does not say what it returns"),
+        ({"factory": {"_target_": f"{HERE}.Nest", "_partial_": True}}, "received partial of Nest"),
+        ({"one": {"_target_": "os.system", "command": "true"}}, "one of Python's own"),
+        ({"one": {"_target_": "torch.os.system", "command": "true"}}, "one of Python's own"),
+        ({"factory": {"_target_": "subprocess.run", "_partial_": True}}, "one of Python's own"),
+    ],
+)
+def test_a_part_of_another_kind(values: dict[str, Any], said: str):
+    (problem,) = check_part(nest(**values), "p")
+    assert said in problem
+
+
+def test_a_function_that_says_so():
+    assert check_part(nest(one={"_target_": f"{HERE}.says_so"}), "p") == []
+    assert check_part(nest(factory={"_target_": f"{HERE}.says_so", "_partial_": True}), "p") == []
+    vouched = Trust(names=(HERE,))
+    assert check_part(nest(one={"_target_": f"{HERE}.says_nothing"}), "p", trust=vouched) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("_args_", [1], "by name"),
+        ("_partial_", "yes", "expected one of true, false"),
+        ("_partial_", 1, "expected one of true, false"),
+        ("_recursive_", False, "expected true, received false"),
+        ("_convert_", "some", "expected one of all,"),
+    ],
+)
+def test_hydras_own_keys(key: str, value: Any, said: str):
+    (problem,) = check_part(nest(**{key: value}), "p")
+    assert problem.startswith(f"`p.{key}")
+    assert said in problem
 
 
 @pytest.mark.parametrize("value", [3, "x", [1], {"lr": 1}])
@@ -292,6 +391,11 @@ def test_a_null_part():
 def test_sections():
     assert check_section(Trainer, {"epochs": 3, "device": "cpu", "max_steps": None}, "trainer") == []
     assert len(check_section(Trainer, {"epochs": 0, "device": "gpu", "ecpohs": 1}, "trainer")) == 3
+    assert len(check_section(Trainer, {"_target_": "x.Y", "_partial_": True}, "trainer")) == 2
+    for value in ({"_target_": "os.system"}, [{"_target_": "os.system"}]):
+        (problem,) = check_section(Trainer, {"threads": value}, "trainer")
+        assert problem.startswith("`trainer.threads")
+        assert "no part may stand here" in problem
     assert check_section(Trainer, 3, "trainer") == ["`trainer`: expected the keys of Trainer, received 3"]
 
 
@@ -320,7 +424,11 @@ def test_locate():
         ("torch.nn.RelU", r"torch.nn has no 'RelU' \(did you mean `ReLU`\?\)"),
         ("torch.nm.ReLU", "torch has no 'nm'"),
         ("torch.nn", "expected a class or a function, found a module"),
-        ("math.pi", "expected a class or a function, found a float"),
+        ("torch.pi", "expected a class or a function, found a float"),
+        ("os.system", "one of Python's own"),
+        ("torch.os.system", "one of Python's own"),
+        ("torch.nn.functional.warnings.warn", "one of Python's own"),
+        ("builtins.dict.fromkeys", "one of Python's own"),
     ],
 )
 def test_targets_that_are_none(target: str, message: str):
@@ -361,7 +469,7 @@ def test_make_nests_and_wires():
     part = make(node(inner=inner, act={"_target_": "torch.nn.ReLU", "_partial_": True}), params=[], unknown=3)
     assert isinstance(part.given["inner"], nn.Linear)
     assert isinstance(part.given["act"](), nn.ReLU)
-    made = make({"_target_": f"{HERE}.takes_anything", "many": [inner, 1], "named": {"x": inner}})
+    made = make(nest(many=[inner], named={"x": inner})).given
     assert isinstance(made["many"][0], nn.Linear)
     assert isinstance(made["named"]["x"], nn.Linear)
 

@@ -16,7 +16,9 @@ ROOT = Path(cnnlab.__file__).parent
 
 FLOORS: list[set[str]] = [
     {"__init__", "errors", "schema"},
-    {"usertext", "check", "overrides", "rundir", "protocols", "rng", "measure"},
+    {"usertext", "kinds"},
+    {"trust"},
+    {"check", "overrides", "rundir", "protocols", "rng", "measure"},
     {"hydra_private"},
     {"config", "parts", "device", "ranks", "sinks", "receptive_field", "flops"},
     {"data", "models", "init", "optim", "losses", "augment"},
@@ -31,13 +33,15 @@ FLOORS: list[set[str]] = [
 ]
 """Low to high; a name is a module of `cnnlab` or a package with all that is in it."""
 
-PARTS = FLOORS[4]
+PARTS = FLOORS[6]
 """What is swapped."""
 
 NO_TORCH = {
     "errors",
     "schema",
     "usertext",
+    "kinds",
+    "trust",
     "check",
     "hydra_private",
     "overrides",

@@ -48,10 +48,15 @@ def test_all_seven_train_together(cli: Cli):
     assert "gradient/norm" in statistics[0]
     assert "invert" in answer.out
 
-    # The run remembers where its parts are: no --config-dir from here on.
-    evaluated = cli("eval", "here", "--json")
+    # The run says where its parts are, and they run only where the command line vouches for them.
+    for again in (("eval", "here"), ("train", "resume=here")):
+        refused = cli(*again)
+        assert refused.code == 2
+        assert "outside_model.TwoConvolutions (model)" in refused.err
+        assert f"type --config-dir {OUTSIDE}" in refused.err
+    evaluated = cli("eval", "here", "--json", "--config-dir", str(OUTSIDE))
     assert json.loads(evaluated.out)["test/top3_accuracy"] == record["metrics"]["test/top3_accuracy"]
-    assert cli("train", "resume=here", "trainer.epochs=2").code == 0
+    assert cli("train", "--config-dir", str(OUTSIDE), "resume=here", "trainer.epochs=2").code == 0
     assert record_of(Path("here"))["epochs"] == 2
 
 
@@ -76,6 +81,10 @@ def test_a_class_in_the_current_folder(cli: Cli):
     answer = cli("train", *own, *FEW_STEPS, "hydra.run.dir=here")
     assert answer.code == 0, answer.err
     assert record_of(Path("here"))["parameters"] == 640
+    refused = cli("eval", "here")
+    assert refused.code == 2
+    assert refused.err.rstrip().endswith("if you trust it, type --trust standing_here")
+    assert cli("eval", "here", "--trust", "standing_here").code == 0
 
 
 # ---- a typo in each of them ----

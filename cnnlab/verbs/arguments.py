@@ -47,6 +47,7 @@ class Arguments:
 
     overrides: list[str]
     config_dirs: list[str] = field(default_factory=list)
+    trust: list[str] = field(default_factory=list)
     config_name: str = CONFIG_NAME
     multirun: bool = False
     help: bool = False
@@ -78,6 +79,7 @@ def override_parser(verb: str = "train", description: str = "", examples: str = 
     flag("-p", "--package", help="the part of it to print")
     flag("--resolve", action="store_true", help="resolve its interpolations")
     flag("-cd", "--config-dir", action="append", default=[], metavar="DIR", help="a folder of your own configs")
+    flag("--trust", **TRUST)
     flag("-cn", "--config-name", default=CONFIG_NAME, metavar="NAME", help="another primary config")
     flag("-i", "--info", nargs="?", const="all", choices=list(_INFO), help="print Hydra's view of the config")
     flag("--hydra-help", action="store_true", help="Hydra's own settings")
@@ -85,6 +87,13 @@ def override_parser(verb: str = "train", description: str = "", examples: str = 
     return parser
 
 
+TRUST: dict[str, Any] = {
+    "action": "append",
+    "default": [],
+    "metavar": "NAME",
+    "help": "a package or module of which parts may be taken whatever they say of themselves, and which a run folder "
+    "may name; may be given again",
+}
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"--seconds: expected a number above 0, received {seconds:g}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("cnnlab bench measures one process; start it without torchrun")
-    with composer(args.config_dirs, args.config_name) as open_composer:
+    with composer(args.config_dirs, args.config_name, args.trust) as open_composer:
         if args.show:
             return answer(open_composer, args)
         composed = experiment(open_composer, args)

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cnnlab.config import Composed
 from cnnlab.errors import CheckpointError
 from cnnlab.rundir import RunDir, jsonable
 from cnnlab.schema import DataPath, Device, StepKind
-from cnnlab.verbs.arguments import Parser
+from cnnlab.trust import TYPED, Trust
+from cnnlab.verbs.arguments import TRUST, Parser
 from cnnlab.verbs.reopen import reopened
 
 MOST_CLASSES = 20
@@ -32,13 +32,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--split", choices=["train", "val", "test"], default="test")
     parser.add_argument("--checkpoint", choices=["best", "last"], default="best")
     parser.add_argument("--device", choices=[device.value for device in Device], help="as trainer.device")
-    parser.add_argument("--config-dir", action="append", default=[], help="where your own parts are now")
+    parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="where your own parts are")
+    parser.add_argument("--trust", **TRUST)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     args = parser.parse_all(arguments)
     folder = RunDir(args.run)
-    reopened(folder, args.config_dir)  # its own parts are importable from here on
+    trust = Trust.of(args.trust, args.config_dir)
+    reopened(folder, trust)
     which = available(folder, args.checkpoint)
-    figures, classes = measured(folder, args.split, which, args.device)
+    figures, classes = measured(folder, args.split, which, args.device, trust)
     if args.json:
         print(json.dumps(jsonable({**figures, "checkpoint": which, "classes": classes})))
     else:
@@ -82,7 +84,7 @@ def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | 
 
 
 def measured(
-    folder: RunDir, split: str, which: str, device: str | None = None
+    folder: RunDir, split: str, which: str, device: str | None = None, trust: Trust = TYPED
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The metrics of the checkpoint `which` of a run on `split`, named as in its `run.json`; and what became of each
     class (see `cnnlab.tasks.metrics.by_class`).
@@ -90,7 +92,7 @@ def measured(
     It computes as the run did (precision and layout), where it finds the kind of device that the run had.
 
     Raises:
-        UsageError: no run folder.
+        UsageError: no run folder, or one that names code that nobody vouches for (see `cnnlab.trust`).
         CheckpointError: its checkpoint is missing or damaged.
     """
     from cnnlab import checkpoint
@@ -103,12 +105,12 @@ def measured(
     from cnnlab.train.run import describe_sums
     from cnnlab.validate import check
 
-    config = reopened(folder).config
+    composed = reopened(folder, trust)
+    config = composed.config
     state = checkpoint.load(folder.best if which == "best" else folder.last)
     if device is not None:
         config["trainer"]["device"] = device
     config["trainer"]["step"] = StepKind.eager.value  # no step is taken: none is tried, compiled or captured
-    composed = Composed(config, folder.path, {}, ())
     check(composed)
     choices = state.get("origin", {}).get("choices", {})
     trainer = as_recorded(bind_section(Trainer, config["trainer"]), choices)

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 
 from cnnlab.config import Composed, make_importable
+from cnnlab.errors import ConfigError
 from cnnlab.rundir import RunDir
+from cnnlab.trust import TYPED, Trust
 
 
-def reopened(folder: RunDir, config_dirs: Sequence[str] = ()) -> Composed:
-    """The experiment of a run folder, with the user's own modules importable again.
+def reopened(folder: RunDir, trust: Trust = TYPED) -> Composed:
+    """The experiment of a run folder, whoever wrote it: what it names is looked at before any of it is imported.
 
     Args:
-        config_dirs: where these are now, if they have moved since.
+        trust: what the command line vouches for; the folders in it are importable from here on, and so is the
+            current folder, if there are names in it. Folders that only the run names are not.
 
     Raises:
-        UsageError: this is no run folder.
+        UsageError: this is no run folder, or it names code that nobody vouches for.
         CheckpointError: its files are damaged.
     """
-    config, record = folder.config(), folder.read()
-    known = tuple(dict.fromkeys([*config_dirs, *record.get("config_dirs", [])]))
-    make_importable(known)
-    return Composed(config, folder.path, record.get("choices", {}), tuple(folder.overrides()), known)
+    from cnnlab.validate import static_problems
+
+    config, record, trust = folder.config(), folder.read(), trust.of_a_run()
+    recorded = tuple(map(str, record.get("config_dirs", [])))
+    make_importable([*trust.folders, *([Path.cwd()] if trust.names else [])])
+    trust.require(config, recorded)
+    known = tuple(dict.fromkeys([*trust.folders, *recorded]))
+    overrides = tuple(folder.overrides())
+    composed = Composed(config, folder.path, record.get("choices", {}), overrides, known, trust=trust)
+    if problems := static_problems(composed):
+        raise ConfigError(problems)
+    return composed

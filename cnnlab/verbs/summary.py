@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     if args.help:
         print(HELP, end="")
         return 0
-    with composer(args.config_dirs, args.config_name) as open_composer:
+    with composer(args.config_dirs, args.config_name, args.trust) as open_composer:
         if args.show:
             return answer(open_composer, args)
         composed = experiment(open_composer, args)

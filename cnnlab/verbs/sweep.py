@@ -226,7 +226,7 @@ def run_cell(config: Any, *, config_dirs: Sequence[str], json_output: bool) -> N
     """
     from cnnlab.verbs.train import train
 
-    make_importable(config_dirs)
+    make_importable([*config_dirs, Path.cwd()])
     hydra = HydraConfig.get()
     plain: Any = OmegaConf.to_container(config, resolve=True)
     folder = Path(hydra.runtime.output_dir)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from cnnlab.verbs.reopen import reopened
 
 def main(arguments: Sequence[str]) -> int:
     args = parse(arguments, override_parser("train"))
-    with composer(args.config_dirs, args.config_name) as open_composer:
+    with composer(args.config_dirs, args.config_name, args.trust) as open_composer:
         if args.help or args.show:
             return answer(open_composer, args)
         if args.multirun:
@@ -137,7 +138,7 @@ def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> 
     Raises `ConfigError` for every other change; what only repeats the run's own config is none.
     """
     folder = RunDir(path)
-    stored = reopened(folder, open_composer.config_dirs)
+    stored = reopened(folder, open_composer.trust)
     problems, added = [], []
     for override in parsed:
         if override.key_or_group == "resume":
@@ -151,8 +152,7 @@ def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> 
     if problems:
         problems[-1] += f"\n    What may change: {', '.join(RESUMABLE)}; start another run for anything else"
         raise ConfigError(problems)
-    composed = Composed(stored.config, path, stored.choices, (*stored.overrides, *added), stored.config_dirs)
-    return composed, folder
+    return replace(stored, overrides=(*stored.overrides, *added)), folder
 
 
 def _refusal(override: Override, stored: Composed, groups: Collection[str]) -> str | None:
