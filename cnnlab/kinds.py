@@ -140,12 +140,12 @@ def name_of(kind: Any) -> str:
 
 def public_name(cls: Any) -> str:
     """Where users find a class: `torch.nn.Module`, not `torch.nn.modules.module.Module`."""
-    module = str(cls.__module__).split(".")
+    module, own = str(cls.__module__).split("."), str(cls.__name__)
     for cut in range(1, len(module) + 1):
         name = ".".join(module[:cut])
-        if getattr(sys.modules.get(name), cls.__name__, None) is cls:
-            return f"{name}.{cls.__name__}"
-    return f"{cls.__module__}.{cls.__name__}"
+        if getattr(sys.modules.get(name), own, None) is cls:
+            return f"{name}.{own}"
+    return f"{cls.__module__}.{own}"
 
 
 class _Made:
