@@ -171,6 +171,8 @@ class Loading:
     """Batches that are fetched while the device computes."""
     workers: Annotated[int, Range(low=0, high=1024)] | None = None
     """Processes that decode a stream (0: none, the fetching thread does); `null` shares the cores out."""
+    patience: Positive | None = 120.0
+    """Seconds that one file may take to be read and decoded, before the run ends with its name; `null`: no bound."""
     decode: Decoder = Decoder.auto
     """What decodes the JPEG files of a stream; on a GPU the pixels differ by rounding."""
     memory_share: Annotated[float, Range(above=0, high=1)] = 0.25

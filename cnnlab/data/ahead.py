@@ -4,35 +4,40 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from cnnlab.data.threads import Threads
 from cnnlab.protocols import Batch
 
 Fetched = TypeVar("Fetched")
+_GRACE = 0.5
+"""Seconds that a batch which is no longer wanted is waited for."""
 
 
 def ahead(begin: Callable[[Tensor], Callable[[], Fetched]], parts: Iterable[Tensor], count: int) -> Iterator[Fetched]:
     """`begin(part)()` of each part, in order, at most `count` parts ahead of the one that the caller has.
 
     `begin` runs in the caller's thread and must not wait; what it returns runs in a thread of its own. When the
-    caller stops early, what has not begun is dropped.
+    caller stops early, what has not begun is dropped, and what has is waited for a moment, not longer: it may be at
+    a disk that does not answer.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="cnnlab-fetch") as thread:
-        waiting: deque[Future[Fetched]] = deque()
-        try:
-            for part in parts:
-                waiting.append(thread.submit(begin(part)))
-                if len(waiting) > count:
-                    yield waiting.popleft().result()
-            while waiting:
+    thread = Threads(1, "cnnlab-fetch")
+    waiting: deque[Future[Fetched]] = deque()
+    try:
+        for part in parts:
+            waiting.append(thread.submit(begin(part)))
+            if len(waiting) > count:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        thread.close(_GRACE)
 
 
 class Copier:

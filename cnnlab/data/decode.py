@@ -1,60 +1,57 @@
 """Image files to arrays of one size. Loads Pillow and numpy, not torch: decoding processes start in 0.15 s.
 
-As a program (`python -m cnnlab.data.decode`) it is such a process: pickled jobs on stdin, pickled results on
-stdout. Processes and Pillow, because that is the fastest for small files that reads every format. 10,000
-CIFAR-10 JPEGs on 2 cores: Pillow in one process 0.76 s, two threads 0.99 s (they wait for the interpreter's
-lock), two processes 0.54 s; torchvision's `decode_jpeg` in two threads 0.36 s, but with 1.4 to 1.9 s of
-import, and JPEG only. `multiprocessing` is not used: it would run a notebook-like script (one without a main
-guard) again in each process.
+Such a process (`serve`) gets pickled jobs on stdin and puts pickled results on stdout. Processes and Pillow, because
+that is the fastest for small files that reads every format. 10,000 CIFAR-10 JPEGs on 2 cores: Pillow in one process
+0.76 s, two threads 0.99 s (they wait for the interpreter's lock), two processes 0.54 s; torchvision's `decode_jpeg` in
+two threads 0.36 s, but with 1.4 to 1.9 s of import, and JPEG only. `multiprocessing` is not used: it would run a
+notebook-like script (one without a main guard) again in each process.
 """
 
 from __future__ import annotations
 
 import io
+import logging
+import os
 import pickle
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from cnnlab.data.formats import opened
+from cnnlab.data.formats import opened, require_file
+from cnnlab.data.pixels import Depth, Recipe, class_numbers, converted, cropped, fitted, letterbox
+
+__all__ = ["Decoded", "Depth", "Item", "Recipe", "cropped", "decode", "decode_chunk", "letterbox"]
 
 Array = np.ndarray[Any, Any]
 Item = str | tuple[str, int, int]
 """An image file, or `(file, offset, bytes)` of one inside another (a shard's member)."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a file becomes an array (channels, height, width) uint8.
-
-    `fit`: `crop` resizes the shorter side to `resize` and cuts the middle out; `letterbox` fits the whole
-    image in and fills the rest with black (a mask: with void, 255); `stretch` resizes each side by itself.
-    `mask` reads class numbers: no conversion, nearest neighbour. Images are resized bilinearly with
-    antialiasing.
-    """
-
-    channels: int
-    height: int
-    width: int
-    fit: Literal["crop", "letterbox", "stretch"]
-    resize: int = 0
-    mask: bool = False
+_SAYS_HOW_IT_LIES = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})
+"""Keys of Pillow's `info`, one of which is there where a file may say how it is to be turned."""
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PARENTS_SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number]
+_HALVED = 4
+"""Times `max_pixels` that a baseline JPEG may have."""
 
 
 @dataclass
 class Decoded:
     """A chunk's arrays (n, C, H, W) uint8, the files' own (height, width) (n, 2), and why any failed.
 
-    A failed image is black with size (0, 0); `failures` holds its position in the chunk and the reason.
+    A failed image is black with size (0, 0); `failures` holds its position in the chunk and the reason; `depth` is
+    of the images of more than 8 bits.
     """
 
     images: Array
     sizes: Array
     failures: list[tuple[int, str]]
+    depth: Depth = field(default_factory=Depth)
 
 
 def name_of(item: Item) -> str:
@@ -65,133 +62,234 @@ def name_of(item: Item) -> str:
 def contents(item: Item) -> bytes:
     """The item's bytes, undecoded. Raises `OSError`."""
     path, offset, size = (item, 0, -1) if isinstance(item, str) else item
+    require_file(path)
     with open(path, "rb") as file:  # noqa: PTH123 (pathlib: twice the time)
         file.seek(offset)
         return file.read(size)
 
 
-def decode_chunk(items: Sequence[Item], recipe: Recipe) -> Decoded:
-    """Decodes the items; one that cannot be read is a failure, not an error."""
+def decode_chunk(items: Sequence[Item], recipe: Recipe, begins: Callable[[int], None] | None = None) -> Decoded:
+    """Decodes the items; one that cannot be read is a failure, not an error.
+
+    Args:
+        begins: is told the position of each item before it is read.
+    """
     images = np.zeros((len(items), recipe.channels, recipe.height, recipe.width), np.uint8)
     sizes = np.zeros((len(items), 2), np.int64)
-    failures = []
+    failures, depth = [], Depth()
+    hush()
     for number, item in enumerate(items):
+        if begins is not None:
+            begins(number)
         try:
             source = item if isinstance(item, str) else io.BytesIO(contents(item))
-            images[number], sizes[number] = decode(source, recipe)
+            images[number], sizes[number] = decode(source, recipe, depth)
         except MemoryError:
             raise
         except Exception as error:  # each of Pillow's parsers raises what it stumbles on
-            failures.append((number, f"{type(error).__name__}: {error}"))
-    return Decoded(images, sizes, failures)
+            failures.append((number, reason_of(error)))
+    return Decoded(images, sizes, failures, depth)
 
 
-def decode(source: str | BinaryIO, recipe: Recipe) -> tuple[Array, tuple[int, int]]:
+def reason_of(error: Exception) -> str:
+    """Why an image failed, in a line."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{type(error).__name__}: {error.strerror}"  # whoever tells it names the file
+    text = " ".join(str(error).split())
+    return text if text.startswith("expected ") else f"{type(error).__name__}: {text}"
+
+
+def decode(source: str | BinaryIO, recipe: Recipe, depth: Depth | None = None) -> tuple[Array, tuple[int, int]]:
     """One file, by its path or open: (channels, height, width) uint8, and its own (height, width).
 
-    The latter is as EXIF has the image turned.
+    The latter is as the file has the image turned: by EXIF, XMP, or whatever else Pillow's transposition honours.
+
+    Args:
+        depth: is told of an image of more than 8 bits.
+
+    Raises:
+        ValueError: it has more pixels than the recipe allows, or values of no meaning.
+        Exception: what Pillow's parsers raise for a file that they cannot read.
     """
-    from PIL import Image, ImageOps
-
-    with opened(source) as file:
-        image: Image.Image = file
-        # Asking for the EXIF of a file that has none takes as long as decoding a small JPEG.
-        if "exif" in image.info or image.format == "TIFF":
-            image = ImageOps.exif_transpose(image)
-        image = _class_numbers(image) if recipe.mask else _converted(image, recipe.channels)
-        width, height = image.size
-        array = np.asarray(_fitted(image, recipe))
+    with _open(source) as file, _held(file, recipe.max_pixels):
+        with _identified(file) as image:
+            own = _bounded(image, recipe.max_pixels)
+            image.load()
+            image = _upright(image)
+        if image.size[0] * image.size[1] > recipe.max_pixels:  # a container may hold another size than it says
+            raise _too_large(image.size, recipe.max_pixels)
+        size = image.size if own is None else own[:: -1 if _turned(own, image.size) else 1]
+        image = class_numbers(image) if recipe.mask else converted(image, recipe, depth)
+        array = np.asarray(fitted(image, recipe))
     array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-    return array, (height, width)
+    return array, (size[1], size[0])
 
 
-def _converted(image: Any, channels: int) -> Any:
-    """The image in mode L or RGB, from greyscale, palette, transparency (over white), CMYK and 16 bits."""
-    from PIL import Image
-
-    mode = "L" if channels == 1 else "RGB"
-    if image.mode == mode and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip at 255
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"expected 16-bit values, received {values.min()}..{values.max()}")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("expected integer pixels, received 32-bit floats; convert the file to 8 or 16 bits")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return image.convert(mode)
+def _open(source: str | BinaryIO) -> AbstractContextManager[BinaryIO]:
+    if not isinstance(source, str):
+        return nullcontext(source)
+    require_file(source)
+    return open(source, "rb")  # noqa: PTH123 (pathlib: twice the time)
 
 
-def _class_numbers(image: Any) -> Any:
-    """The mask's values as mode L; a palette's indices are the values."""
-    from PIL import Image
+def _identified(file: BinaryIO) -> Any:
+    """The file as Pillow opens it. A JPEG that is too large for it, too: it may be decoded at half its size."""
+    from PIL import Image, JpegImagePlugin
 
-    if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-        raise ValueError(f"expected a greyscale or palette image of class numbers, received {image.mode}")
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 255:
-        raise ValueError(f"expected class numbers 0..255, received {values.min()}..{values.max()}")
-    return Image.fromarray(values.astype(np.uint8))
-
-
-def _fitted(image: Any, recipe: Recipe) -> Any:
-    """The image at the recipe's size."""
-    from PIL import Image
-
-    how = Image.Resampling.NEAREST if recipe.mask else Image.Resampling.BILINEAR
-    target = (recipe.width, recipe.height)
-    if recipe.fit == "stretch":
-        return image if image.size == target else image.resize(target, how)
-    if recipe.fit == "crop":
-        scaled, left, top = cropped(image.size[0], image.size[1], recipe)
-        image = image if image.size == scaled else image.resize(scaled, how)
-        return image if scaled == target else image.crop((left, top, left + recipe.width, top + recipe.height))
-    left, top, width, height = letterbox(image.size[1], image.size[0], recipe.height, recipe.width)
-    canvas = Image.new(image.mode, target, 255 if recipe.mask else 0)
-    canvas.paste(image.resize((width, height), how), (left, top))
-    return canvas
+    try:
+        return opened(file)
+    except Image.DecompressionBombError as error:
+        file.seek(0)
+        if file.read(3) == b"\xff\xd8\xff":
+            file.seek(0)
+            return JpegImagePlugin.JpegImageFile(file)
+        raise ValueError(f"expected fewer pixels, received: {error}; type data.max_pixels=NUMBER to take it") from error
 
 
-def cropped(width: int, height: int, recipe: Recipe) -> tuple[tuple[int, int], int, int]:
-    """The (width, height) that the recipe's `crop` resizes to, and the left and top of what it then cuts out."""
-    short = min(width, height)
-    scaled = (
-        max(recipe.width, width * recipe.resize // short),
-        max(recipe.height, height * recipe.resize // short),
+def _bounded(image: Any, max_pixels: int) -> tuple[int, int] | None:
+    """Sees to it that at most so many pixels are decoded; returns the (width, height) of what is decoded at half size.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ValueError(f"expected an image of at least one pixel, received {width} x {height}")
+    if width * height <= max_pixels:
+        return None
+    # A progressive file's coefficients lie in memory at full size, whatever is decoded of them.
+    baseline = image.format in ("JPEG", "MPO") and not image.info.get("progressive")
+    if baseline and width * height <= _HALVED * max_pixels:
+        image.draft(None, (width // 2, height // 2))
+        if image.size[0] * image.size[1] <= max_pixels:
+            return width, height
+    raise _too_large((width, height), max_pixels)
+
+
+def _too_large(size: tuple[int, int], max_pixels: int) -> ValueError:
+    return ValueError(
+        f"expected at most {max_pixels:,} pixels, received {size[0]:,} x {size[1]:,}; type data.max_pixels="
+        f"{size[0] * size[1]} to take it"
     )
-    return scaled, (scaled[0] - recipe.width) // 2, (scaled[1] - recipe.height) // 2
 
 
-def letterbox(height: int, width: int, to_height: int, to_width: int) -> tuple[int, int, int, int]:
-    """Where a letterboxed image lies: (left, top, width, height) in pixels of the target."""
-    scale = min(to_height / height, to_width / width)
-    new_width = min(to_width, max(1, round(width * scale)))
-    new_height = min(to_height, max(1, round(height * scale)))
-    return (to_width - new_width) // 2, (to_height - new_height) // 2, new_width, new_height
+def _upright(image: Any) -> Any:
+    """The image turned as its EXIF or XMP says; whatever Pillow's own transposition honours."""
+    from PIL import ImageOps
+
+    # Asking for the EXIF of a file that has none takes as long as decoding a small JPEG.
+    if image.format == "TIFF" or not _SAYS_HOW_IT_LIES.isdisjoint(image.info):
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
-def serve() -> None:
-    """Answers jobs `(items, recipe)` until stdin ends."""
+def _turned(before: tuple[int, int], now: tuple[int, int]) -> bool:
+    """Whether an image that was decoded at half its size has been turned by 90 degrees."""
+    return (before[0] >= before[1]) != (now[0] >= now[1])
+
+
+# ---- Pillow's settings and its libraries' noise, for the time of a decoding ----
+
+
+class _Held:
+    """A setting of the whole process that is changed as long as anybody needs it so; threads may overlap."""
+
+    def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
+        self._change = change
+        self._lock = threading.Lock()
+        self._users = 0
+        self._restore: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._restore = self._change()
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._restore()
+
+
+def _without_stderr() -> Callable[[], None]:
+    """What libtiff says goes to the file descriptor, past Python."""
+    try:
+        saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is none
+        return lambda: None
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+
+    def restore() -> None:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+    return restore
+
+
+_STDERR_CLOSED = _Held(_without_stderr)
+_PILLOW_BOUNDED = _Held(lambda: _pillows_bound())
+
+
+def _pillows_bound() -> Callable[[], None]:
+    """Puts back the bound that Pillow had."""
+    from PIL import Image
+
+    before = Image.MAX_IMAGE_PIXELS
+
+    def restore() -> None:
+        Image.MAX_IMAGE_PIXELS = before
+
+    return restore
+
+
+def hush() -> None:
+    """Pillow's warnings and log lines are kept out, for good: filters belong to all threads."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logger = logging.getLogger("PIL")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def _held(file: BinaryIO, max_pixels: int) -> Iterator[None]:
+    """Pillow bounded, also where it decodes one file inside another, and what its libraries say kept out."""
+    from PIL import Image
+
+    start = file.read(4)
+    file.seek(0)
+    with _PILLOW_BOUNDED, _STDERR_CLOSED if start in _TIFF else nullcontext():
+        Image.MAX_IMAGE_PIXELS = max(1, max_pixels // 2)  # it warns from there on, and refuses twice as many
+        yield
+
+
+def serve(board: int) -> None:
+    """Answers jobs `(items, recipe)` until stdin ends.
+
+    Args:
+        board: descriptor of a file that always holds the position of the item that is being decoded (8 bytes, the
+            lowest first), for who waits for it; -1 for none.
+    """
     # Ctrl-C and a scheduler's SIGTERM reach the whole group, and are the parent's to answer, with a checkpoint that
     # may need another batch. However it ends, its end of the pipe then closes.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     results = sys.stdout.buffer
     sys.stdout = sys.stderr  # nothing that a decoder prints may get between the results
+    with suppress(OSError):  # what a library says goes nowhere; what Python says, an error of this file's, is told
+        sys.stderr = os.fdopen(os.dup(2), "w")
+        _without_stderr()
+
+    def begins(number: int) -> None:
+        os.pwrite(board, number.to_bytes(8, "little"), 0)
+
     while True:
         try:
             items, recipe = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        pickle.dump(decode_chunk(items, recipe), results, protocol=pickle.HIGHEST_PROTOCOL)
+        answer = decode_chunk(items, recipe, begins if board >= 0 else None)
+        pickle.dump(answer, results, protocol=pickle.HIGHEST_PROTOCOL)
         results.flush()
-
-
-if __name__ == "__main__":
-    # Pickle names classes by module: as `__main__` the results could not be read by the other side.
-    from cnnlab.data import decode as module
-
-    module.serve()

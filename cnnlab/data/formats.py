@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from functools import cache
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -51,15 +53,23 @@ EXTENSIONS = frozenset(f".{suffix}" for suffixes in _SUFFIXES.values() for suffi
 """Of the files that are taken for images, in lower case."""
 
 
+def require_file(path: str) -> None:
+    """Raises `OSError` for what is no regular file: a pipe or a device is neither opened nor waited for."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 (pathlib: 3x the time)
+        raise OSError("expected a file, received a folder, a pipe or a device")
+
+
 def opened(source: str | BinaryIO) -> Image:
     """The image with its header read, of one of these formats by its content, whatever its name says.
 
-    An EPS file that is named .png is no image here.
+    An EPS file that is named .png is no image here, nor is a pipe or a device.
 
     Raises what Pillow raises, which may be anything for a damaged file: `OSError` for what is of no format.
     """
     from PIL import Image, UnidentifiedImageError
 
+    if isinstance(source, str):
+        require_file(source)
     try:
         return Image.open(source, formats=_AT_HAND)
     except UnidentifiedImageError:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cnnlab.data.decode import Item, Recipe, contents, cropped, decode
+from cnnlab.data.decode import Item, Recipe, contents, cropped, decode, hush, name_of, reason_of
+from cnnlab.data.pixels import MAX_PIXELS
+from cnnlab.data.pool import PATIENCE
+from cnnlab.data.threads import Threads
+from cnnlab.errors import DataError
 
 Failures = list[tuple[int, str]]
 
 # Of the markers FFC0..FFCF these three begin no frame; 8 is reserved.
 _NO_FRAME = (0xC4, 0xC8, 0xCC)
 _BASELINE_OR_PROGRESSIVE = (0xC0, 0xC1, 0xC2)
+_LONG = 16
+"""Sides' ratio from which Pillow resizes a strip, of which it resizes only what is kept."""
 
 
 class GpuJpegs:
@@ -32,16 +38,16 @@ class GpuJpegs:
         recipe: with `fit="crop"`.
         device: where images come out; the CPU too, by torchvision's own decoder.
         threads: that read the files.
+        patience: seconds that a file may take to be read; `None` waits for ever.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, threads: int) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, threads: int, patience: float | None = PATIENCE) -> None:
         assert recipe.fit == "crop" and not recipe.mask
         self.recipe = recipe
         self.device = device
-        # Torchvision 0.29 announces that torchcodec will take this over. For good, not around each call: the
-        # filters belong to all threads.
-        warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
-        self._readers = ThreadPoolExecutor(threads, thread_name_prefix="cnnlab-read")
+        self.patience = patience
+        self._readers = Threads(threads, "cnnlab-read")
+        hush()
 
     def begin(self, items: Sequence[Item]) -> Callable[[], tuple[Tensor, Failures]]:
         """Starts to read the files; what is returned decodes them, on the current stream, without waiting for it.
@@ -56,7 +62,7 @@ class GpuJpegs:
             images = torch.zeros(shape, dtype=torch.uint8, device=self.device)
             encoded: dict[int, bytes] = {}
             for number, future in enumerate(read):
-                ready = future.result()
+                ready = _awaited(future, items[number], self.patience)
                 if isinstance(ready, bytes):
                     encoded[number] = ready
                 elif isinstance(ready, str):
@@ -86,12 +92,7 @@ class GpuJpegs:
         return []
 
     def _jpegs(self, files: Sequence[bytes]) -> list[Tensor]:
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        mode = ImageReadMode.GRAY if self.recipe.channels == 1 else ImageReadMode.RGB
-        data = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
-        decoded: Any = decode_jpeg(data, mode=mode, device=self.device)
-        return decoded
+        return decode_jpegs(files, "GRAY" if self.recipe.channels == 1 else "RGB", self.device)
 
     def _one_by_one(self, encoded: dict[int, bytes], images: Tensor) -> Failures:
         """By Pillow, which says what is wrong with a file, and reads some that nvJPEG does not."""
@@ -103,6 +104,39 @@ class GpuJpegs:
             else:
                 images[number].copy_(_movable(ready, self.device), non_blocking=True)
         return failures
+
+
+def decode_jpegs(files: Sequence[bytes], mode: Literal["GRAY", "RGB"], device: torch.device) -> list[Tensor]:
+    """Each file as (C, height, width) uint8 on `device`, by torchvision, or by torchcodec where torchvision has it no
+    more: 0.29 announces so.
+
+    Raises:
+        RuntimeError: one of them is broken, and it is not said which; or the library cannot do it on this device.
+        ImportError: neither library is there.
+    """
+    data = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
+    try:
+        from torchvision.io import ImageReadMode
+        from torchvision.io import decode_jpeg as by_torchvision
+    except ImportError:
+        from torchcodec.decoders import decode_jpeg as by_torchcodec
+
+        return list(by_torchcodec(data, mode=mode, device=device))
+    # For good, not around the call: the filters belong to all threads.
+    warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
+    decoded: Any = by_torchvision(data, mode=ImageReadMode[mode], device=device)
+    return decoded
+
+
+def _awaited(future: Future[Any], item: Item, patience: float | None) -> Any:
+    """What a reader has read. Raises `DataError` where it does not come."""
+    try:
+        return future.result(patience)
+    except TimeoutError as error:
+        raise DataError(
+            f"expected {name_of(item)} to be read within {patience:g} seconds, received nothing: its disk does not "
+            "answer; try again, or type loading.patience=SECONDS to wait longer"
+        ) from error
 
 
 def works(device: torch.device) -> bool:
@@ -123,8 +157,8 @@ def _prepared(item: Item, recipe: Recipe) -> bytes | np.ndarray[Any, Any] | str:
     try:
         file = contents(item)
     except OSError as error:
-        return f"{type(error).__name__}: {error}"
-    return file if is_plain_jpeg(file) else _by_pillow(file, recipe)
+        return reason_of(error)
+    return file if is_plain_jpeg(file, recipe.max_pixels) else _by_pillow(file, recipe)
 
 
 def _by_pillow(file: bytes, recipe: Recipe) -> np.ndarray[Any, Any] | str:
@@ -133,7 +167,7 @@ def _by_pillow(file: bytes, recipe: Recipe) -> np.ndarray[Any, Any] | str:
     except MemoryError:
         raise
     except Exception as error:  # each of Pillow's parsers raises what it stumbles on
-        return f"{type(error).__name__}: {error}"
+        return reason_of(error)
 
 
 def _movable(pixels: np.ndarray[Any, Any], device: torch.device) -> Tensor:
@@ -141,8 +175,9 @@ def _movable(pixels: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
-def is_plain_jpeg(file: bytes) -> bool:
-    """Whether nvJPEG reads the file as Pillow does: JPEG of 8 bits, grey or YCbCr, not turned by EXIF.
+def is_plain_jpeg(file: bytes, max_pixels: int = MAX_PIXELS) -> bool:
+    """Whether nvJPEG reads the file as Pillow does: JPEG of 8 bits, grey or YCbCr, not turned by EXIF or XMP, neither
+    too large nor a long strip.
 
     Reads the markers up to the frame's header (ITU-T T.81, B.1.1 and B.2.2).
     """
@@ -151,15 +186,22 @@ def is_plain_jpeg(file: bytes) -> bool:
     at = 2
     while at + 10 <= len(file) and file[at] == 0xFF:
         marker, length = file[at + 1], int.from_bytes(file[at + 2 : at + 4], "big")
-        if marker == 0xE1 and file[at + 4 : at + 8] == b"Exif":
-            return False  # may ask to be turned, which Pillow knows how to
+        if marker == 0xE1 and _may_turn(file[at + 4 : at + 2 + length]):
+            return False  # which Pillow knows how to
         if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
             precision, components = file[at + 4], file[at + 9]
-            return marker in _BASELINE_OR_PROGRESSIVE and precision == 8 and components in (1, 3)
+            height, width = (int.from_bytes(file[start : start + 2], "big") for start in (at + 5, at + 7))
+            small = 0 < height * width <= max_pixels and max(height, width) <= _LONG * min(height, width)
+            return small and marker in _BASELINE_OR_PROGRESSIVE and precision == 8 and components in (1, 3)
         if marker == 0xEE and file[at + 4 : at + 9] == b"Adobe":
             return False  # its three channels may be RGB
         at += 2 + length
     return False
+
+
+def _may_turn(segment: bytes) -> bool:
+    """Whether an APP1 segment may ask for the image to be turned: any EXIF, and XMP that speaks of it."""
+    return segment.startswith(b"Exif") or b"Orientation" in segment
 
 
 def fitted(picture: Tensor, recipe: Recipe) -> Tensor:

@@ -7,14 +7,25 @@ import pickle
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from typing import BinaryIO, cast
 
+import cnnlab
 from cnnlab.data.decode import Decoded, Item, Recipe, decode_chunk, name_of
+from cnnlab.data.threads import fulfil
 from cnnlab.errors import DataError
+
+PATIENCE = 120.0
+"""Seconds that one file may take, unless told."""
+_GRACE = 1.0
+"""Seconds for a killed process to be gone; one that waits for a disk goes when the disk answers."""
+_NONE_YET = b"\xff" * 8
 
 
 def cores() -> int:
@@ -31,56 +42,132 @@ class DecodingPool:
 
     Args:
         workers: how many; 0 starts none, and a chunk is decoded by whoever waits for it.
+        patience: seconds that a file may take before its process is given up; `None` waits for ever.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, patience: float | None = PATIENCE) -> None:
         self.workers = workers
+        self.patience = patience
         self._lock = threading.Lock()
-        self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-        self._threads: ThreadPoolExecutor | None = None
+        self._jobs: _Jobs = queue.SimpleQueue()
+        self._decoders: list[_Decoder] = []
         self._stop: weakref.finalize | None = None
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that have been started."""
+        return [decoder.process.pid for decoder in self._decoders]
+
     def ask(self, items: Sequence[Item], recipe: Recipe) -> Future[Decoded]:
-        """The chunk, soon. The future raises `DataError` where the process that decoded it died."""
+        """The chunk, soon. The future raises `DataError` where the process that decoded it died or does not answer."""
         if self.workers == 0:
             return _Lazy(items, recipe)
+        future: Future[Decoded] = Future()
         with self._lock:
-            if self._threads is None:
+            if self._stop is None:
                 self._start()
-            assert self._threads is not None
-            return self._threads.submit(self._answer, items, recipe)
+            self._jobs.put((future, items, recipe))
+        return future
 
     def close(self) -> None:
         """Ends the processes. A later question starts them again."""
         with self._lock:
             if self._stop is not None:
                 self._stop()
-            self._threads = self._stop = None
-            self._idle = queue.SimpleQueue()
+            self._stop, self._decoders, self._jobs = None, [], queue.SimpleQueue()
 
     def _start(self) -> None:
-        processes = [_process() for _ in range(self.workers)]
-        for process in processes:
-            self._idle.put(process)
-        # A thread a process: it waits on the pipe, and the interpreter's lock is free meanwhile.
-        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="cnnlab-decode")
-        self._stop = weakref.finalize(self, _end, processes, self._threads)
+        self._decoders = [_Decoder(self._jobs) for _ in range(self.workers)]
+        over = threading.Event()
+        self._stop = weakref.finalize(self, _end, self._decoders, self._jobs, over)
+        if self.patience is not None:
+            arguments = (self._decoders, self.patience, over)
+            threading.Thread(target=_watch, args=arguments, name="cnnlab-patience", daemon=True).start()
+
+
+_Job = tuple["Future[Decoded]", Sequence[Item], Recipe]
+_Jobs = queue.SimpleQueue[_Job | None]
+
+
+class _Decoder:
+    """A process, and the thread that hands it chunks: it waits on the pipe, and the interpreter's lock is free."""
+
+    def __init__(self, jobs: _Jobs) -> None:
+        self._board = _board()
+        self.process = _process(self._board)
+        self._job: _Job | None = None
+        self._since: tuple[bytes, float] = _NONE_YET, 0.0
+        self.thread = threading.Thread(target=self._work, args=(jobs,), name="cnnlab-decode", daemon=True)
+        self.thread.start()
+
+    def _work(self, jobs: _Jobs) -> None:
+        while (job := jobs.get()) is not None:
+            self._write_board(_NONE_YET)
+            self._since = _NONE_YET, time.monotonic()
+            self._job = job
+            fulfil(job[0], self._answer, job[1], job[2])
+            self._job = None
+            del job
 
     def _answer(self, items: Sequence[Item], recipe: Recipe) -> Decoded:
-        idle = self._idle
-        process = idle.get()
-        assert process.stdin is not None and process.stdout is not None
+        assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            pickle.dump((items, recipe), process.stdin)
-            process.stdin.flush()
-            return pickle.load(process.stdout)
+            pickle.dump((items, recipe), self.process.stdin)
+            self.process.stdin.flush()
+            return pickle.load(self.process.stdout)
         except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:  # ValueError: its pipe is closed
             raise DataError(
-                f"a decoding process died (killed, or crashed by a file) between {name_of(items[0])} and "
-                f"{name_of(items[-1])}; type data.workers=1 loading.workers=1 to use less memory"
+                f"a decoding process died (killed, or crashed by a file) {self._place(items)}; "
+                "type data.workers=1 loading.workers=1 to use less memory"
             ) from error
-        finally:
-            idle.put(process)
+
+    def look(self, patience: float) -> None:
+        """Gives the process up if it has been at one file for longer than `patience` seconds."""
+        job, (before, began), now = self._job, self._since, time.monotonic()
+        if job is None:
+            return
+        position = self._read_board()
+        if position != before:
+            self._since = position, now
+        elif now - began > patience:
+            with suppress(InvalidStateError):
+                job[0].set_exception(
+                    DataError(
+                        f"expected an image within {patience:g} seconds, received nothing {self._place(job[1])}: "
+                        "a disk does not answer, or the decoding process was stopped; try again, or type "
+                        "loading.patience=SECONDS to wait longer"
+                    )
+                )
+            self.process.kill()
+
+    def _place(self, items: Sequence[Item]) -> str:
+        """Where in the chunk the process is."""
+        position = int.from_bytes(self._read_board(), "little")
+        if position < len(items):
+            return f"at {name_of(items[position])}"
+        return f"between {name_of(items[0])} and {name_of(items[-1])}"
+
+    def _read_board(self) -> bytes:
+        with suppress(OSError):
+            return os.pread(self._board.fileno(), 8, 0) if self._board is not None else _NONE_YET
+        return _NONE_YET
+
+    def _write_board(self, position: bytes) -> None:
+        with suppress(OSError):
+            if self._board is not None:
+                os.pwrite(self._board.fileno(), position, 0)
+
+    def close(self) -> None:
+        """After the process was killed."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_GRACE)
+            self.thread.join(_GRACE)  # it has learnt of the pipe's end
+            if not self.thread.is_alive():
+                for pipe in (self.process.stdin, self.process.stdout):
+                    with suppress(OSError):  # closing flushes, which fails where the process is gone
+                        pipe.close()  # type: ignore[union-attr]
+                if self._board is not None:
+                    self._board.close()
 
 
 class _Lazy(Future[Decoded]):
@@ -94,25 +181,56 @@ class _Lazy(Future[Decoded]):
         return decode_chunk(*self._chunk)
 
 
-def _process() -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+_PROGRAM = """
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+_, board, init, folder, *paths = sys.argv
+spec = spec_from_file_location("cnnlab", init, submodule_search_locations=[folder])
+sys.modules["cnnlab"] = module_from_spec(spec)
+spec.loader.exec_module(sys.modules["cnnlab"])
+sys.path += [path for path in paths if path not in sys.path]
+from cnnlab.data.decode import serve
+serve(int(board))
+"""
+"""Of a decoding process. This very cnnlab, and for the rest the interpreter's own folders before all others: nothing
+that lies in the current folder, or in one of the user's, may take the place of `pickle` or `numpy`."""
+
+
+def _process(board: BinaryIO | None) -> subprocess.Popen[bytes]:
+    init = cast(str, cnnlab.__file__)
+    number = -1 if board is None else board.fileno()
+    paths = [os.path.abspath(path) for path in sys.path if path]  # noqa: PTH100 (what is not there stays as it is)
     return subprocess.Popen(
-        [sys.executable, "-m", "cnnlab.data.decode"],
+        [sys.executable, "-P", "-c", _PROGRAM, str(number), init, os.path.dirname(init), *paths],  # noqa: PTH120
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=environment,
+        pass_fds=() if board is None else (number,),
     )
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], threads: ThreadPoolExecutor) -> None:
-    """They hold nothing that a kill could lose."""
-    threads.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.wait()
-    threads.shutdown()  # whoever waited on a pipe has learnt of its end
-    for process in processes:
-        for pipe in (process.stdin, process.stdout):
-            with suppress(OSError):  # closing flushes, which fails where the process is gone
-                pipe.close()  # type: ignore[union-attr]
+def _board() -> BinaryIO | None:
+    """A file of eight bytes that a process writes the position of its file to; `None` where none can be inherited."""
+    if os.name != "posix":
+        return None
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("cnnlab"), "r+b", buffering=0)  # type: ignore[return-value]
+    return cast(BinaryIO, tempfile.TemporaryFile(buffering=0))
+
+
+def _watch(decoders: Sequence[_Decoder], patience: float, over: threading.Event) -> None:
+    while not over.wait(min(1.0, patience / 4)):
+        for decoder in decoders:
+            decoder.look(patience)
+
+
+def _end(decoders: Sequence[_Decoder], jobs: _Jobs, over: threading.Event) -> None:
+    """The processes hold nothing that a kill could lose."""
+    over.set()
+    with suppress(queue.Empty):
+        while job := jobs.get_nowait():
+            job[0].cancel()
+    for decoder in decoders:
+        jobs.put(None)
+        decoder.process.kill()
+    for decoder in decoders:
+        decoder.close()

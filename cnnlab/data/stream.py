@@ -76,7 +76,7 @@ class StreamSplit:
     def on_gpu(self, device: torch.device) -> StreamSplit:
         """The split with the GPU decoding its JPEG files; `image` is then on `device`."""
         other = copy(self)
-        other._gpu = GpuJpegs(self.recipe, device, max(2, self.pool.workers))
+        other._gpu = GpuJpegs(self.recipe, device, max(2, self.pool.workers), self.pool.patience)
         return other
 
     def describe(self) -> str:
@@ -159,5 +159,5 @@ def streamed(
     """
     require_samples(parts)
     source = digest("stream", sources.fingerprint, recipe, labels)
-    pool = DecodingPool(cores() if loading.workers is None else loading.workers)
+    pool = DecodingPool(cores() if loading.workers is None else loading.workers, loading.patience)
     return {name: kind(sources, recipe, labels, digest(source, name, rows), rows, pool) for name, rows in parts.items()}

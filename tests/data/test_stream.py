@@ -146,7 +146,7 @@ def test_processes_end_when_nobody_holds_the_pool(tmp_path: Path) -> None:
     split = splits_of(photos(tmp_path / "data"), "stream", workers=2)["train"]
     assert isinstance(split, StreamSplit)
     split.fetch(torch.arange(4))
-    pids = [split.pool._idle.get().pid for _ in range(2)]
+    pids = split.pool.pids
     assert all(map(alive, pids))
     del split
     gc.collect()
@@ -157,10 +157,7 @@ def test_a_killed_process_is_a_data_error_and_a_closed_pool_starts_anew(tmp_path
     (path,) = [photos(tmp_path / "data") / "cat" / "000.jpg"]
     pool, recipe = DecodingPool(1), Recipe(3, 8, 8, "crop", 8)
     assert pool.ask([str(path)], recipe).result().failures == []
-    process = pool._idle.get()
-    process.kill()
-    process.wait()
-    pool._idle.put(process)
+    os.kill(pool.pids[0], signal.SIGKILL)
     with pytest.raises(DataError, match="decoding process died"):
         pool.ask([str(path)], recipe).result()
     pool.close()
@@ -174,8 +171,7 @@ from cnnlab.data.decode import Recipe
 from cnnlab.data.pool import DecodingPool
 pool = DecodingPool(1)
 pool.ask([sys.argv[1]], Recipe(3, 8, 8, "crop", 8)).result()
-process = pool._idle.get()
-print(process.pid, flush=True)
+print(pool.pids[0], flush=True)
 time.sleep(60)
 """
 
