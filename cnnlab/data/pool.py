@@ -197,7 +197,7 @@ that lies in the current folder, or in one of the user's, may take the place of 
 
 
 def _process(board: BinaryIO | None) -> subprocess.Popen[bytes]:
-    init = cast(str, cnnlab.__file__)
+    init = cnnlab.__file__
     number = -1 if board is None else board.fileno()
     paths = [os.path.abspath(path) for path in sys.path if path]  # noqa: PTH100 (what is not there stays as it is)
     return subprocess.Popen(
