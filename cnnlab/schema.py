@@ -186,7 +186,8 @@ class Groups:
     decay_norm_and_bias: bool = False
     """Whether weight decay also acts on biases and on norm layers' scale and shift."""
     layer_decay: Annotated[float, Range(above=0, high=1)] = 1.0
-    """Rate of each stage as a multiple of the next deeper one's (1: equal rates)."""
+    """Rate of each layer (a block, or a stage of blocks: `cnnlab summary` lists them) as a multiple of the next deeper
+    one's; the head's is apart (1: equal rates)."""
     head_lr: Positive = 1.0
     """Rate of the head as a multiple of the base rate."""
     freeze: tuple[str, ...] = ()

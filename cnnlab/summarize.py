@@ -134,7 +134,7 @@ def _metered(model: nn.Module, shape: tuple[int, int, int]) -> tuple[_Meter, _Me
     """What a training pass and an evaluation do, an image."""
     try:
         training, evaluated = _run(_on_meta(model), shape, "meta")
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, TypeError):
         training, evaluated = _run(_on_cpu(model), shape, "cpu")
     called = {layer.name for layer in evaluated.layers}
     for layer in training.layers:

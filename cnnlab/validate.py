@@ -343,7 +343,7 @@ def on_meta(make_model: Callable[[], nn.Module]) -> nn.Module:
     try:
         with torch.device("meta"):
             model = make_model()
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, TypeError) as error:
         if "meta" not in str(error).lower():
             raise
         with torch.random.fork_rng(devices=[]):

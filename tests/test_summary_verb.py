@@ -149,3 +149,27 @@ def test_the_warm_up_of_any_schedule_is_drawn_with_it(cli: Cli):
 def test_nothing_is_written(cli: Cli):
     summary(cli)
     assert list(Path().iterdir()) == []
+
+
+def test_a_network_that_cannot_be_made_without_memory_is_summarized_all_the_same(cli: Cli, tmp_path: Path):
+    """Its constructor and its forward pass read values, which the meta device has none of."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "reads.yaml").write_text("_target_: reads_values.Reads\n")
+    (tmp_path / "reads_values.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Reads(nn.Module):\n"
+        "    def __init__(self, num_classes: int, in_channels: int):\n"
+        "        super().__init__()\n"
+        "        self.rates = torch.linspace(0, 1, 3).numpy().tolist()\n"
+        "        self.fc = nn.Linear(in_channels, num_classes)\n"
+        "    def forward(self, x):\n"
+        "        assert float(torch.ones(()).to(x.device).cpu().numpy()) in (0, 1)\n"
+        "        return self.fc(x.mean((2, 3)))\n"
+    )
+    answer = cli("summary", "--config-dir", str(tmp_path), "model=reads", "--json")
+    assert answer.code == 0, answer.err
+    document = json.loads(answer.out)
+    assert document["network"]["parameters"] == 20
+    assert document["network"]["multiply_adds"] == 10
+    assert [group["parameters"] for group in document["groups"]] == [20]

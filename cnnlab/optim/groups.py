@@ -28,7 +28,7 @@ def parameter_groups(
 
     The group's rate at a step is `base rate · lr_scale · schedule.factor(step, total)`; whoever runs the
     schedule sets `lr` so. `lr_scale` is `head_lr` for the head and `layer_decay ** d` for a layer d places
-    before it (see `layers`). Frozen parameters are in no group and get `requires_grad = False`; frozen norm
+    before it (see `named_layers`). Frozen parameters are in no group and get `requires_grad = False`; frozen norm
     layers still update their running statistics in training mode.
 
     Args:
@@ -84,28 +84,96 @@ def parameter_groups(
 
 
 def layers(model: nn.Module) -> list[list[str]]:
-    """Names of the parameters of each layer, from the input on, as `layer_decay` counts them.
+    """Names of the parameters of each layer, from the input on, as `layer_decay` counts them; see `named_layers`."""
+    return [names for _, names in named_layers(model)]
 
-    A layer is a child of the model (or of its only child, where it wraps another library's network), in the
-    order of registration, which the lab's and torchvision's networks share with the forward pass. A
-    `Sequential` of plain convolutions and linear layers (the `features` of VGG) is opened into its items, one
-    of blocks (a stage of ResNet) is one layer. A child without a weight of its own (a norm layer) belongs to
-    the layer before it. The whole head is the last layer.
+
+def named_layers(model: nn.Module) -> list[tuple[str, list[str]]]:
+    """Name and parameters of each layer, from the input on, in the order of registration, which the lab's,
+    torchvision's and timm's networks share with the forward pass.
+
+    - Where one list (`Sequential`, `ModuleList`) holds the network's depth, each of its items is a layer: the blocks of
+      SpeedNet, of a ViT's encoder or of MobileNet, the stages of EfficientNet or ConvNeXt. It may lie deeper, in a
+      wrapper or an encoder; of lists in lists, the outer one counts.
+    - Where there are several such lists side by side (the stages of a ResNet), each is a layer.
+    - Of a `Sequential` of plain layers (the `features` of VGG) each convolution or linear layer is one.
+    - What has no weight of its own (a norm layer, a class token, an embedding of positions) belongs to the layer
+      before it; at the very start, to the first one.
+    - The whole head is the last layer.
     """
     head = head_parameters(model)
-    inside, prefix = _unwrapped(model, [name for name, _ in model.named_parameters() if name not in head])
-    by_key: dict[str, list[str]] = {}
-    for name, _ in model.named_parameters():
-        key = "head" if name in head else _layer_of(inside, name.removeprefix(prefix))
-        by_key.setdefault(key, []).append(name)
-    last = by_key.pop("head", None)
-    found: list[list[str]] = []
-    for names in by_key.values():
-        if found and all(model.get_parameter(name).ndim < 2 for name in names):
-            found[-1] += names
+    backbone = [name for name, _ in model.named_parameters() if name not in head]
+    found: list[tuple[str, list[str]]] = []
+    early: list[str] = []
+    for title, names in _chain(model, "", backbone):
+        if title and any(model.get_parameter(name).ndim >= 2 for name in names):
+            found.append((title, early + names))
+            early = []
+        elif found:
+            found[-1][1].extend(names)
         else:
-            found.append(names)
-    return found if last is None else [*found, last]
+            early += names
+    if early:
+        found.append(("all", early))
+    last = [name for name, _ in model.named_parameters() if name in head]
+    return [*found, ("head", last)] if last else found
+
+
+def _chain(module: nn.Module, prefix: str, names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Name and parameters of what follows one another inside `module`; no name for parameters of its own."""
+    below: dict[str, list[str]] = {}
+    for name in names:
+        child, _, rest = name.removeprefix(prefix).partition(".")
+        below.setdefault(child if rest else "", []).append(name)
+    children = {child: getattr(module, child) for child in below if child}
+    depths = {child: _lists_in_lists(part) for child, part in children.items()}
+    deepest = [child for child, depth in depths.items() if 0 < depth == max(depths.values())]
+    for child, inside in below.items():
+        part = children.get(child)
+        path = f"{prefix}{child}"
+        if part is None:
+            yield "", inside
+        elif _is_plain(part):
+            yield from _plain_layers(part, path, inside)
+        elif deepest == [child] or (len(children) == 1 and not isinstance(part, nn.Sequential | nn.ModuleList)):
+            yield from _chain(part, f"{path}.", inside)
+        else:
+            yield path, inside
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A single layer, or a `Sequential` of nothing else."""
+    if not list(module.children()):
+        return True
+    return isinstance(module, nn.Sequential) and all(_is_plain(child) for child in module)
+
+
+def _plain_layers(module: nn.Module, path: str, names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each layer with a weight, followed by what has none; a norm layer that comes first belongs to the first one."""
+    by_layer: dict[str, list[str]] = {}
+    for name in names:
+        by_layer.setdefault(name.rpartition(".")[0], []).append(name)
+    first: list[str] | None = []
+    for title, inside in by_layer.items():
+        layer = module.get_submodule(title.removeprefix(path).removeprefix("."))
+        has_weight = any(parameter.ndim >= 2 for parameter in layer.parameters(recurse=False))
+        if has_weight:
+            yield title, [*(first or ()), *inside]
+            first = None
+        elif first is None:
+            yield "", inside
+        else:
+            first += inside
+    if first:
+        yield "", first
+
+
+def _lists_in_lists(module: nn.Module) -> int:
+    """How deep lists of blocks are nested in it; 0 without one."""
+    if _is_plain(module):
+        return 0
+    inner = max((_lists_in_lists(child) for child in module.children()), default=0)
+    return inner + isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
 def head_parameters(model: nn.Module) -> set[str]:
@@ -113,9 +181,16 @@ def head_parameters(model: nn.Module) -> set[str]:
     unknown)."""
     modules = [getattr(model, "head", None)]
     if not isinstance(modules[0], nn.Module):
-        modules = [getattr(model, name, None) for name in getattr(model, "classifier_modules", ())]
+        modules = [_submodule(model, name) for name in getattr(model, "classifier_modules", ())]
     own = {id(p) for module in modules if isinstance(module, nn.Module) for p in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in own}
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    found: nn.Module | None = model
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def freeze_parameters(model: nn.Module, prefixes: Iterable[str]) -> list[str]:
@@ -142,28 +217,6 @@ def freeze_parameters(model: nn.Module, prefixes: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(frozen))
 
 
-def _unwrapped(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, str]:
-    """The module whose children are the layers, and what precedes its parameters' names: a network of another
-    library is the only child of ours."""
-    children = {name.partition(".")[0] for name in names}
-    only = getattr(model, children.pop()) if len(children) == 1 else None
-    if not isinstance(only, nn.Module) or isinstance(only, nn.Sequential) or not list(only.children()):
-        return model, ""
-    prefix = names[0].partition(".")[0] + "."
-    inside, deeper = _unwrapped(only, [name.removeprefix(prefix) for name in names])
-    return inside, prefix + deeper
-
-
-def _layer_of(model: nn.Module, name: str) -> str:
-    child, _, rest = name.partition(".")
-    module = getattr(model, child)
-    if isinstance(module, nn.Sequential) and any(
-        parameter.ndim >= 2 for item in module for parameter in item.parameters(recurse=False)
-    ):
-        return f"{child}.{rest.partition('.')[0]}"
-    return child if rest else "(own)"
-
-
 def _scaled_layers(model: nn.Module, layer_decay: float, head_lr: float) -> Iterator[tuple[str, float, list[str]]]:
     """Label, rate as a multiple of the base rate, and parameter names of each layer."""
     head = head_parameters(model)
@@ -172,8 +225,8 @@ def _scaled_layers(model: nn.Module, layer_decay: float, head_lr: float) -> Iter
             f"expected a network that names its head for head_lr={head_lr:g}, received "
             f"{type(model).__name__} without `head` or `classifier_modules`; use head_lr=1"
         )
-    found = layers(model)
-    for place, names in enumerate(found):
+    found = named_layers(model)
+    for place, (title, names) in enumerate(found):
         is_head = names[0] in head
         scale = head_lr if is_head else layer_decay ** (len(found) - 1 - place)
         if layer_decay == 1 == head_lr:
@@ -181,7 +234,7 @@ def _scaled_layers(model: nn.Module, layer_decay: float, head_lr: float) -> Iter
         elif is_head:
             label = "head"
         else:
-            label = "backbone" if layer_decay == 1 else f"layer {place}"
+            label = "backbone" if layer_decay == 1 else f"layer {place}: {title}"
         yield label, scale, names
 
 

@@ -64,12 +64,12 @@ def _describe(config: dict[str, Any]) -> dict[str, Any]:
     from cnnlab.parts import make
     from cnnlab.schema import Groups, Regularization
     from cnnlab.summarize import summarize
+    from cnnlab.validate import on_meta
 
     spec = make(config["data"]).spec()
     task = make_task(config, spec, torch.ones(spec.num_classes, dtype=torch.int64))
-    with torch.device("meta"):
-        model = make_network(config, spec, task, bind_section(Regularization, config["regularization"]))
-        optimizer = make_optimizer(config, model, bind_section(Groups, config["groups"]))
+    model = on_meta(lambda: make_network(config, spec, task, bind_section(Regularization, config["regularization"])))
+    optimizer = make_optimizer(config, model, bind_section(Groups, config["groups"]))
     groups = [
         {
             "name": group.get("name", "all"),

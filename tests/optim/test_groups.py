@@ -6,10 +6,12 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from lab_runs import make_run
 from torch import nn
 
 from cnnlab.optim import freeze_parameters, parameter_groups
-from cnnlab.optim.groups import head_parameters, layers
+from cnnlab.optim.groups import head_parameters, layers, named_layers
+from cnnlab.validate import on_meta
 
 
 class Block(nn.Module):
@@ -157,3 +159,69 @@ def test_combinations_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="takes one parameter group"):
         parameter_groups(plain(), weight_decay=None, layer_decay=0.5, single_group=True)
     assert len(parameter_groups(plain(), weight_decay=None, single_group=True)) == 1
+
+
+LAB = {
+    "speednet": ["whiten", "blocks.0", "blocks.1", "blocks.2", "head"],
+    "cnn": ["blocks.0", "blocks.1", "blocks.2", "head"],
+    "mlp": ["layers.0", "layers.1", "head"],
+    "resnet": ["conv1", "layer1", "layer2", "layer3", "head"],
+    "vgg": [*(f"features.{place}" for place in (0, 3, 6, 8, 11, 13, 16, 18)), "head"],
+}
+
+
+@pytest.mark.parametrize("name", LAB)
+def test_each_block_or_stage_of_the_labs_networks_is_a_layer(name):
+    model = make_run(f"model={name}").model
+    assert [title for title, _ in named_layers(model)] == LAB[name]
+    groups = parameter_groups(model, weight_decay=None, layer_decay=0.5)
+    rates = [group["lr_scale"] for group in groups]
+    assert rates == [*(0.5**depth for depth in range(len(rates) - 1, 0, -1)), 1.0]
+    assert [group["name"] for group in groups][:2] == [f"layer {place}: {LAB[name][place]}" for place in (0, 1)]
+
+
+TORCHVISION = {
+    "mobilenet_v3_small": ("features", 13),
+    "efficientnet_b0": ("features", 9),
+    "convnext_tiny": ("features", 8),
+    "swin_t": ("features", 8),
+    "vit_b_16": ("encoder.layers", 12),
+    "regnet_y_400mf": ("trunk_output", 4),
+    "maxvit_t": ("blocks", 4),
+    "densenet121": ("features", 8),
+}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_one_list_that_holds_the_depth_is_opened_wherever_it_lies(name):
+    import torchvision
+
+    wrapper = nn.Module()
+    wrapper.network = on_meta(lambda: torchvision.models.get_model(name, weights=None))
+    path, items = TORCHVISION[name]
+    found = named_layers(wrapper)
+    inside = [title for title, _ in found if title.startswith(f"network.{path}.")]
+    assert len({title.split(".")[path.count(".") + 2] for title in inside}) == len(inside) == items
+    assert sorted(name for _, names in found for name in names) == sorted(n for n, _ in wrapper.named_parameters())
+
+
+def test_what_has_no_layer_of_its_own_belongs_to_its_neighbour():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.class_token = nn.Parameter(torch.zeros(1, 1, 4))
+            self.patches = nn.Conv2d(3, 4, 2)
+            self.encoder = nn.Module()
+            self.encoder.positions = nn.Parameter(torch.zeros(1, 5, 4))
+            self.encoder.layers = nn.ModuleList(Block() for _ in range(2))
+            self.encoder.norm = nn.LayerNorm(4)
+            self.reduce = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))
+
+    assert [names for _, names in named_layers(Tokens())] == [
+        ["class_token", "patches.weight", "patches.bias", "encoder.positions"],
+        [f"encoder.layers.0.{name}" for name, _ in Block().named_parameters()],
+        [f"encoder.layers.1.{name}" for name, _ in Block().named_parameters()]
+        + ["encoder.norm.weight", "encoder.norm.bias"],
+        ["reduce.0.weight", "reduce.0.bias", "reduce.1.weight", "reduce.1.bias"],
+    ]
+    assert len(layers(nn.Linear(2, 2))) == 1
