@@ -129,6 +129,8 @@ class _Builder:
         schedule = make(self.config["schedule"])
         if hasattr(schedule, "resolve"):
             schedule.resolve(loaders["train"].steps, total_steps, self.trainer.batch_size)
+        if hasattr(schedule, "notices"):
+            self.notices += schedule.notices(total_steps)
         observer = self.observer(model, placement, total_steps)
         forward = Forward(model, task, placement.device, placement.dtype)
 
@@ -162,6 +164,7 @@ class _Builder:
             loaders=loaders,
             observer=observer,
             device=placement.device,
+            precision=placement.precision,
             ranks=self.ranks,
             selection=Selection(*task.monitor),
             total_steps=total_steps,

@@ -128,7 +128,7 @@ class Trainer:
     epochs: PositiveInt = 10
     """Passes over the training set."""
     max_steps: PositiveInt | None = None
-    """Stops earlier, after this many updates."""
+    """Stops earlier, after this many updates; the schedule's curve, and what is a share of the run, ends there, too."""
     batch_size: PositiveInt = 64
     """Samples an update, over all ranks and micro-batches together."""
     accumulate: PositiveInt = 1

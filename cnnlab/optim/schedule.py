@@ -18,12 +18,16 @@ class Schedule:
     """Linear warm-up, followed by the curve that a subclass states.
 
     Args:
-        warmup: length of the warm-up, a `Duration` text such as `"5 %"`, `"2 epochs"` or `"500 steps"`.
+        warmup: length of the warm-up, a `Duration` text such as `"5 %"`, `"2 epochs"` or `"500 steps"`. One that is
+            longer than the run is followed as far as the run goes, and `notices` says so.
         warmup_start: factor at step 0; the factor reaches the curve's first value at the end of the warm-up.
+
+    Raises:
+        ValueError: no duration, or more than 100 % of the run.
     """
 
     def __init__(self, *, warmup: str | None = None, warmup_start: Probability = 0.01):
-        self.warmup = None if warmup is None else Duration.parse(warmup)
+        self.warmup = None if warmup is None else _inside("warmup", Duration.parse(warmup))
         self.warmup_start = warmup_start
         self._steps_per_epoch: int | None = None
         self._batch_size: int | None = None
@@ -46,19 +50,28 @@ class Schedule:
         """The multiple of the base rate for update `step` (from 0) of `total`."""
         warmup = self._warmup_steps(total)
         if step < warmup:
-            target = self._curve(0, total - warmup, step)
+            target = self._curve(0, max(total - warmup, 1), step, total)
             return target * (self.warmup_start + (1 - self.warmup_start) * step / warmup)
         # A step at or past the end (an evaluation after the last update) keeps the last value.
-        return self._curve(min(step, total) - warmup, total - warmup, step)
+        return self._curve(min(step, max(total, warmup)) - warmup, max(total - warmup, 1), step, total)
 
-    def _curve(self, step: int, total: int, absolute: int) -> float:
-        """The factor `step` updates after the warm-up, of `total` that follow it; `absolute` counts from
-        0."""
+    def _curve(self, step: int, length: int, absolute: int, total: int) -> float:
+        """The factor `step` updates after the warm-up, of `length` that follow it; `absolute` counts from 0, of
+        `total`."""
         raise NotImplementedError(f"{type(self).__name__} implements _curve")
 
+    def notices(self, total: int) -> list[str]:
+        """What of the typed lengths does not come about in a run of `total` steps; `resolve` comes first."""
+        warmup = self._warmup_steps(total)
+        if warmup < total or warmup == 0:
+            return []
+        return [
+            f"schedule: this run of {total:,} steps ends within the warm-up of {warmup:,}, at "
+            f'{self.factor(total - 1, total):.2g} times optim.lr; type a longer run, or schedule.warmup="5 %"'
+        ]
+
     def _warmup_steps(self, total: int) -> int:
-        # One step is left to the curve, so that its length is never zero.
-        return 0 if self.warmup is None else min(self._steps(self.warmup, total), max(total - 1, 0))
+        return 0 if self.warmup is None else self._steps(self.warmup, total)
 
     def _steps(self, duration: Duration, total: int) -> int:
         if duration.unit in ("epoch", "example") and self._steps_per_epoch is None:
@@ -78,7 +91,7 @@ class Schedule:
 class Constant(Schedule):
     """The base rate throughout."""
 
-    def _curve(self, step: int, total: int, absolute: int) -> float:
+    def _curve(self, step: int, length: int, absolute: int, total: int) -> float:
         return 1.0
 
 
@@ -103,14 +116,31 @@ class Step(Schedule):
         self.milestones = tuple(_milestone(milestone) for milestone in milestones)
         self.gamma = gamma
 
-    def _curve(self, step: int, total: int, absolute: int) -> float:
-        whole = total + (absolute - step)
-        return self.gamma ** sum(absolute >= self._steps(milestone, whole) for milestone in self.milestones)
+    def _curve(self, step: int, length: int, absolute: int, total: int) -> float:
+        return self.gamma ** sum(absolute >= self._steps(milestone, total) for milestone in self.milestones)
+
+    def notices(self, total: int) -> list[str]:
+        at = [self._steps(milestone, total) for milestone in self.milestones]
+        late = [f"{step:,}" for step in at if step >= total]
+        beyond = (
+            f"schedule: {len(late)} of {len(at)} milestones (step {', '.join(late)}) come after this run of {total:,}"
+        )
+        return [*super().notices(total), *([f"{beyond} steps, so that the rate does not fall there"] if late else [])]
+
+
+def _inside(name: str, duration: Duration) -> Duration:
+    """Raises `ValueError` for more than the whole run."""
+    if duration.unit == "%" and duration.amount > 100:
+        raise ValueError(
+            f"expected {name} of at most 100 % of the run, received {duration.amount:g} %; "
+            'a length that does not depend on the run is written "500 steps" or "2 epochs"'
+        )
+    return duration
 
 
 def _milestone(value: str | float) -> Duration:
     if isinstance(value, str):
-        return Duration.parse(value)
+        return _inside("a milestone", Duration.parse(value))
     if not 0 <= value <= 1:
         raise ValueError(
             f"expected a milestone in [0, 1] (a fraction of the run), received {value!r}; "
@@ -139,12 +169,27 @@ class Exponential(Schedule):
     ):
         super().__init__(warmup=warmup, warmup_start=warmup_start)
         self.gamma = gamma
-        self.every = Duration.parse(every)
+        self.every = _inside("every", Duration.parse(every))
+        if self.every.amount == 0:
+            raise ValueError(
+                f'expected every to be longer than nothing, received {every!r}; type schedule.every="1 step"'
+            )
         self.staircase = staircase
 
-    def _curve(self, step: int, total: int, absolute: int) -> float:
-        intervals = step / max(1, self._steps(self.every, total + (absolute - step)))
+    def _curve(self, step: int, length: int, absolute: int, total: int) -> float:
+        intervals = step / max(1, self._steps(self.every, total))
         return self.gamma ** (math.floor(intervals) if self.staircase else intervals)
+
+    def notices(self, total: int) -> list[str]:
+        every, left = self._steps(self.every, total), total - self._warmup_steps(total)
+        found = super().notices(total)
+        if self.staircase and left <= every and not found:
+            found.append(
+                f"schedule: an interval of {every:,} steps is longer than this run, so that the rate does not fall"
+            )
+        if every < 1:
+            found.append("schedule: `every` is less than a step here; the rate falls once a step")
+        return found
 
 
 class Cosine(Schedule):
@@ -164,8 +209,8 @@ class Cosine(Schedule):
         super().__init__(warmup=warmup, warmup_start=warmup_start)
         self.final = final
 
-    def _curve(self, step: int, total: int, absolute: int) -> float:
-        return self.final + (1 - self.final) * (1 + math.cos(math.pi * step / max(1, total))) / 2
+    def _curve(self, step: int, length: int, absolute: int, total: int) -> float:
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * step / length)) / 2
 
 
 class Polynomial(Schedule):
@@ -188,8 +233,8 @@ class Polynomial(Schedule):
         self.power = power
         self.final = final
 
-    def _curve(self, step: int, total: int, absolute: int) -> float:
-        return self.final + (1 - self.final) * (1 - step / max(1, total)) ** self.power
+    def _curve(self, step: int, length: int, absolute: int, total: int) -> float:
+        return self.final + (1 - self.final) * (1 - step / length) ** self.power
 
 
 class OneCycle(Schedule):
@@ -218,7 +263,7 @@ class OneCycle(Schedule):
         self.final = final
         self.anneal = anneal
 
-    def _curve(self, step: int, total: int, absolute: int) -> float:
+    def _curve(self, step: int, length: int, absolute: int, total: int) -> float:
         last = total - 1
         # In a run of a few steps the peak is not before the first one.
         peak = max(self.peak_at * total - 1, 0.0)
@@ -284,7 +329,7 @@ class Plateau(Schedule):
         margin = self.threshold * abs(self._best)
         return value > self._best + margin if better == "max" else value < self._best - margin
 
-    def _curve(self, step: int, total: int, absolute: int) -> float:
+    def _curve(self, step: int, length: int, absolute: int, total: int) -> float:
         return self._factor
 
     def state_dict(self) -> dict[str, Any]:

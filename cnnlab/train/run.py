@@ -20,7 +20,7 @@ from cnnlab.observe.observer import Observer
 from cnnlab.protocols import Batch, DataSpec, Listener, Schedule, Task
 from cnnlab.ranks import Ranks
 from cnnlab.rundir import RunDir
-from cnnlab.schema import Trainer
+from cnnlab.schema import Precision, Trainer
 from cnnlab.train.state import Clock, Ema, Selection, Totals
 from cnnlab.train.step import EagerStep, Forward
 
@@ -42,6 +42,7 @@ class Run:
     loaders: dict[str, Loader]
     observer: Observer
     device: torch.device
+    precision: Precision
     ranks: Ranks
     selection: Selection
     total_steps: int

@@ -109,7 +109,6 @@ def _started(composed: Composed, folder: RunDir, ranks: Any, going_on: bool, jso
 def _opening(composed: Composed, run: Any) -> dict[str, Any]:
     from cnnlab.flops import forward_flops
 
-    _, precision, *_ = run.facts["step"].split(", ")
     return {
         "seed": composed.config["seed"],
         "config_hash": config_hash(composed.config),
@@ -121,7 +120,7 @@ def _opening(composed: Composed, run: Any) -> dict[str, Any]:
         "data_fingerprint": {name: loader.split.fingerprint for name, loader in run.loaders.items()},
         **environment(),
         "device": run.facts["device"],
-        "precision": precision,
+        "precision": run.precision.value,
         "step": run.facts["step"],
         "data_path": run.facts["data path"],
         "parameters": sum(p.numel() for p in run.model.parameters()),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 
 import pytest
 import torch
+from lab_runs import make_run
 from torch.optim import lr_scheduler
 
 from cnnlab.optim.schedule import Constant, Cosine, Exponential, OneCycle, Plateau, Polynomial, Step
@@ -179,3 +181,58 @@ def test_plateau_takes_nan_for_no_better():
 def test_only_the_plateau_remembers():
     assert Cosine().state_dict() == {}
     Cosine().load_state_dict({})
+
+
+# --- lengths that do not fit
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "step"])  # whose shares of the run fall inside
+@pytest.mark.parametrize("warmup", ["500 steps", "50 epochs", "4000 examples"])
+def test_a_warmup_longer_than_the_run_keeps_its_length_and_says_so(name, warmup):
+    schedule = SCHEDULES[name](warmup=warmup, warmup_start=0.1)
+    assert factors(schedule) == pytest.approx([0.1 + 0.9 * step / 500 for step in range(TOTAL)])
+    said = schedule.notices(TOTAL)
+    assert "this run of 40 steps ends within the warm-up of 500, at 0.17 times" in said[0]
+    longer = factors(schedule, 1000)
+    assert longer[:TOTAL] == pytest.approx(factors(schedule)) and longer[500] == pytest.approx(1, abs=0.5)
+
+
+def test_a_percentage_of_more_than_the_run_is_refused():
+    for make in (lambda: Cosine(warmup="101 %"), lambda: Step(("150 %",)), lambda: Exponential(every="200 %")):
+        with pytest.raises(ValueError, match="at most 100 % of the run"):
+            make()
+    with pytest.raises(ValueError, match="longer than nothing"):
+        Exponential(every="0 steps")
+
+
+def test_milestones_are_counted_from_the_runs_start_inside_the_warmup_too():
+    found = factors(Step(("10 %",), 0.5, warmup="20 steps", warmup_start=1.0))
+    assert found == [1.0] * 4 + [0.5] * 36
+
+
+@pytest.mark.parametrize(
+    ("schedule", "word"),
+    [
+        (Step(("10 steps", "40 steps", "7 epochs")), r"2 of 3 milestones \(step 40, 70\) come after this run of 40"),
+        (Exponential(0.5, "40 steps"), "interval of 40 steps is longer"),
+        (Exponential(0.5, "1 example"), "less than a step"),
+        (Exponential(0.5, "30 steps", warmup="10 steps"), "interval of 30 steps is longer"),
+    ],
+)
+def test_what_never_comes_about_is_said(schedule, word):
+    schedule.resolve(steps_per_epoch=PER_EPOCH, total_steps=TOTAL, batch_size=BATCH)
+    (said,) = schedule.notices(TOTAL)
+    assert re.search(word, said)
+
+
+@pytest.mark.parametrize(
+    "schedule", [Cosine(), Step(), Exponential(), OneCycle(), Plateau(), Constant(warmup="39 steps")]
+)
+def test_of_lengths_that_fit_nothing_is_said(schedule):
+    schedule.resolve(steps_per_epoch=PER_EPOCH, total_steps=TOTAL, batch_size=BATCH)
+    assert schedule.notices(TOTAL) == []
+
+
+def test_a_run_passes_it_on():
+    run = make_run("schedule.warmup=500 steps", "trainer.max_steps=3")
+    assert any("this run of 3 steps ends within the warm-up of 500" in notice for notice in run.notices)
