@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
-import warnings
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache as cache_once
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal, Protocol
@@ -24,13 +26,25 @@ import torch
 from torch import Tensor
 
 from cnnlab.data.decode import Decoded, Item, Recipe, decode_chunk
+from cnnlab.data.entries import (
+    Content,
+    Entry,
+    header,
+    install,
+    opened_entry,
+    sealed,
+    temporary,
+    unsealed,
+    write_synced,
+)
+from cnnlab.data.pixels import SIXTEEN_BITS, Depth
 from cnnlab.data.pool import DecodingPool, cores
 from cnnlab.errors import DataError
-from cnnlab.rundir import write_json
+from cnnlab.rundir import write_atomically
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of every key: raised when decoding or the files below change their meaning."""
 _CHUNK_BYTES = 4 << 20
 _CHUNK_FILES = 256
@@ -85,8 +99,40 @@ def without(failures: Sequence[tuple[int, str]], parts: Mapping[str, Tensor]) ->
 
 
 def cache_folder(cache: str | None) -> Path:
-    """`cache`, else `$CNNLAB_CACHE`, else `~/.cache/cnnlab`."""
-    return Path(cache or os.environ.get("CNNLAB_CACHE") or "~/.cache/cnnlab").expanduser()
+    """`cache`, else `$CNNLAB_CACHE`, else `~/.cache/cnnlab`; a folder in the temporary one for who has no home.
+
+    Creates nothing but the latter.
+
+    Raises:
+        DataError: it begins with the `~` of a user that does not exist.
+    """
+    named = cache or os.environ.get("CNNLAB_CACHE")
+    try:
+        return Path(named or "~/.cache/cnnlab").expanduser()
+    except RuntimeError as error:  # no $HOME, and a user without an entry
+        if named is not None:
+            raise DataError(f"expected a folder for the cache, received {named}: {error}; name it in full") from error
+        return _without_a_home()
+
+
+@cache_once
+def _without_a_home() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"cnnlab-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+            folder = Path(tempfile.mkdtemp(prefix="cnnlab-"))  # somebody else's: compiled code lies in it, too
+    except OSError as error:
+        raise DataError(f"expected a home or a temporary folder for the cache, received: {error}") from error
+    _log.warning("there is no home folder: the cache is in %s; set CNNLAB_CACHE to put it elsewhere", folder)
+    return folder
+
+
+def entry_key(recipe: Recipe, content: str) -> str:
+    """Names what a recipe makes of sources whose content has this name."""
+    text = f"{_FORMAT} {recipe!r} {recipe.max_pixels} {content}"
+    return blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 class Listing:
@@ -128,12 +174,13 @@ class Listing:
 
     def key(self, recipe: Recipe) -> str:
         """Names what the recipe makes of these files."""
-        return blake2b(f"{_FORMAT} {recipe!r} {self._key}".encode(), digest_size=12).hexdigest()
+        return entry_key(recipe, self._key)
 
 
 def is_cached(listing: Listing, recipe: Recipe, cache: str | None) -> bool:
     """Whether `decoded` would find the files decoded."""
-    return _opened(cache_folder(cache) / listing.key(recipe), _shape(len(listing), recipe)) is not None
+    entry = cache_folder(cache) / listing.key(recipe)
+    return isinstance(opened_entry(entry, _shape(len(listing), recipe), check=False), Entry)
 
 
 def unreadable(sources: Sources, recipe: Recipe, *, cache: str | None, workers: int | None) -> list[tuple[int, str]]:
@@ -141,19 +188,16 @@ def unreadable(sources: Sources, recipe: Recipe, *, cache: str | None, workers: 
 
     Reads each file whole once, and remembers in the cache which were broken, not the pixels.
 
-    Raises:
-        DataError: the cache cannot be written.
+    Where the cache cannot be written, they are tried again by the next run.
     """
     folder = cache_folder(cache)
     known = folder / f"{sources.key(recipe)}.unreadable.json"
     try:
-        failures = [(int(row), str(reason)) for row, reason in json.loads(known.read_text())]
+        failures = [(int(row), str(reason)) for row, reason in unsealed(known)]
     except (OSError, ValueError, TypeError):
         failures = _tried(sources, recipe, workers)
-        try:
-            write_json(known, failures)
-        except OSError as error:
-            raise _unwritable(folder, error) from error
+        with suppress(OSError):
+            write_atomically(known, sealed(failures))
     _tell_left_out(sources, failures)
     return failures
 
@@ -182,9 +226,9 @@ def decoded(
     """The files as the recipe has them, from the cache where they are in it.
 
     An entry's key is the hash of the files' names, sizes and modification times and of the recipe. An entry
-    is built in a folder of its own and renamed when it is complete, so an interrupted build leaves nothing
-    that a later one would take for whole, and of two builders at once the second to finish takes the first
-    one's.
+    is built in a folder of its own and renamed when it is complete (see `cnnlab.data.entries`), so an interrupted
+    build leaves nothing that a later one would take for whole; builders at once do not meet. A damaged one is built
+    again.
 
     Args:
         on_error: `raise` refuses files that cannot be read, and then caches nothing (a disk's hiccup must not
@@ -193,29 +237,33 @@ def decoded(
         workers: decoding processes; 0 decodes in this one, `None` starts one a core where it pays.
 
     Raises:
-        DataError: when files are unreadable or vanished, or the cache cannot be written.
+        DataError: when files are unreadable or vanished.
+        UnwritableCache: when the cache cannot be written.
     """
     folder = cache_folder(cache)
     entry = folder / listing.key(recipe)
     shape = _shape(len(listing), recipe)
-    store = _opened(entry, shape)
-    if store is not None:
-        if store.failures and on_error == "raise":
-            raise _broken(listing, store.failures)
-        _tell_left_out(listing, store.failures)
-        return store
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder)
-        _require_space(folder, shape)
-        _build(entry, listing, recipe, _useful(workers, len(listing), listing.bytes), on_error)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    store = _opened(entry, shape)
-    if store is None:
-        raise DataError(f"expected a readable cache entry {entry} after building it; remove it and try again")
-    _tell_left_out(listing, store.failures)
-    return store
+    found = opened_entry(entry, shape)
+    if isinstance(found, str):
+        _log.warning("the cache's entry %s is damaged (%s) and is built again", entry, found)
+    if not isinstance(found, Entry):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_stale(folder)
+            _require_space(folder, shape)
+            found = _built(entry, listing, recipe, _useful(workers, len(listing), listing.bytes), on_error)
+        except OSError as error:
+            raise UnwritableCache(_unwritable(folder, error)) from error
+    content = found.content
+    if content.failures and on_error == "raise":
+        raise _broken(listing, content.failures)
+    _tell_depth(Depth(*content.deep), recipe)
+    _tell_left_out(listing, content.failures)
+    return Store(found.images, found.sizes, content.failures, content.fingerprint)
+
+
+class UnwritableCache(DataError):
+    """Decoded images cannot be written where they are to be."""
 
 
 def _shape(count: int, recipe: Recipe) -> tuple[int, int, int, int]:
@@ -229,47 +277,28 @@ def _useful(workers: int | None, files: int, total_bytes: int) -> int:
     return cores() if files > _MANY_FILES or total_bytes > _MANY_BYTES else 0
 
 
-def _unwritable(folder: Path, error: OSError) -> DataError:
-    return DataError(
+def _unwritable(folder: Path, error: OSError) -> str:
+    return (
         f"expected to write the decoded images to {folder}, received: {error}; "
         f"set CNNLAB_CACHE or type data.cache=FOLDER to put them elsewhere"
     )
 
 
-def _opened(entry: Path, shape: tuple[int, ...]) -> Store | None:
-    """The entry, or `None` where there is none that is whole."""
+def _built(entry: Path, listing: Listing, recipe: Recipe, workers: int, on_error: Literal["raise", "skip"]) -> Entry:
+    """Writes the entry beside its place, and moves it there. What it maps stays, whatever other builders do."""
+    shape = _shape(len(listing), recipe)
+    folder = temporary(entry)
     try:
-        meta = json.loads((entry / "meta.json").read_text())
-        # Read-only and shared: a private writable mapping counts as memory and is refused above its size.
-        images = np.load(entry / "images.npy", mmap_mode="r")
-        sizes = np.load(entry / "sizes.npy")
-        failures = [(int(number), str(reason)) for number, reason in meta["failures"]]
-        fingerprint = str(meta["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if images.shape != shape or images.dtype != np.uint8 or sizes.shape != (shape[0], 2):
-        return None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return Store(torch.from_numpy(images), torch.from_numpy(sizes), failures, fingerprint)
-
-
-def _build(entry: Path, listing: Listing, recipe: Recipe, workers: int, on_error: Literal["raise", "skip"]) -> None:
-    """Writes the entry beside its place, then renames it."""
-    temporary = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".tmp", dir=entry.parent))
-    try:
-        temporary.chmod(0o755)  # mkdtemp's are private, and a cache may be shared
-        failures = _write(temporary, listing, recipe, workers)
+        failures = _write(folder, listing, recipe, workers)
         if failures and on_error == "raise":
             raise _broken(listing, failures)
-        try:
-            temporary.rename(entry)
-        except OSError:  # there is one already: another builder's, or a damaged one
-            if _opened(entry, _shape(len(listing), recipe)) is None:
-                shutil.rmtree(entry, ignore_errors=True)
-                temporary.rename(entry)
+        built = opened_entry(folder, shape, check=False)
+        if not isinstance(built, Entry):
+            raise OSError(f"what was written reads back otherwise ({built})")
+        install(folder, entry, shape)
+        return built
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(folder: Path, listing: Listing, recipe: Recipe, workers: int) -> list[tuple[int, str]]:
@@ -280,31 +309,44 @@ def _write(folder: Path, listing: Listing, recipe: Recipe, workers: int) -> list
     chunks = [paths[start : start + per_chunk] for start in range(0, len(paths), per_chunk)]
     sizes: list[np.ndarray] = []
     failures: list[tuple[int, str]] = []
+    blocks: list[tuple[int, int]] = []
+    depth = Depth()
     hasher = blake2b(digest_size=8)
     # Plain writes, not a writable mapping: a full disk is then an error and not a SIGBUS.
     with (folder / "images.npy").open("wb") as out, _progress(len(listing)) as advance:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(out, header)
+        out.write(header(shape, "|u1"))
         done = 0
         for chunk in _decoded_chunks(chunks, recipe, workers):
             out.write(chunk.images.data)
             hasher.update(chunk.images.data)
+            blocks.append((len(chunk.images), zlib.crc32(chunk.images.data)))
             sizes.append(chunk.sizes)
             failures += [(done + number, reason) for number, reason in chunk.failures]
+            depth.add(chunk.depth)
             done += len(chunk.images)
             advance(len(chunk.images))
         out.flush()
         os.fsync(out.fileno())
-    np.save(folder / "sizes.npy", np.concatenate(sizes) if sizes else np.zeros((0, 2), np.int64))
-    meta = {
-        "root": str(listing.root),
-        "files": len(listing),
-        "recipe": repr(recipe),
-        "fingerprint": hasher.hexdigest(),
-        "failures": failures,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    numbers = (np.concatenate(sizes) if sizes else np.zeros((0, 2))).astype("<i8").tobytes()
+    write_synced(folder / "sizes.npy", header((shape[0], 2), "<i8") + numbers)
+    origin = {"root": str(listing.root), "files": len(listing), "recipe": repr(recipe)}
+    deep = (depth.images, depth.highest if math.isfinite(depth.highest) else 0.0)
+    content = Content(hasher.hexdigest(), failures, deep, zlib.crc32(numbers), blocks, origin)
+    write_synced(folder / "meta.json", content.sealed())
     return failures
+
+
+def _tell_depth(depth: Depth, recipe: Recipe) -> None:
+    """A word where images of more than 8 bits are nearly black: 12 bits in a file of 16, for instance."""
+    if depth.images and recipe.value_range is None and not recipe.mask and depth.highest <= SIXTEEN_BITS // 2:
+        _log.warning(
+            "%s images have 16 bits or more and values up to %g, of which %s is white: they are dark; "
+            "type data.value_range=[0,%g]",
+            f"{depth.images:,}",
+            depth.highest,
+            f"{SIXTEEN_BITS:,}",
+            2 ** math.ceil(math.log2(max(depth.highest, 1) + 1)) - 1,
+        )
 
 
 def _tell_left_out(sources: Sources, failures: Sequence[tuple[int, str]]) -> None:

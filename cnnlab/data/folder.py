@@ -9,16 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cnnlab.data.cache import Listing, cache_folder, decoded, is_cached, unreadable, without
+from cnnlab.data.cache import Listing, UnwritableCache, cache_folder, decoded, is_cached, unreadable, without
 from cnnlab.data.decode import Recipe
 from cnnlab.data.found import Findings, Walk, first_names, require_one_place
 from cnnlab.data.headers import own_size
 from cnnlab.data.layout import Layout, class_folders
+from cnnlab.data.pixels import MAX_PIXELS, checked_range
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned, require_fractions
 from cnnlab.data.stream import StreamSplit, streamed, streams
 from cnnlab.errors import DataError
 from cnnlab.protocols import DataSpec, Split
-from cnnlab.schema import Loading, NonNegativeInt, PositiveInt
+from cnnlab.schema import DataPath, Loading, NonNegativeInt, PositiveInt
 
 _LAYOUT = "ROOT/<class>/<image> or ROOT/{train,val,test}/<class>/<image>"
 
@@ -57,6 +58,8 @@ class ImageFolder:
             due; to leave it out, all files are tried first, once.
         cache: folder of the decoded images; `None` takes `$CNNLAB_CACHE` or `~/.cache/cnnlab`.
         workers: processes that decode into the cache; `None` starts one a core where it pays, 0 none.
+        max_pixels: that an image may have (a baseline JPEG four times as many: it is decoded at half its size).
+        value_range: what becomes black and white of an image of more than 8 bits a pixel; `None`: 0 and 65,535.
         loading: the config's section; `None` takes its defaults.
     """
 
@@ -75,6 +78,8 @@ class ImageFolder:
         on_error: Literal["raise", "skip"] = "raise",
         cache: str | None = None,
         workers: NonNegativeInt | None = None,
+        max_pixels: PositiveInt = MAX_PIXELS,
+        value_range: tuple[float, ...] | None = None,
         loading: Loading | None = None,
     ) -> None:
         if resize is not None and size is not None and resize < size:
@@ -93,6 +98,8 @@ class ImageFolder:
         self.on_error: Literal["raise", "skip"] = on_error
         self.cache = cache
         self.workers = workers
+        self.max_pixels = max_pixels
+        self.value_range = checked_range(value_range)
         self.loading = loading or Loading()
         self.findings = Findings()
 
@@ -113,7 +120,9 @@ class ImageFolder:
             raise ValueError(
                 f"expected data.resize >= the images' size, received {resize} < {size}; type data.resize=null"
             )
-        return Recipe(self.channels, size, size, "crop", resize)
+        return Recipe(
+            self.channels, size, size, "crop", resize, value_range=self.value_range, max_pixels=self.max_pixels
+        )
 
     def load(self) -> dict[str, Split]:
         self.findings = Findings()
@@ -146,15 +155,23 @@ class ImageFolder:
         needed = len(files) * recipe.channels * recipe.height * recipe.width
         cached = is_cached(listing, recipe, self.cache)
         if streams(self.loading, needed, cache_folder(self.cache), cached=cached):
-            if self.on_error == "skip":
-                failures = unreadable(listing, recipe, cache=self.cache, workers=self.workers)
-                self.findings.leave_out(listing, failures)
-                parts = without(failures, parts)
-            return streamed(StreamSplit, listing, recipe, labels, parts, self.loading)
-        store = decoded(listing, recipe, on_error=self.on_error, cache=self.cache, workers=self.workers)
+            return self._streamed(listing, recipe, labels, parts)
+        try:
+            store = decoded(listing, recipe, on_error=self.on_error, cache=self.cache, workers=self.workers)
+        except UnwritableCache:
+            if self.loading.path is not DataPath.auto:
+                raise
+            return self._streamed(listing, recipe, labels, parts)
         self.findings.leave_out(listing, store.failures)
         source = digest(store.fingerprint, labels)
         return assemble(store.images, {"label": labels}, source, store.readable(parts), mapped=True)
+
+    def _streamed(self, listing: Listing, recipe: Recipe, labels: Tensor, parts: dict[str, Tensor]) -> dict[str, Split]:
+        if self.on_error == "skip":
+            failures = unreadable(listing, recipe, cache=self.cache, workers=self.workers)
+            self.findings.leave_out(listing, failures)
+            parts = without(failures, parts)
+        return streamed(StreamSplit, listing, recipe, labels, parts, self.loading)
 
     def _layout(self, walk: Walk, findings: Findings) -> Layout:
         return class_folders(self.root, walk, _LAYOUT, self.val_as_test, findings)

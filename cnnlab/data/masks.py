@@ -13,6 +13,7 @@ from torch import Tensor
 from cnnlab.data.cache import Listing, decoded
 from cnnlab.data.decode import Recipe
 from cnnlab.data.formats import EXTENSIONS
+from cnnlab.data.pixels import MAX_PIXELS, checked_range
 from cnnlab.data.splits import Fraction, Limit, assemble, digest, partitioned, require_fractions
 from cnnlab.errors import DataError
 from cnnlab.protocols import VOID, DataSpec, Split
@@ -40,6 +41,7 @@ class MaskFolder:
         limit: thins the training split (see `cnnlab.data.splits`).
         on_error: whether an unreadable file ends the run or is left out.
         cache, workers: see `cnnlab.data.cache.decoded`.
+        max_pixels, value_range: see `cnnlab.data.folder.ImageFolder`; masks hold numbers, and have no range.
     """
 
     def __init__(
@@ -55,12 +57,16 @@ class MaskFolder:
         on_error: Literal["raise", "skip"] = "raise",
         cache: str | None = None,
         workers: NonNegativeInt | None = None,
+        max_pixels: PositiveInt = MAX_PIXELS,
+        value_range: tuple[float, ...] | None = None,
     ) -> None:
         if len(size) != 2:
             raise ValueError(f"expected data.size=[height,width], received {list(size)}")
         require_fractions(val, test)
         self.root = Path(root).expanduser()
-        self.recipe = Recipe(channels, size[0], size[1], fit)
+        self.recipe = Recipe(
+            channels, size[0], size[1], fit, value_range=checked_range(value_range), max_pixels=max_pixels
+        )
         self.val = val
         self.test = test
         self.split_seed = split_seed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,6 +51,15 @@ class Recipe:
             f"resize={self.resize}, mask={self.mask}"
         )
         return f"Recipe({text})" if self.value_range is None else f"Recipe({text}, value_range={self.value_range})"
+
+
+def checked_range(value_range: Sequence[float] | None) -> tuple[float, float] | None:
+    """The option `data.value_range`. Raises `ValueError` for what is no range."""
+    if value_range is None:
+        return None
+    if len(value_range) != 2 or not np.isfinite(value_range).all() or not value_range[0] < value_range[1]:
+        raise ValueError(f"expected data.value_range=[LOW,HIGH] with LOW < HIGH, received {list(value_range)}")
+    return float(value_range[0]), float(value_range[1])
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cnnlab.data.cache import cache_folder
+from cnnlab.data.cache import cache_folder, entry_key
 from cnnlab.data.decode import Item, Recipe
 from cnnlab.data.formats import EXTENSIONS
 from cnnlab.errors import DataError
@@ -76,7 +76,7 @@ class ShardIndex:
         return f"{self.shards[self.shard[row]]}: {self.keys[row]}, at byte {self.offset[row]:,}"
 
     def key(self, recipe: Recipe) -> str:
-        return blake2b(f"{recipe!r} {self._key}".encode(), digest_size=12).hexdigest()
+        return entry_key(recipe, self._key)
 
 
 def indexed(shards: Sequence[Path], label: str, cache: str | None) -> ShardIndex:

@@ -14,6 +14,7 @@ from torch import Tensor
 from cnnlab import rng
 from cnnlab.data.cache import unreadable, without
 from cnnlab.data.decode import Recipe
+from cnnlab.data.pixels import MAX_PIXELS, checked_range
 from cnnlab.data.shard_index import ShardIndex, indexed
 from cnnlab.data.splits import Fraction, Imbalance, Limit, partitioned, require_fractions
 from cnnlab.data.stream import StreamSplit, streamed
@@ -67,6 +68,7 @@ class WebDataset:
         on_error: whether an image that cannot be decoded ends the run when its batch is due, or all are tried
             first, once, and such ones left out.
         cache: folder of the index; `None` takes `$CNNLAB_CACHE` or `~/.cache/cnnlab`.
+        max_pixels, value_range: see `cnnlab.data.folder.ImageFolder`.
         loading: the config's section; `None` takes its defaults.
     """
 
@@ -87,6 +89,8 @@ class WebDataset:
         imbalance: Imbalance = None,
         on_error: Literal["raise", "skip"] = "raise",
         cache: str | None = None,
+        max_pixels: PositiveInt = MAX_PIXELS,
+        value_range: tuple[float, ...] | None = None,
         loading: Loading | None = None,
     ) -> None:
         if resize is not None and resize < size:
@@ -99,7 +103,15 @@ class WebDataset:
         self.patterns = {"train": shards, "val": val_shards, "test": test_shards}
         self.classes = classes
         self.label = label.lstrip(".")
-        self.recipe = Recipe(channels, size, size, "crop", resize or size)
+        self.recipe = Recipe(
+            channels,
+            size,
+            size,
+            "crop",
+            resize or size,
+            value_range=checked_range(value_range),
+            max_pixels=max_pixels,
+        )
         self.val = val
         self.test = test
         self.split_seed = split_seed

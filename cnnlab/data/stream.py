@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -38,8 +39,11 @@ def streams(loading: Loading, needed: int, folder: Path, *, cached: bool) -> boo
     """
     if loading.path is not DataPath.auto:
         return loading.path is DataPath.stream
+    # A cache that cannot be written is no reason to end: the same pixels come from the files.
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    return not cached and needed > DISK_SHARE * shutil.disk_usage(there).free
+    return not cached and (
+        not os.access(there, os.W_OK | os.X_OK) or needed > DISK_SHARE * shutil.disk_usage(there).free
+    )
 
 
 class StreamSplit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -108,18 +109,42 @@ def test_a_killed_builders_leftover_is_removed_in_time(root: Path) -> None:
     assert young.exists() and not old.exists()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "garble"])
+DAMAGES = ["truncate", "remove", "garble", "empty", "flip", "flip_sizes", "flip_meta", "folder", "file", "deep", "list"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_entry_is_built_again(root: Path, damage: str) -> None:
-    build(root)
+    first = build(root)
+    images = first.images.clone()  # it is mapped, and what is mapped is damaged now
     (entry,) = (root.parent / "cache").iterdir()
-    if damage == "truncate":
+    if damage in ("flip", "flip_sizes", "flip_meta"):
+        path = entry / {"flip": "images.npy", "flip_sizes": "sizes.npy", "flip_meta": "meta.json"}[damage]
+        content = bytearray(path.read_bytes())
+        content[-30] ^= 1
+        path.write_bytes(content)
+    elif damage == "empty":
+        (entry / "images.npy").write_bytes(b"")
+    elif damage == "folder":
+        (entry / "sizes.npy").unlink()
+        (entry / "sizes.npy").mkdir()
+    elif damage == "file":
+        shutil.rmtree(entry)
+        entry.write_text("in the way")
+    elif damage == "deep":
+        (entry / "meta.json").write_text("[" * 100_000)
+    elif damage == "list":
+        (entry / "meta.json").write_text("[1]")
+    elif damage == "truncate":
         os.truncate(entry / "images.npy", 300)
     elif damage == "remove":
         (entry / "sizes.npy").unlink()
     else:
         (entry / "meta.json").write_text("{")
     again = build(root)
-    assert len(again.images) == 9 and [path.name for path in (root.parent / "cache").iterdir()] == [entry.name]
+    assert torch.equal(again.images, images) and again.fingerprint == first.fingerprint
+    assert torch.equal(again.sizes, first.sizes) and [path.name for path in (root.parent / "cache").iterdir()] == [
+        entry.name
+    ]
 
 
 def test_builders_at_once_agree(root: Path) -> None:
