@@ -245,6 +245,10 @@ class StepResult:
 class Listener:
     """Told what happens; overrides what it cares about. Listeners never change a run's numbers."""
 
+    def restored(self) -> list[str]:
+        """What was missing when a checkpoint was taken up again, in lines that the run's start tells."""
+        return []
+
     def on_start(self, run: Any) -> None:
         """Before the first step, and again after a resume."""
 

@@ -30,6 +30,7 @@ _ACTIVATIONS = tuple(
         "Hardswish Hardsigmoid Hardtanh Hardshrink Softshrink Tanhshrink Threshold"
     ).split()
 )
+_NOT_NEGATIVE = (nn.ReLU, nn.ReLU6)
 _LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 
 
@@ -47,7 +48,8 @@ class Activity:
     """Standard deviation of the layer's input (of the pre-activation z, where the layer is an activation); NaN for
     a layer that works in place."""
     dead: Tensor
-    """Share of channels without any activity in the last `DEAD_AFTER` sampled steps."""
+    """Share of channels without any activity on all samples of the (first) micro-batch in the last `DEAD_AFTER` sampled
+    steps."""
     gradient_std: Tensor
     """Standard deviation of the gradient of a sample's loss; NaN where it was not asked for."""
 
@@ -65,7 +67,7 @@ class _GradientTap(torch.autograd.Function):
         (gradient,) = gradients
         part = gradient[: ctx.samples].to(ctx.dtype)
         count = torch.full((), float(part.numel()), dtype=ctx.dtype, device=part.device)
-        return gradient, torch.stack([part.sum(), part.square().sum(), count]), None
+        return gradient, torch.stack([part.sum(), torch.linalg.vector_norm(part).square(), count]), None
 
 
 def bounds_of(module: nn.Module) -> tuple[float, float] | None:
@@ -125,7 +127,7 @@ class Taps:
         self.names = tuple(name for name, _ in layers)
         self.bank = torch.zeros(len(layers), _COLUMNS, device=device)
         self.active: list[Tensor | None] = [None] * len(layers)
-        """Non-zero activations of each channel, a layer each."""
+        """Of each channel 1 where any sample of the micro-batch has an activation that is not zero, else 0."""
         self._idle: list[Tensor | None] = [None] * len(layers)
         self._seen: tuple[Tensor, Tensor, list[Tensor | None]] | None = None
         # Squares of vanishing gradients underflow in float32 from 1e-19 on.
@@ -231,20 +233,25 @@ class _Tap:
             return None
         before = None if getattr(module, "inplace", False) or not inputs else inputs[0]
         with torch.no_grad():
+            self._note_activity(output if isinstance(module, _NOT_NEGATIVE) else output.abs())
             taps.bank[self.row].copy_(self._moments(before, output[: taps.samples].float()))
         if taps.slots and output.requires_grad:
             return _GradientTap.apply(output, taps.slots[self.row], taps.samples)
         return None
 
-    def _moments(self, before: Tensor | None, after: Tensor) -> Tensor:
-        """One row of the bank."""
-        channel = after.ndim - 1 if after.ndim == 3 else 1  # (N, C, ...), or tokens (N, T, C)
-        active = torch.count_nonzero(after, dim=[d for d in range(after.ndim) if d != channel])
+    def _note_activity(self, size: Tensor) -> None:
+        """Which channels are active, of all samples: a sum of numbers that are not negative is 0 only if each is. On a
+        CPU it takes a twentieth of the time of a maximum."""
+        channel = size.ndim - 1 if size.ndim == 3 else 1  # (N, C, ...), or tokens (N, T, C)
+        active = (size.sum([d for d in range(size.ndim) if d != channel]) != 0).float()
         known = None if torch.compiler.is_compiling() else self.taps.active[self.row]
         if known is None or known.shape != active.shape:
             self.taps.active[self.row] = active
         else:  # a CUDA graph goes on writing to the tensor that it found, also after an uneven batch without it
             known.copy_(active)
+
+    def _moments(self, before: Tensor | None, after: Tensor) -> Tensor:
+        """One row of the bank."""
         count = torch.full((), float(after.numel()), device=after.device)
         unknown = torch.full_like(count, float("nan"))
         saturated, pre = unknown, (unknown, unknown)
@@ -254,7 +261,11 @@ class _Tap:
             saturated = ((after < low + margin) | (after > high - margin)).float().mean()
         if before is not None:
             pre = _moments(before[: self.taps.samples].float())
-        return torch.stack([count, *_moments(after), 1 - active.sum() / count, saturated, *pre])
+        mean, std = _moments(after)
+        zeros = torch.where(
+            mean.isnan(), unknown, 1 - after.sign().abs().sum() / count
+        )  # six times as fast as counting
+        return torch.stack([count, mean, std, zeros, saturated, *pre])
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,7 @@ class TensorBoard(Listener):
         self._histories: dict[str, History] = {}
         self._taken = 0
         self._next_picture = picture_every
+        self._drawn_at: int | None = None
         self._hparams: dict[str, Any] = {}
         self._columns_written = False
         self._grouped = False
@@ -63,14 +64,17 @@ class TensorBoard(Listener):
     def on_start(self, run: Any) -> None:
         from cnnlab.sinks import events
 
-        self._histories, self._taken, self._next_picture = {}, 0, self._picture_every
+        self._histories, self._taken, self._next_picture, self._drawn_at = {}, 0, self._picture_every, None
+        # Earlier files, cut to the checkpoint, have the descriptions already: a reader is to see them once.
+        going_on = run.resumed and any(self.folder.glob("*tfevents*"))
         self._columns_written = self._grouped = False
         self._events = events.EventFile(self.folder, run.clock.step + 1 if run.resumed else 0)
         self._hparams = hyperparameters(run.config)
-        start = events.hparams_session_start(self._hparams, time.time())
-        self._events.add(run.clock.step, [start, events.layout(_layout(()))])
         if run.resumed and run.dir:
             self._remember(RunDir(run.dir), run.clock.step)
+        if not going_on:
+            start = events.hparams_session_start(self._hparams, time.time())
+            self._events.add(run.clock.step, [start, events.layout(_layout(()))])
 
     def on_record(self, run: Any, record: dict[str, Any]) -> None:
         from cnnlab.sinks.events import hparams_experiment, scalar
@@ -96,7 +100,7 @@ class TensorBoard(Listener):
             values.append(layout(_layout(quantities)))
         self._add(record["step"], values)
         self._collect(record["step"], quantities)
-        if self._taken >= self._next_picture:
+        if self._taken >= self._next_picture and record["step"] < run.total_steps:  # the run's end draws the last one
             self._draw(record["step"])
 
     def on_end(self, run: Any, error: BaseException | None) -> None:
@@ -104,7 +108,8 @@ class TensorBoard(Listener):
 
         if self._events is None:
             return
-        self._draw(run.clock.step)
+        if run.clock.step != self._drawn_at:
+            self._draw(run.clock.step)
         self._add(run.clock.step, [hparams_session_end(error is None, time.time())])
         self._events = None
 
@@ -140,11 +145,14 @@ class TensorBoard(Listener):
     def _remember(self, folder: RunDir, step: int) -> None:
         """Takes up the depth pictures where the run stood: its statistics up to `step`."""
         described: dict[str, Any] = {}
+        evaluated = (r for r in read_records(folder.metrics) if r.get("split") != "train")
+        self._columns_written = next(evaluated, None) is not None
         for record in current(read_records(folder.stats), folder.schema):
             described |= {key: record[key] for key in ("layers", "tensors") if key in record}
             if record.get("step", 0) <= step:
                 self._collect(record["step"], by_depth({**described, **record}))
         self._next_picture = self._taken + self._picture_every
+        self._grouped = self._taken > 0
 
     def _collect(self, step: int, quantities: Mapping[str, tuple[list[str], list[float]]]) -> None:
         from cnnlab.sinks.picture import History
@@ -161,6 +169,7 @@ class TensorBoard(Listener):
         from cnnlab.sinks.picture import depth_picture, png
 
         values = []
+        self._drawn_at = step
         for quantity, history in self._histories.items():
             if np.isnan(history.values()).all():
                 continue  # does not apply to this network, as saturation does not to ReLU

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from cnnlab.errors import DivergedError
 from cnnlab.protocols import Listener, StepResult
 from cnnlab.ranks import Ranks
 from cnnlab.rundir import RunDir, write_atomically
-from cnnlab.sinks.jsonl import JsonlSink
+from cnnlab.sinks.jsonl import JsonlSink, read_records
 from cnnlab.sinks.records import as_first_version
 from cnnlab.train.run import Run, describe_sums
 from cnnlab.train.state import Arriving
@@ -26,14 +27,16 @@ from cnnlab.train.state import Arriving
 class Recorder(Listener):
     """Adds up the steps' sums, emits training records, stops a run that diverged, and writes the JSONL files.
 
-    What the files hold is part of the State: a resumed run cuts what came after its checkpoint and writes it
-    again, so there are neither gaps nor doubles.
+    What the files hold, TensorBoard's among them, is part of the State: a resumed run cuts what came after its
+    checkpoint and writes it again, so there are neither gaps nor doubles; what is missing from before it is told.
     """
 
     def __init__(self, folder: RunDir | None):
         self._first_version = folder is not None and folder.schema == 1
         self._metrics = JsonlSink(folder.metrics) if folder is not None else None
         self._stats = JsonlSink(folder.stats, digits=5) if folder is not None else None
+        self._events = folder.tensorboard if folder is not None else None
+        self._missing: list[str] = []
         self._coming: tuple[dict[str, Any], Arriving] | None = None
 
     def on_step(self, run: Run, result: StepResult) -> None:
@@ -98,14 +101,50 @@ class Recorder(Listener):
             "trainer.precision=fp32 (bf16 overflows later than fp16), a larger norm.momentum, or trainer.eval_every"
         )
 
-    def state_dict(self) -> dict[str, int]:
-        sinks = {"metrics": self._metrics, "stats": self._stats}
-        return {name: sink.size() for name, sink in sinks.items() if sink is not None}
+    def restored(self) -> list[str]:
+        return self._missing
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        sinks = {"metrics": self._metrics, "stats": self._stats}
+        sizes: dict[str, Any] = {name: sink.size() for name, sink in sinks.items() if sink is not None}
+        if self._events is not None:
+            sizes["events"] = {path.name: path.stat().st_size for path in _event_files(self._events)}
+        return sizes
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._missing = []
         for name, sink in (("metrics", self._metrics), ("stats", self._stats)):
-            if sink is not None:
-                sink.truncate(state[name])
+            if sink is None:
+                continue
+            sink.truncate(state[name])
+            if sink.size() < state[name]:
+                kept = [record["step"] for record in read_records(sink.path)]
+                until = f"{len(kept)} records are left, up to step {kept[-1]}" if kept else "no record is left"
+                self._missing.append(
+                    f"{sink.path} lost {state[name] - sink.size():,} of {state[name]:,} bytes since its checkpoint: "
+                    f"{until}; the run goes on without the others"
+                )
+        if self._events is not None and "events" in state:
+            self._missing += _cut_events(self._events, state["events"])
+
+
+def _event_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*tfevents*")) if folder.is_dir() else []
+
+
+def _cut_events(folder: Path, sizes: Mapping[str, int]) -> list[str]:
+    """Brings TensorBoard's files back to what they were at a checkpoint, so that a reader sees each step once."""
+    lost = []
+    found = {path.name: path for path in _event_files(folder)}
+    for name, path in found.items():
+        if name not in sizes:
+            path.unlink()  # of a session that went on from here, or from earlier, and was lost
+        elif path.stat().st_size > sizes[name]:
+            os.truncate(path, sizes[name])
+    for name, size in sizes.items():
+        if name not in found or found[name].stat().st_size < size:
+            lost.append(f"{folder / name} has lost events since the checkpoint: TensorBoard shows gaps")
+    return lost
 
 
 class Evidence(Listener):
@@ -123,6 +162,12 @@ class Evidence(Listener):
         self._ranks = ranks
         self._losses = torch.full((samples,), float("nan"), dtype=torch.float32, device=device)
         self._rows = 0
+        self._partial = False
+        """Whether the file has a row of an epoch that the run's end cut."""
+        self._missing: list[str] = []
+
+    def restored(self) -> list[str]:
+        return self._missing
 
     @property
     def _path(self) -> Path:
@@ -154,26 +199,46 @@ class Evidence(Listener):
     def on_epoch(self, run: Run, figures: dict[str, float]) -> None:
         self.on_save(run)
         if self._folder is not None:
-            row = self._losses.clamp(-6e4, 6e4).half().cpu().numpy().tobytes()
-            with self._path.open("ab") as file:
-                file.truncate(self._rows * len(row))
-                file.write(row)
-        if run.clock.batch == 0:
+            self._write_row()
+        self._partial = run.clock.batch != 0
+        if not self._partial:
             self._rows += 1
             self._losses.fill_(float("nan"))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self._losses, "rows": self._rows}
+        return {"losses": self._losses, "rows": self._rows, "partial": self._partial}
+
+    def _write_row(self) -> None:
+        """The losses at hand as the row after the whole ones; whole rows that are lost become NaN."""
+        self._keep_rows()
+        with self._path.open("ab") as file:
+            file.write(self._losses.clamp(-6e4, 6e4).half().cpu().numpy().tobytes())
+
+    def _keep_rows(self) -> int:
+        """Cuts the file to its whole rows, fills it up with NaN where some are lost; how many were there."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        length = 2 * len(self._losses)
+        with self._path.open("ab") as file:
+            there = min(self._rows, file.tell() // length)
+            file.truncate(there * length)
+            file.write(np.full((self._rows - there) * len(self._losses), np.nan, dtype=np.float16).tobytes())
+        return there
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["losses"].shape != self._losses.shape:
             raise ValueError(f"expected {len(self._losses)} training samples, received {len(state['losses'])}")
         if self._ranks.is_main:
             self._losses.copy_(state["losses"])
-        self._rows = state["rows"]
-        if self._folder is not None and self._path.exists():
-            with self._path.open("ab") as file:
-                file.truncate(self._rows * 2 * len(self._losses))
+        self._rows, self._partial = state["rows"], state.get("partial", False)
+        if self._folder is None:
+            return
+        there = self._keep_rows()
+        shape = json.dumps([-1, len(self._losses)]).encode()
+        write_atomically(self._folder.evidence / "shape.json", shape)
+        lost = self._rows - there
+        self._missing = [f"{self._path} has lost {lost} of {self._rows} epochs: their rows are NaN"] if lost else []
+        if self._partial:
+            self._write_row()
 
 
 def sample_losses(folder: RunDir) -> np.ndarray:

@@ -170,6 +170,7 @@ class Run:
             UsageError: it is further than this run is to go.
         """
         self.state.load_state_dict(state)
+        self.notices += [line for listener in self.listeners for line in listener.restored()]
         if self.clock.step > self.total_steps:
             raise UsageError(
                 f"expected a run of at least the {self.clock.step} steps that it has done, received one of "

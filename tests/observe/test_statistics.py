@@ -211,6 +211,19 @@ def test_a_channel_is_dead_after_four_silent_samples_and_alive_after_one_sound()
     assert taps.read().dead.tolist() == [0, 0]
 
 
+def test_one_sound_of_any_sample_of_the_micro_batch_is_life():
+    """Also of one that the other statistics do not look at."""
+    model = nn.Sequential(nn.ReLU(), nn.ReLU())
+    x = torch.full((64, 6), -1.0)
+    x[40, 2] = 1e-20
+    taps = tap(model, x.requires_grad_(), samples=8)
+    for _ in range(DEAD_AFTER):
+        look(taps, model, x)
+        activity = taps.read()
+    assert activity.dead.tolist() == pytest.approx([5 / 6, 5 / 6])
+    assert activity.zeros.tolist() == [1, 1], "of the first eight"
+
+
 def test_negative_values_are_no_death():
     """As a count of small or negative outputs has it, which calls half of tanh dead."""
     model = Chain(nn.Tanh())
