@@ -13,6 +13,7 @@ from typing import Any
 
 from cnnlab import __version__
 from cnnlab.errors import CnnlabError, Terminated, UsageError, did_you_mean
+from cnnlab.memory import is_out_of_memory, out_of_memory
 
 VERBS = {
     "train": "compose an experiment from parts and run it (-m sweeps, resume=RUN goes on)",
@@ -77,9 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _message(error: Exception) -> str:
     if isinstance(error, CnnlabError):
         return str(error)
-    if type(error).__name__ == "OutOfMemoryError":
-        remedy = "type a smaller trainer.batch_size, or trainer.accumulate=2 for the same batch in two pieces"
-        return f"the device has not enough memory; {remedy}\n({error})"
+    if is_out_of_memory(error):
+        return out_of_memory(error)
     if "does not have a deterministic implementation" in str(error):
         remedy = "type trainer.deterministic=false, or another model"
         return f"this network needs what the device computes in no fixed order; {remedy}\n({error})"

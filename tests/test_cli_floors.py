@@ -15,7 +15,7 @@ import cnnlab
 ROOT = Path(cnnlab.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"__init__", "errors", "schema"},
+    {"__init__", "errors", "schema", "memory"},
     {"usertext", "kinds"},
     {"trust"},
     {"check", "overrides", "rundir", "protocols", "rng", "measure"},

@@ -1,0 +1,48 @@
+"""Out of memory, in words: what was asked for, and what there was. Loads no torch."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+_ASKED = re.compile(r"tried to allocate (\d+) bytes")
+_SIGNS = ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory", "not enough memory")
+"""What torch's RuntimeError says when a CPU's memory is at its end; a GPU's has a class of its own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error, of whichever library, says that memory is at its end: a GPU's, a CPU's, or Python's own."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """One message for an error that `is_out_of_memory`: what was being allocated, what was there, what to type."""
+    remedy = "type a smaller trainer.batch_size, or trainer.accumulate=2 for the same batch in two pieces"
+    evaluation = "trainer.eval_batch_size=64, if it was in an evaluation"
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"the device has not enough memory; {remedy}; {evaluation}\n({error})"
+    asked, left = _ASKED.search(str(error)), available()
+    words = [f"{int(asked[1]) / 2**20:,.1f} MiB were asked for"] if asked else []
+    words += [] if left is None else [f"about {left / 2**20:,.0f} MiB are left"]
+    figures = f" ({', '.join(words)})" if words else ""
+    return f"this process has not enough memory{figures}; {remedy}; {evaluation}"
+
+
+def available() -> int | None:
+    """Bytes that this process can still get, by the system's free memory and by its own limit (`ulimit -v`); `None`
+    where neither is known."""
+    found = []
+    with suppress(OSError, ValueError):
+        table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(int(table["MemAvailable"].split()[0]) * 1024)
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            found.append(max(0, limit - pages * resource.getpagesize()))
+    return min(found, default=None)
