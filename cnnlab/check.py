@@ -30,7 +30,7 @@ from cnnlab.kinds import (
     nested_parts,
     unfit,
 )
-from cnnlab.schema import Range
+from cnnlab.schema import DurationText, IsDuration, Range, ranges_of
 from cnnlab.trust import TYPED, Trust
 
 MISSING = "???"
@@ -97,7 +97,8 @@ def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
         parameters = dict(inspect.signature(target).parameters)
     except (ValueError, TypeError):
         parameters = {"anything": inspect.Parameter("anything", inspect.Parameter.VAR_KEYWORD)}
-    return parameters, hints_of(target.__init__ if inspect.isclass(target) else target)
+    hints = hints_of(target.__init__ if inspect.isclass(target) else target)
+    return parameters, hints | {key: hint for key, hint in ranges_of(target).items() if key in parameters}
 
 
 def accepts(target: Callable[..., Any], name: str) -> bool:
@@ -265,7 +266,12 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         ranges = [mark for mark in arguments[1:] if isinstance(mark, Range)]
-        return _fits(value, arguments[0]) and all(r.allows(value) for r in ranges if _is_number(value))
+        texts = [mark for mark in arguments[1:] if isinstance(mark, IsDuration)]
+        return (
+            _fits(value, arguments[0])
+            and all(r.allows(value) for r in ranges if _is_number(value))
+            and all(mark.allows(value) for mark in texts if isinstance(value, str))
+        )
     if origin in (Union, types.UnionType):
         return any(_fits(value, argument) for argument in _typeable(arguments))
     if origin is Literal:
@@ -353,7 +359,7 @@ def describe(hint: Any) -> str:
     """An annotation in words: `Annotated[float, Range(0, 1)]` is `a number >= 0 and <= 1`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        ranges = [str(mark) for mark in arguments[1:] if isinstance(mark, Range)]
+        ranges = [str(mark) for mark in arguments[1:] if isinstance(mark, Range | IsDuration)]
         return " ".join([describe(arguments[0]), *ranges])
     if origin in (Union, types.UnionType):
         return _describe_union(arguments)
@@ -396,6 +402,8 @@ def _how_to_type(where: str, value: Any, hint: Any) -> str:
         return f"; type {where}=[{short(value)}]" if listed else ""
     if not _is_number(value):
         return ""
+    if DurationText in _members(hint):
+        return f"; type '{where}={value:g} steps'" if value >= 0 else ""
     if str in options:
         return f"; for a text, quote it twice: '{where}=\"{value}\"'"
     if not _is_float(value):
@@ -403,6 +411,11 @@ def _how_to_type(where: str, value: Any, hint: Any) -> str:
     if isinstance(value, float) and value.is_integer() and _fits(int(value), hint):
         return f"; type {where}={int(value)}"
     return ""
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, as they are annotated."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def _is_list_type(hint: Any) -> bool:

@@ -37,6 +37,7 @@ from cnnlab.overrides import (
     misuse,
     quoted,
     reason,
+    repeated,
     swept,
     wrong_key,
     wrong_option,
@@ -178,7 +179,15 @@ class Composer:
 
         A sweep may also be stated in a config, as `hydra.sweeper.params`. Raises `ConfigError`.
         """
-        given = {override.get_key_element(): override for override in self.parse(overrides)}
+        parsed = self.parse(overrides)
+        twice = [
+            f"`{key}`: given {len(lines)} times ({', '.join(map(short, lines))}), and a sweep takes one; "
+            f"type {key}=A,B,C for several values"
+            for key, lines in repeated(parsed).items()
+        ]
+        if twice:
+            raise ConfigError(twice)
+        given = {override.get_key_element(): override for override in parsed}
         stated = self.parse([f"{key}={value}" for key, value in self._sweeper_params(given.values()).items()])
         choices, problems = [], []
         for override in ({o.get_key_element(): o for o in stated} | given).values():

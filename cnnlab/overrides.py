@@ -6,7 +6,7 @@ Hydra parses them; what it says of a wrong one is meant for its own developers.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -64,6 +64,14 @@ def swept(override: Override) -> list[str]:
         return [f"{key}={value}" for value in override.sweep_string_iterator()]
     except Exception:  # range(1, 5, 0) and the like
         return []
+
+
+def repeated(parsed: Iterable[Override]) -> dict[str, list[str]]:
+    """The keys that are given more than once, each with its overrides."""
+    lines: dict[str, list[str]] = {}
+    for override in parsed:
+        lines.setdefault(override.key_or_group, []).append(line(override))
+    return {key: found for key, found in lines.items() if len(found) > 1}
 
 
 # ---- in words ----

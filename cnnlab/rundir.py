@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from cnnlab.errors import CheckpointError, CnnlabError, UsageError
+from cnnlab.errors import CheckpointError, CnnlabError, UsageError, short
 
 SCHEMA_VERSION = 2
 """Of a run folder. 1 counted the updates of a statistics record from 0 and the epochs of a training record from 0, and
@@ -179,7 +179,7 @@ class RunDir:
         from omegaconf.errors import OmegaConfBaseException
 
         path = self._hydra / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113 (see `_no_run`)
             raise UsageError(self._no_run())
         try:
             return OmegaConf.to_container(OmegaConf.load(path))
@@ -188,8 +188,8 @@ class RunDir:
 
     def _no_run(self) -> str:
         """Why there is no run here, with the newest one below the folder, where one is."""
-        if not self.path.exists():
-            return f"{self.path}: expected a run folder, there is none of that name"
+        if not os.path.exists(self.path):  # noqa: PTH110 (a path that is too long is none, and no error)
+            return f"{short(str(self.path))}: expected a run folder, there is none of that name"
         below = [*self.path.glob("*/.hydra/config.yaml"), *self.path.glob("*/*/.hydra/config.yaml")]
         if not below:
             return f"{self.path}: expected a run folder, with .hydra/config.yaml in it; found none"

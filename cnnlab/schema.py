@@ -121,6 +121,23 @@ class Duration:
         return round(self.amount * scale[self.unit])
 
 
+class IsDuration:
+    """Marks a text that is a `Duration`: `Annotated[str, IsDuration()]`."""
+
+    def __str__(self) -> str:
+        return 'that is a duration such as "500 steps", "2 epochs" or "10 %"'
+
+    def allows(self, value: object) -> bool:
+        try:
+            Duration.parse(str(value))
+        except ValueError:
+            return False
+        return True
+
+
+DurationText = Annotated[str, IsDuration()]
+
+
 @dataclass(frozen=True)
 class Trainer:
     """How the loop runs; what is trained is elsewhere."""
@@ -233,3 +250,24 @@ class Stats:
     """Upper bound on sampled steps of a run; a long run samples more rarely."""
     pictures: bool = True
     """Sample pictures, as the network gets them, to TensorBoard."""
+
+
+# ---- ranges that another library states in its code only ----
+
+_TORCH_OPTIM = {
+    "lr": NonNegative,
+    "momentum": NonNegative,
+    "weight_decay": NonNegative,
+    "eps": NonNegative,
+    "alpha": NonNegative,
+    "lr_decay": NonNegative,
+    "initial_accumulator_value": NonNegative,
+    "momentum_decay": NonNegative,
+    "rho": Probability,
+    "betas": tuple[Momentum, Momentum],
+}
+
+
+def ranges_of(target: object) -> dict[str, object]:
+    """What torch's optimizers refuse in their constructors, as annotations; empty for all else."""
+    return dict(_TORCH_OPTIM) if str(getattr(target, "__module__", "")).startswith("torch.optim.") else {}

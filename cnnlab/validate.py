@@ -4,9 +4,10 @@ signature, then every part made for a trial, the network on the meta device."""
 from __future__ import annotations
 
 import inspect
+import os
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,8 @@ from cnnlab.augment import Barrier, Colour, Geometric, Normalize
 from cnnlab.check import accepts, bind_section, check_part, check_section, check_value, locate
 from cnnlab.config import Composed, Composer
 from cnnlab.device import place
-from cnnlab.errors import ConfigError, DataError, UsageError, did_you_mean
-from cnnlab.kinds import is_part
+from cnnlab.errors import ConfigError, DataError, UsageError, did_you_mean, short
+from cnnlab.kinds import is_part, public_name
 from cnnlab.optim.traits import Traits
 from cnnlab.parts import make
 from cnnlab.protocols import Data, DataSpec, Init, Loss, Probe, Schedule, Task
@@ -59,6 +60,11 @@ WIRED = {
     "loss": ("num_classes", "class_counts"),
 }
 """Parameters that the builder passes by name to whichever part takes them."""
+
+MAX_NAME = 255
+"""Bytes of a file's name that the usual file systems take."""
+MAX_PATH = 2000
+"""Bytes of an experiment's name: with the folders around it, a path has 4,096."""
 
 GROUPS = ("data", "task", "model", "activation", "norm", "init", "loss", "optim", "schedule", "normalize")
 FACTORIES = ("activation", "norm")
@@ -138,6 +144,8 @@ def _static(config: Mapping[str, Any], trust: Trust) -> Iterator[list[str]]:
     for name, hint in VALUES.items():
         empty = [f"`{name}=`: expected a text that is not empty"] if config.get(name) == "" else []
         yield empty or check_value(config.get(name), hint, name)
+    if isinstance(config.get("name"), str):
+        yield _check_name(config["name"])
     for group in GROUPS:
         yield _check_group(group, config.get(group), trust)
     for group in MAPPINGS:
@@ -147,6 +155,21 @@ def _static(config: Mapping[str, Any], trust: Trust) -> Iterator[list[str]]:
         if key not in known and not key.startswith("_"):
             hint = did_you_mean(key, known) or "; a name of your own, for interpolations, starts with _"
             yield [f"`{key}`: nothing reads this key{hint}"]
+
+
+def _check_name(name: str) -> list[str]:
+    """The problem of an experiment's name, which is a folder of `paths.outputs`."""
+    parts = name.split("/")
+    reason = None
+    if (parts[0] == "" and name) or ".." in parts or "." in parts:
+        reason = "expected a folder inside paths.outputs, without `..`; for another place, type paths.outputs=FOLDER"
+    elif not name.isprintable():
+        reason = "expected printable characters"
+    elif (longest := max(len(os.fsencode(part)) for part in parts)) > MAX_NAME:
+        reason = f"expected at most {MAX_NAME} bytes between two `/`, received {longest}; type a shorter one"
+    elif len(os.fsencode(name)) > MAX_PATH:
+        reason = f"expected at most {MAX_PATH} bytes, received {len(os.fsencode(name))}; type a shorter one"
+    return [] if reason is None else [f"`name={short(name)}`: {reason}"]
 
 
 def _check_group(group: str, node: Any, trust: Trust) -> list[str]:
@@ -254,10 +277,16 @@ class _Trial:
 
     def dry_optimizer(self) -> torch.optim.Optimizer:
         node = self.config["optim"]
-        first = next(iter(inspect.signature(locate(node["_target_"])).parameters))
+        first = next(iter(inspect.signature(locate(node["_target_"])).parameters), None)
+        if first is None:
+            raise ValueError("expected the parameters to train as its first parameter, received one that takes none")
         made = make(node, **{first: [nn.Parameter(torch.zeros(2, 2))]})
         if not isinstance(made, torch.optim.Optimizer):
             raise ValueError(f"expected a torch.optim.Optimizer, received {type(made).__name__}")
+        said, is_there = Traits.of(locate(node["_target_"])), Traits.of(type(made))
+        if replace(said, weight_decay=is_there.weight_decay) != is_there:
+            name = public_name(type(made))
+            raise ValueError(f"this function makes a {name}, which is run in another way; annotate it with -> {name}")
         return made
 
     def placement(self) -> None:

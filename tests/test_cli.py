@@ -435,3 +435,10 @@ def test_main_reads_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(sys, "argv", ["cnnlab", "--version"])
     assert main() == 0
     assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_a_key_twice_is_said(cli: Cli):
+    answer = cli("train", *TINY, "seed=1", "trainer.max_steps=1", "seed=2", "hydra.run.dir=here")
+    assert answer.code == 0
+    assert "seed is given 2 times; seed=2, the last one, holds" in answer.err
+    assert record_of(Path("here"))["seed"] == 2

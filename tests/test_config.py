@@ -314,7 +314,6 @@ def test_a_problem_comes_once(shared_composer: Composer):
             ["model=a,b", "seed=0,1"],
             [["model=a", "seed=0"], ["model=a", "seed=1"], ["model=b", "seed=0"], ["model=b", "seed=1"]],
         ),
-        (["seed=0,1", "seed=5"], [["seed=5"]]),
         (["augment=[crop,flip],none"], [["augment=[crop,flip]"], ["augment=none"]]),
         (["name='a b','c,d'"], [["name='a b'"], ["name='c,d'"]]),
         (["schedule.warmup=5 %,null"], [["schedule.warmup=5\\ %"], ["schedule.warmup=null"]]),
@@ -324,6 +323,13 @@ def test_a_problem_comes_once(shared_composer: Composer):
 )
 def test_cells(shared_composer: Composer, overrides: list[str], cells: list[list[str]]):
     assert shared_composer.cells(overrides) == cells
+
+
+@pytest.mark.parametrize("second", ["optim.lr=0.1", "optim.lr=1,2", "+optim.lr=1", "~optim.lr"])
+def test_a_key_twice_in_a_sweep(shared_composer: Composer, second: str):
+    with pytest.raises(ConfigError, match="`optim.lr`: given 2 times") as caught:
+        shared_composer.cells(["optim.lr=1e-2,1e-1", "seed=0,1", second])
+    assert second in str(caught.value)
 
 
 @pytest.mark.parametrize("override", ["seed=interval(0,1)", "seed=range(0)", "seed=range(1,5,step=0)"])

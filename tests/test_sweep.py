@@ -243,3 +243,26 @@ def test_a_folder_that_says_what_differs(cli: Cli):
     assert cli("train", "-m", *TINY, "seed=3,4", "hydra.sweep.dir=s", "hydra.sweep.subdir=seed-${seed}").code == 0
     assert [path.name for path in run_folders(Path("s"))] == ["seed-3", "seed-4"]
     assert [cell["run"] for cell in cells_of("s")] == ["seed-3", "seed-4"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+hydra.callbacks={x: {_target_: os.system, command: touch EXECUTED}}",
+        "+hydra.callbacks={x: {_target_: torch.nn.ReLU}}",
+        "+hydra.callbacks={x: {_target_: hydra.experimental.callback.Callback, y: {_target_: torch.nn.ReLU}}}",
+        "+hydra.launcher.x={_target_: torch.nn.ReLU}",
+        "+hydra.launcher.x=[{_target_: os.system, command: touch EXECUTED}]",
+    ],
+)
+def test_hydras_own_parts(cli: Cli, override: str):
+    answer = cli("train", "-m", *TINY, "seed=0,1", override)
+    assert answer.code == 2
+    assert "hydra." in answer.err
+    assert not Path("EXECUTED").exists()
+    assert run_folders(Path()) == []
+
+
+def test_a_callback(cli: Cli):
+    callback = "+hydra.callbacks={x: {_target_: hydra.experimental.callback.Callback}}"
+    assert cli("train", "-m", *TINY, "seed=0", callback).code == 0

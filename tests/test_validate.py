@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cnnlab.check import mismatch, parameters_of
 from cnnlab.config import Composer, composer
 from cnnlab.errors import CnnlabError, ConfigError, DataError
 from cnnlab.validate import check, checked, on_meta
@@ -63,12 +64,16 @@ def test_the_random_state_is_left_alone(shared_composer: Composer):
 # ---- values ----
 
 VALUES = [
-    ("optim.lr=abc", "`optim.lr='abc'`: expected a number, received 'abc'"),
+    ("optim.lr=-0.1", "`optim.lr=-0.1`: expected a number >= 0, received -0.1"),
+    ("optim.weight_decay=-1", "`optim.weight_decay=-1`: expected a number >= 0"),
+    ("schedule.warmup=5 parsecs", 'expected text that is a duration such as "500 steps"'),
+    ("schedule.warmup=10", "type 'schedule.warmup=10 steps'"),
+    ("optim.lr=abc", "`optim.lr='abc'`: expected a number >= 0, received 'abc'"),
     ("optim.lr=nan", "it must be finite"),
     ("optim.lr=inf", "it must be finite"),
-    ("optim.lr=", "expected a number, received ''"),
-    ("optim.lr=null", "expected a number, received null"),
-    ("optim.lr=[1]", "expected a number, received [1]"),
+    ("optim.lr=", "expected a number >= 0, received ''"),
+    ("optim.lr=null", "expected a number >= 0, received null"),
+    ("optim.lr=[1]", "expected a number >= 0, received [1]"),
     ("trainer.epochs=-1", "expected an integer >= 1, received -1"),
     ("trainer.epochs=0", "expected an integer >= 1, received 0"),
     ("trainer.epochs=1.5", "expected an integer >= 1, received 1.5"),
@@ -133,6 +138,34 @@ def test_values(told: dict[str, list[str]], override: str, words: str):
     assert words in problem
 
 
+@pytest.mark.parametrize("name", ["a/../../x", "..", "/tmp/x", "a/..", ".", "a\nb", "é" * 128, "a/" * 1500])
+def test_a_name_that_is_no_folder_of_outputs(shared_composer: Composer, name: str):
+    (problem,) = refusals(shared_composer, f'name="{name}"')
+    assert problem.startswith("`name=")
+    assert len(problem) < 300
+
+
+@pytest.mark.parametrize("name", ["a b/c", "é" * 127, "..a", "a..b"])
+def test_a_name_that_is_one(shared_composer: Composer, name: str):
+    assert checked(shared_composer, [f'name="{name}"']).config["name"] == name
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adadelta"])
+def test_torchs_ranges_are_torchs(name: str):
+    """What is refused is what torch refuses: just outside of each range, and not at its border."""
+    optimizer = getattr(torch.optim, name)
+    known = parameters_of(optimizer)[1]
+    checked_any = False
+    for key in set(known) & {"lr", "momentum", "weight_decay", "eps", "alpha", "lr_decay", "momentum_decay", "rho"}:
+        assert mismatch(-1e-3, known[key]) is not None
+        assert mismatch(0.0, known[key]) is None
+        with pytest.raises(ValueError, match="Invalid"):
+            optimizer([torch.nn.Parameter(torch.zeros(1))], **{key: -1e-3})
+        optimizer([torch.nn.Parameter(torch.zeros(1))], **{key: 0.0})
+        checked_any = True
+    assert checked_any
+
+
 # ---- combinations ----
 
 
@@ -140,8 +173,6 @@ def test_values(told: dict[str, list[str]], override: str, words: str):
     ("overrides", "start", "words"),
     [
         (["task=segmentation"], "`task`", "needs mask, and this data has only label"),
-        (["optim.lr=-1"], "`optim`", "Invalid learning rate: -1"),
-        (["schedule.warmup=5 parsecs"], "`schedule`", "expected a duration such as"),
         (["model.depth=9"], "`model`", "expected a depth of 6n + 2"),
         (["data.size=1"], "`model`", "expected images of at least 4x4"),
         (["groups.freeze=[stem]"], "`groups`", "received 'stem'"),
@@ -233,6 +264,34 @@ def test_a_network_that_cannot_be_made_on_the_meta_device(meta_shy: Composer):
 
 def test_a_constructor_that_raises(meta_shy: Composer):
     assert refusal(meta_shy, "model=broken") == "`model`: RuntimeError: no such luck"
+
+
+def test_a_function_that_makes_an_optimizer(user_folder: UserFolder):
+    folder = user_folder(
+        {
+            "makes_optimizers.py": (
+                "from torch import optim\n"
+                "def plain(params, lr: float = 0.1, weight_decay: float = 0.0) -> optim.Optimizer:\n"
+                "    return optim.SGD(params, lr=lr, weight_decay=weight_decay)\n"
+                "def silent(params):\n"
+                "    return optim.SGD(params, lr=0.1)\n"
+                "def wrong(params) -> optim.Optimizer:\n"
+                "    return optim.LBFGS(params)\n"
+                "def right(params) -> optim.LBFGS:\n"
+                "    return optim.LBFGS(params)\n"
+                "def none() -> optim.Optimizer: ...\n"
+            ),
+            **{
+                f"optim/{name}.yaml": f"_target_: makes_optimizers.{name}\n"
+                for name in ("plain", "silent", "wrong", "right", "none")
+            },
+        }
+    )
+    with composer([folder]) as own:
+        for name in ("plain", "silent", "right"):
+            assert refusals(own, f"optim={name}", "trainer.precision=fp32") == []
+        assert refusal(own, "optim=wrong").endswith("annotate it with -> torch.optim.LBFGS")
+        assert "takes none" in refusal(own, "optim=none")
 
 
 def test_a_config_that_is_a_list(meta_shy: Composer):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from cnnlab.schema import Duration, NonNegative, NonNegativeInt, Positive, Probability, Range
+from cnnlab.schema import Duration, DurationText, NonNegative, NonNegativeInt, Positive, Probability, Range
 
 Decay = Annotated[float, Range(above=0, high=1)]
 
@@ -26,7 +26,7 @@ class Schedule:
         ValueError: no duration, or more than 100 % of the run.
     """
 
-    def __init__(self, *, warmup: str | None = None, warmup_start: Probability = 0.01):
+    def __init__(self, *, warmup: DurationText | None = None, warmup_start: Probability = 0.01):
         self.warmup = None if warmup is None else _inside("warmup", Duration.parse(warmup))
         self.warmup_start = warmup_start
         self._steps_per_epoch: int | None = None
@@ -109,7 +109,7 @@ class Step(Schedule):
         milestones: tuple[str | float, ...] = ("50 %", "75 %"),
         gamma: Decay = 0.1,
         *,
-        warmup: str | None = None,
+        warmup: DurationText | None = None,
         warmup_start: Probability = 0.01,
     ):
         super().__init__(warmup=warmup, warmup_start=warmup_start)
@@ -161,10 +161,10 @@ class Exponential(Schedule):
     def __init__(
         self,
         gamma: Decay = 0.94,
-        every: str = "2 epochs",
+        every: DurationText = "2 epochs",
         staircase: bool = True,
         *,
-        warmup: str | None = None,
+        warmup: DurationText | None = None,
         warmup_start: Probability = 0.01,
     ):
         super().__init__(warmup=warmup, warmup_start=warmup_start)
@@ -203,7 +203,7 @@ class Cosine(Schedule):
         self,
         final: Probability = 0.0,
         *,
-        warmup: str | None = "5 %",
+        warmup: DurationText | None = "5 %",
         warmup_start: Probability = 0.01,
     ):
         super().__init__(warmup=warmup, warmup_start=warmup_start)
@@ -226,7 +226,7 @@ class Polynomial(Schedule):
         power: Positive = 0.9,
         final: Probability = 0.0,
         *,
-        warmup: str | None = None,
+        warmup: DurationText | None = None,
         warmup_start: Probability = 0.01,
     ):
         super().__init__(warmup=warmup, warmup_start=warmup_start)
@@ -296,7 +296,7 @@ class Plateau(Schedule):
         cooldown: NonNegativeInt = 0,
         min_factor: Probability = 1e-4,
         *,
-        warmup: str | None = None,
+        warmup: DurationText | None = None,
         warmup_start: Probability = 0.01,
     ):
         super().__init__(warmup=warmup, warmup_start=warmup_start)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+
+from cnnlab.kinds import alternatives, hints_of
 
 _FUSED = {"cuda": (SGD, Adam, AdamW), "cpu": (SGD, Adam, AdamW)}
 """Where torch has a single kernel for the update, which goes through memory once. On two cores: AlexNet's momentum step
@@ -34,19 +36,28 @@ class Traits:
     weight_decay: bool
 
     @classmethod
-    def of(cls, optimizer: type[Optimizer]) -> Traits:
-        """The traits of an optimizer class, ours, torch's or a third party's."""
+    def of(cls, optimizer: Callable[..., Any]) -> Traits:
+        """The traits of an optimizer class, ours, torch's or a third party's; or of a function that makes one, by the
+        class that its annotation says it returns."""
+        accepted = inspect.signature(optimizer).parameters
+        if not inspect.isclass(optimizer):
+            said = alternatives(hints_of(optimizer).get("return"))
+            optimizer = next((option for option in said if _is_optimizer(option)), Optimizer)
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         return cls(
             closure=closure is not None and closure.default is inspect.Parameter.empty,
             create_graph=bool(getattr(optimizer, "create_graph", False)),
             single_group=issubclass(optimizer, LBFGS),
-            weight_decay="weight_decay" in inspect.signature(optimizer).parameters,
+            weight_decay="weight_decay" in accepted,
         )
 
 
+def _is_optimizer(option: Any) -> bool:
+    return inspect.isclass(option) and issubclass(option, Optimizer)
+
+
 def accelerated(
-    optimizer: type[Optimizer], settings: Mapping[str, Any], device: torch.device, *, captured: bool = False
+    optimizer: Callable[..., Any], settings: Mapping[str, Any], device: torch.device, *, captured: bool = False
 ) -> dict[str, Any]:
     """Arguments that make the update fast on `device`, where `settings` (the config's) leave them open.
 

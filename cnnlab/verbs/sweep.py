@@ -16,14 +16,17 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
+from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 
+from cnnlab.check import check_part
 from cnnlab.config import Composed, Composer, make_importable, options_taken
 from cnnlab.errors import CheckpointError, CnnlabError, ConfigError, DataError, InterruptedRun, Terminated, UsageError
 from cnnlab.hydra_private import BASIC_SWEEPER, Callbacks
 from cnnlab.overrides import is_for_hydra
 from cnnlab.rundir import SCHEMA_VERSION, RunDir, claim, config_hash, write_json
+from cnnlab.trust import targets_of
 from cnnlab.verbs.arguments import Arguments
 from cnnlab.verbs.sweep_table import over_seeds, report
 
@@ -124,7 +127,7 @@ class SweepDir:
                 "'hydra.sweep.subdir=${hydra.job.num}', or name there what differs"
             )
         before = self._recorded()
-        taken = next((path for path in (self.json, *self.runs) if path.exists()), None)
+        taken = next((path for path in (self.json, *self.runs) if os.path.exists(path)), None)  # noqa: PTH110 (too long: told below)
         if taken is not None and before != self._asked():
             found = "another sweep" if before is not None else f"{taken.name}, which is no part of a sweep,"
             raise UsageError(f"{self.path} holds {found} already; type another hydra.sweep.dir")
@@ -201,6 +204,7 @@ def _launcher(
     config = open_composer.load(settings, RunMode.MULTIRUN)
     if config.hydra.sweeper._target_ != BASIC_SWEEPER:
         raise UsageError("hydra/sweeper: all cells are checked before the first one starts; type hydra/sweeper=basic")
+    _check_hydras_parts(config.hydra)
     callbacks = Callbacks(config)
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=HydraContext(config_loader=open_composer.hydra.config_loader, callbacks=callbacks),
@@ -217,6 +221,24 @@ def _launcher(
         callbacks.on_multirun_end(config=config, config_name=open_composer.config_name)
 
     return launch
+
+
+def _check_hydras_parts(hydra: Any) -> None:
+    """Hydra makes its launcher and its callbacks, and whatever has a `_target_` inside them.
+
+    Raises `ConfigError` for a callback that is none, and for parts inside of either.
+    """
+    plain: Any = OmegaConf.to_container(hydra, resolve=False)
+    problems: list[str] = []
+    inside = dict(targets_of(plain["launcher"], "hydra.launcher"))
+    inside.pop("hydra.launcher", None)
+    for name, node in (plain.get("callbacks") or {}).items():
+        where = f"hydra.callbacks.{name}"
+        inside |= {path: target for path, target in targets_of(node, where) if path != where}
+        problems += check_part(node, where, (), (Callback,))
+    problems += [f"`{path}._target_={target}`: no part may stand here" for path, target in inside.items()]
+    if problems:
+        raise ConfigError(problems)
 
 
 def run_cell(config: Any, *, config_dirs: Sequence[str], json_output: bool) -> None:

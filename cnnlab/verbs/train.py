@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from hydra.core.override_parser.types import Override
 
 from cnnlab.config import Composed, Composer, composer
 from cnnlab.errors import ConfigError, UsageError, short
-from cnnlab.overrides import is_plain, line, wrong_key
+from cnnlab.overrides import is_plain, line, repeated, wrong_key
 from cnnlab.rundir import RESUMABLE, RunDir, config_hash, environment, flatten, jsonable
 from cnnlab.verbs.arguments import answer, override_parser, parse
 from cnnlab.verbs.reopen import reopened
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str]) -> int:
 
             return sweep(open_composer, args)
         composed, folder = asked(open_composer, args.overrides)
+        for key, lines in repeated(open_composer.parse(args.overrides)).items():
+            print(f"{key} is given {len(lines)} times; {short(lines[-1])}, the last one, holds", file=sys.stderr)
     train(composed, folder, json_output=args.json)
     record = RunDir(composed.run_dir).read()
     if args.json and record:
@@ -81,7 +84,7 @@ def train(composed: Composed, folder: RunDir | None = None, *, json_output: bool
                 raise
             return fit(run)
     except Exception as error:
-        if folder is not None and folder.error.exists():
+        if folder is not None and os.path.exists(folder.error):  # noqa: PTH110 (a path may be too long to exist)
             error.add_note(f"The traceback is in {folder.error}")
         raise
     finally:
