@@ -40,14 +40,13 @@ class Traits:
         """The traits of an optimizer class, ours, torch's or a third party's; or of a function that makes one, by the
         class that its annotation says it returns."""
         accepted = inspect.signature(optimizer).parameters
-        if not inspect.isclass(optimizer):
-            said = alternatives(hints_of(optimizer).get("return"))
-            optimizer = next((option for option in said if _is_optimizer(option)), Optimizer)
-        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        said = [optimizer] if inspect.isclass(optimizer) else alternatives(hints_of(optimizer).get("return"))
+        made: Any = next((option for option in said if _is_optimizer(option)), Optimizer)
+        closure = inspect.signature(made.step).parameters.get("closure")
         return cls(
             closure=closure is not None and closure.default is inspect.Parameter.empty,
-            create_graph=bool(getattr(optimizer, "create_graph", False)),
-            single_group=issubclass(optimizer, LBFGS),
+            create_graph=bool(getattr(made, "create_graph", False)),
+            single_group=issubclass(made, LBFGS),
             weight_decay="weight_decay" in accepted,
         )
 
