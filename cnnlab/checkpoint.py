@@ -59,7 +59,7 @@ class State:
 def save(state: Mapping[str, Any], *paths: Path) -> None:
     """Writes `state` to each path: the whole file, with its checksum, or none.
 
-    Raises `CheckpointError` when the disk refuses (full, read-only); what was there before stays.
+    Raises `DiskError` when the disk refuses (full, read-only); what was there before stays.
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
@@ -70,10 +70,7 @@ def save(state: Mapping[str, Any], *paths: Path) -> None:
     buffer.seek(-2, io.SEEK_END)
     buffer.write(len(comment).to_bytes(2, "little") + comment)
     for path in paths:
-        try:
-            write_atomically(path, buffer.getvalue())
-        except OSError as error:
-            raise CheckpointError(f"{path} could not be written: {error}") from error
+        write_atomically(path, buffer.getvalue())
 
 
 def load(path: Path) -> dict[str, Any]:

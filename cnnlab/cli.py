@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
 from cnnlab import __version__
-from cnnlab.errors import CnnlabError, Terminated, UsageError, did_you_mean
+from cnnlab.errors import CnnlabError, InterruptedRun, UsageError, did_you_mean
+from cnnlab.interrupts import answered_by, number_of, raises, watcher
 from cnnlab.memory import is_out_of_memory, out_of_memory
+from cnnlab.surroundings import torchrun
+from cnnlab.terminal import fill_closed, guarded, say
 
 VERBS = {
     "train": "compose an experiment from parts and run it (-m sweeps, resume=RUN goes on)",
@@ -23,6 +24,9 @@ VERBS = {
 }
 BUILDERS = ("train", "summary", "bench")
 """Verbs that build an experiment and so take overrides; the others read run folders."""
+
+SURROUNDINGS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE)
+"""Refusals of a disk that are nobody's fault here, wherever they come from."""
 
 HELP = """cnnlab {version}: a laboratory for convolutional networks
 
@@ -40,7 +44,7 @@ Examples
 
 Exit codes
   0 done   2 wrong usage or config   3 data unusable   4 diverged   5 checkpoint unusable
-  130 / 143 interrupted, checkpoint saved   1 anything else
+  129 / 130 / 143 interrupted by SIGHUP, SIGINT, SIGTERM, checkpoint saved   1 anything else
 
 Shell completion
   eval "$(cnnlab -sc install=bash)"              in ~/.bashrc; fish: cnnlab -sc install=fish | source
@@ -49,30 +53,54 @@ Shell completion
 
 def help_text() -> str:
     verbs = "\n".join(f"  {name:<10} {text}" for name, text in VERBS.items())
-    return HELP.format(version=__version__, verbs=verbs)
+    return HELP.format(version=__version__, verbs=verbs).rstrip()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns its exit code. A user's mistake is one message, without a traceback."""
+    """Runs one verb and returns its exit code. A user's mistake is one message, without a traceback.
+
+    Args:
+        arguments: of the command line; without them it is this process's own, whose end is then watched over.
+    """
+    program = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        with _sigterm_raises():
-            return _dispatch(arguments)
-    except KeyboardInterrupt as error:
-        print("cnnlab: interrupted", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
-    except SystemExit as stop:  # argparse's --help, or a user's own module
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BrokenPipeError:  # `cnnlab ... | head`: nobody reads on, and Python must not try to flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            traceback.print_exc()
-        # Under `torchrun` all processes find the same mistake; one tells it.
-        if not isinstance(error, UsageError) or os.environ.get("RANK", "0") == "0":
-            print(f"cnnlab: {_message(error)}", file=sys.stderr)
-        return error.exit_code if isinstance(error, CnnlabError) else 1
+    if program:
+        fill_closed()
+    with guarded(), answered_by(raises):
+        if program:
+            watcher.start()
+        try:
+            code = _dispatch(arguments)
+            # A training's product are its files; that of every other verb is what it prints.
+            lost = getattr(sys.stdout, "lost", None) is not None and arguments[:1] != ["train"]
+            return code or int(lost)
+        except BaseException as error:
+            with answered_by(_goes_on):
+                code = _told(error)
+            if isinstance(error, KeyboardInterrupt | InterruptedRun):
+                watcher.expect_end(code - 128)
+            return code
+
+
+def _goes_on(number: int, frame: object) -> None:
+    """The process is about to end: another signal has nothing to add."""
+
+
+def _told(error: BaseException) -> int:
+    """Says what ended the verb; its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        say("; ".join(["cnnlab: interrupted", *getattr(error, "__notes__", [])]), err=True)
+        return 128 + number_of(error)
+    if isinstance(error, SystemExit):  # argparse's --help, or a user's own module
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if not isinstance(error, Exception):
+        raise error
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        traceback.print_exception(error)
+    # Under `torchrun` all processes find the same mistake; one tells it.
+    if not isinstance(error, UsageError) or torchrun().rank == 0:
+        say(f"cnnlab: {_message(error)}", err=True)
+    return error.exit_code if isinstance(error, CnnlabError) else 1
 
 
 def _message(error: Exception) -> str:
@@ -83,38 +111,29 @@ def _message(error: Exception) -> str:
     if "does not have a deterministic implementation" in str(error):
         remedy = "type trainer.deterministic=false, or another model"
         return f"this network needs what the device computes in no fixed order; {remedy}\n({error})"
+    if isinstance(error, OSError) and error.errno in SURROUNDINGS:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; free space, or type paths.outputs=FOLDER to write elsewhere"
+    if "No usable temporary directory" in str(error):
+        return (
+            "expected a folder for temporary files, there is none that can be written; type TMPDIR=FOLDER before cnnlab"
+        )
+    if "Could not determine home directory" in str(error):
+        return "`~` means nothing here, since this user has no home folder; type the whole path"
     notes = getattr(error, "__notes__", ["HYDRA_FULL_ERROR=1 shows the traceback"])
     return f"{type(error).__name__}: {error}\nThis is a fault of cnnlab or of a part from outside. " + "; ".join(notes)
 
 
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that folders are left tidy; a run handles both by itself."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise Terminated
-
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def _dispatch(arguments: list[str]) -> int:
     if not arguments:
-        print(help_text(), end="", file=sys.stderr)
+        say(help_text(), err=True)
         return UsageError.exit_code
     verb, rest = arguments[0], arguments[1:]
     if verb in ("-h", "--help", "help"):
-        print(help_text(), end="")
+        say(help_text())
         return 0
     if verb in ("-V", "--version"):
-        print(__version__)
+        say(__version__)
         return 0
     if {"-sc", "--shell-completion"} & set(arguments[:2]):
         from cnnlab.completion import complete

@@ -13,6 +13,7 @@ from cnnlab.cli import BUILDERS, VERBS
 from cnnlab.config import Composer
 from cnnlab.errors import CnnlabError, UsageError
 from cnnlab.hydra_private import Hydra
+from cnnlab.terminal import say
 from cnnlab.verbs.arguments import override_parser, parse
 
 PROGRAM = "cnnlab"
@@ -32,7 +33,7 @@ def complete(arguments: Sequence[str]) -> int:
         raise UsageError(f"expected -sc install={shells}, or uninstall=; received {' '.join(arguments)}")
     if command == "query":
         separator = "\n" if wishes[command] == "fish" else " "
-        print(separator.join(candidates(os.environ.get("COMP_LINE", ""))))
+        say(separator.join(candidates(os.environ.get("COMP_LINE", ""))))
         return 0
     plugin: CompletionPlugin = plugins[wishes[command]][0]
     kept, sys.argv = sys.argv, [PROGRAM]  # the script is for this name, however it is called now

@@ -7,7 +7,10 @@ traceback, to `error.txt` in the run folder.
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
+
+from cnnlab.terminal import one_line
 
 
 class CnnlabError(Exception):
@@ -55,8 +58,23 @@ class CheckpointError(CnnlabError):
     exit_code = 5
 
 
+class DiskError(CnnlabError, OSError):
+    """The disk refused to take what a run writes: it is full, read-only, or answers no more.
+
+    An `OSError`, too, with its `errno` and `strerror`, for who knows a way round.
+    """
+
+    def __init__(self, message: str, cause: OSError | None = None):
+        super().__init__(message)
+        if cause is not None:
+            self.errno, self.strerror = cause.errno, cause.strerror
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class InterruptedRun(CnnlabError):
-    """SIGINT or SIGTERM arrived; the run was saved at a step boundary."""
+    """SIGINT, SIGTERM or SIGHUP arrived; the run was saved at a step boundary."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
@@ -64,7 +82,11 @@ class InterruptedRun(CnnlabError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, outside of a run's own steps; Ctrl-C there is a plain `KeyboardInterrupt`."""
+    """SIGTERM or SIGHUP (`number`), outside of a run's own steps; Ctrl-C there is a plain `KeyboardInterrupt`."""
+
+    def __init__(self, number: int = signal.SIGTERM):
+        super().__init__()
+        self.number = int(number)
 
 
 def closest(wrong: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -86,5 +108,6 @@ def listing(names: Iterable[str]) -> str:
 
 
 def short(text: str) -> str:
-    """The text, or its beginning where a message would drown in it."""
+    """The text on one line, or its beginning where a message would drown in it."""
+    text = one_line(text)
     return text if len(text) <= 100 else text[:97] + "..."

@@ -7,7 +7,7 @@ loss curve is that of one process at the same global batch.
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from cnnlab.errors import DataError
+from cnnlab.surroundings import left_over, torchrun
+
+_log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
@@ -161,12 +164,14 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def join() -> Ranks:
     """Joins the process group that `torchrun` announces; alone without one."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    place = torchrun()
+    if place.world == 1:
+        if warning := left_over():
+            _log.warning("%s", warning)
         return Ranks()
     from torch import distributed
 
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    rank, local, world = place.rank, place.local_rank, place.world
     if not distributed.is_initialized():
         cuda = torch.cuda.is_available()
         if local < torch.cuda.device_count():

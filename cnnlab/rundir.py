@@ -6,14 +6,17 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
+import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cnnlab.errors import CheckpointError, CnnlabError, UsageError, short
+from cnnlab.disk import ensure, overwrite, writing
+from cnnlab.errors import CheckpointError, CnnlabError, DiskError, UsageError, short
 
 SCHEMA_VERSION = 2
 """Of a run folder. 1 counted the updates of a statistics record from 0 and the epochs of a training record from 0, and
@@ -36,17 +39,22 @@ RESUMABLE = (
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The whole content or none: written beside `path`, synced to disk, then renamed over it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """The whole content or none: written beside `path`, synced to disk, then renamed over it.
+
+    Raises `DiskError` when the disk refuses; what was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
+    with writing(path):
+        ensure(path.parent)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -224,8 +232,18 @@ class RunDir:
         return found
 
     def update(self, **facts: Any) -> None:
-        """Merges facts into `run.json`, atomically."""
-        write_json(self.run_json, {"schema_version": SCHEMA_VERSION, **self.read(), **facts})
+        """Merges facts into `run.json`, atomically; on a full disk in the blocks that it has.
+
+        Raises `DiskError` when neither goes.
+        """
+        document = {"schema_version": SCHEMA_VERSION, **self.read(), **facts}
+        try:
+            write_json(self.run_json, document)
+        except DiskError as error:
+            try:
+                overwrite(self.run_json, json.dumps(jsonable(document), separators=(",", ":")).encode() + b"\n")
+            except OSError:
+                raise error from None
 
     def record_failure(self, error: BaseException, **facts: Any) -> None:
         """What ended the run before its first step; `error.txt` gets the traceback when the fault is ours."""
@@ -234,8 +252,18 @@ class RunDir:
         elif isinstance(error, CnnlabError):
             self.update(status="failed", reason=str(error), **facts)
         else:
-            self.error.write_text("".join(traceback.format_exception(error)))
+            self.write_traceback(error)
             self.update(status="failed", reason=f"{type(error).__name__}: {error}", **facts)
+
+    def record_forced_end(self, number: int) -> None:
+        """The process is about to be ended in the middle of whatever it does."""
+        self.update(status="interrupted", reason=f"stopped at once by {signal.Signals(number).name}")
+
+    def write_traceback(self, error: BaseException | None) -> None:
+        """`error.txt`; a disk that refuses it must not hide what ended the run."""
+        text = "".join(traceback.format_exception(error))
+        with suppress(OSError):
+            self.error.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def claimed(self) -> AbstractContextManager[None]:
         """Keeps other processes from writing here meanwhile. Raises `UsageError` if one already does."""

@@ -344,10 +344,11 @@ def to_table(summary: Summary, max_rows: int | None = None) -> Table:
     """The summary for a terminal. With `max_rows` the middle of a longer list is left out."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
-    title = f"{summary.model}, input {_times(summary.input)}"
-    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    from cnnlab.drawing import plain
+
+    title = plain(f"{summary.model}, input {_times(summary.input)}", "bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.caption, table.caption_style, table.caption_justify = _totals(summary), "", "left"
     for name in ("layer", "type", "output", "kernel"):
         table.add_column(name, overflow="fold")
@@ -358,11 +359,11 @@ def to_table(summary: Summary, max_rows: int | None = None) -> Table:
     if max_rows is not None and len(layers) > max_rows:
         head, tail = max_rows // 2, len(layers) - (max_rows - max_rows // 2)
     for layer in layers[:head]:
-        table.add_row(*map(Text, _cells(layer, summary)))
+        table.add_row(*map(plain, _cells(layer, summary)))
     if tail > head:
-        table.add_row(Text(f"... {tail - head:,} more"))
+        table.add_row(plain(f"... {tail - head:,} more"))
     for layer in layers[tail:]:
-        table.add_row(*map(Text, _cells(layer, summary)))
+        table.add_row(*map(plain, _cells(layer, summary)))
     return table
 
 

@@ -19,6 +19,9 @@ TINY = (
 )
 """Two updates of a network of 5,000 parameters."""
 
+RANK_1_OF_2 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+"""What `torchrun` says to the second of two processes."""
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -14,7 +14,7 @@ from torch import nn
 
 from cnnlab import checkpoint
 from cnnlab.checkpoint import State
-from cnnlab.errors import CheckpointError
+from cnnlab.errors import CheckpointError, DiskError
 from cnnlab.train import fit
 
 CONTENT = {"model": {"w": torch.arange(5.0)}, "clock": {"step": 3, "name": "ä"}, "nothing": None}
@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(saved: Path, call: str, monkeypat
         monkeypatch.setattr(Path, "open", lambda path, mode: FullFile(path, mode))
     else:
         monkeypatch.setattr(*(os, "fsync") if call == "fsync" else (Path, "replace"), full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(DiskError, match="No space left.*free space"):
         checkpoint.save({"model": {"w": torch.zeros(5)}}, saved)
     monkeypatch.undo()
     assert differences(checkpoint.load(saved), CONTENT) == []
@@ -172,7 +172,7 @@ def test_a_full_disk_in_mid_run_ends_it_and_keeps_the_last_checkpoint(tmp_path: 
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(DiskError, match="No space left.*free space"):
         fit(run)
     monkeypatch.undo()
     assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["clock"]["step"] == 4

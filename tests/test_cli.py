@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_runs import TINY, Answer, record_of, run_folders
+from cli_runs import RANK_1_OF_2, TINY, Answer, record_of, run_folders
 
 from cnnlab import __version__
 from cnnlab.cli import VERBS, main
@@ -300,7 +300,8 @@ def test_sigterm_unwinds_and_the_handler_is_put_back(cli: Cli, monkeypatch: pyte
 
 
 def test_one_process_of_many_tells_a_mistake(cli: Cli, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in RANK_1_OF_2.items():
+        monkeypatch.setenv(name, value)
     assert cli("trian") == Answer(2, "", "")
 
 
@@ -417,6 +418,7 @@ def test_an_interrupted_run_goes_on(cli: Cli, monkeypatch: pytest.MonkeyPatch):
     assert answer.code == 130
     assert "cnnlab train resume=here" in answer.err
     assert record_of(Path("here"))["status"] == "interrupted"
+    monkeypatch.setattr(Run, "tell", original)
     assert cli("train", "resume=here").code == 0
     assert record_of(Path("here"))["status"] == "completed"
 
@@ -433,6 +435,7 @@ def test_ctrl_c_before_the_first_step(cli: Cli, monkeypatch: pytest.MonkeyPatch)
 
 def test_main_reads_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(sys, "argv", ["cnnlab", "--version"])
+    monkeypatch.setattr("cnnlab.cli.watcher.start", lambda: None)  # this process is pytest's
     assert main() == 0
     assert capsys.readouterr().out == f"{__version__}\n"
 

@@ -15,7 +15,9 @@ import cnnlab
 ROOT = Path(cnnlab.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"__init__", "errors", "schema", "memory"},
+    {"terminal", "surroundings"},
+    {"__init__", "errors", "schema", "memory", "drawing"},
+    {"disk", "interrupts"},
     {"usertext", "kinds"},
     {"trust"},
     {"check", "overrides", "rundir", "protocols", "rng", "measure"},
@@ -33,10 +35,15 @@ FLOORS: list[set[str]] = [
 ]
 """Low to high; a name is a module of `cnnlab` or a package with all that is in it."""
 
-PARTS = FLOORS[6]
+PARTS = next(floor for floor in FLOORS if "models" in floor)
 """What is swapped."""
 
 NO_TORCH = {
+    "terminal",
+    "surroundings",
+    "drawing",
+    "disk",
+    "interrupts",
     "errors",
     "schema",
     "usertext",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import TINY, Answer, record_of, run_folders
+from cli_runs import RANK_1_OF_2, TINY, Answer, record_of, run_folders
 
 from cnnlab.rundir import RunDir, claim
 from cnnlab.train.run import Run
@@ -158,7 +158,10 @@ def test_sweeps_that_are_refused(cli: Cli, overrides: list[str], words: str):
 
 
 def test_torchrun_and_sweeps(cli: Cli, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in RANK_1_OF_2.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert "without -m" in cli("train", "-m", *TINY, "seed=0,1").err
 
 

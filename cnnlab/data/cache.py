@@ -391,11 +391,12 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
         _log.info("decoding %s image files", f"{total:,}")
         yield lambda count: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from cnnlab.drawing import Drawing
+
     columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Drawing(sys.stderr), transient=True) as bar:
         task = bar.add_task("decoding", total=total)
         yield lambda count: bar.advance(task, count)
 

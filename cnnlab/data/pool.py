@@ -20,6 +20,7 @@ import cnnlab
 from cnnlab.data.decode import Decoded, Item, Recipe, decode_chunk, name_of
 from cnnlab.data.threads import fulfil
 from cnnlab.errors import DataError
+from cnnlab.surroundings import torchrun
 
 PATIENCE = 120.0
 """Seconds that one file may take, unless told."""
@@ -31,7 +32,7 @@ _NONE_YET = b"\xff" * 8
 def cores() -> int:
     """Cores that this process may use; under torchrun, its share of the machine's."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, there // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, there // torchrun().local_world)
 
 
 class DecodingPool:

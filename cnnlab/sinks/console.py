@@ -7,16 +7,18 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from cnnlab import terminal
 from cnnlab.errors import DivergedError, InterruptedRun
 from cnnlab.protocols import Listener
 from cnnlab.sinks.health import Strip, Verdict, health
 from cnnlab.sinks.jsonl import read_records
 from cnnlab.sinks.records import LOSS_PARTS, figures
+from cnnlab.surroundings import shown_path
+from cnnlab.terminal import one_line
 
 if TYPE_CHECKING:
     from cnnlab.protocols import StepResult
@@ -62,9 +64,9 @@ class Console(Listener):
     def __init__(
         self, stream: TextIO | None = None, *, live: bool = True, now: Callable[[], float] = time.perf_counter
     ):
-        self._stream = sys.stdout if stream is None else stream
-        terminal = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-        self._live = live and terminal
+        self._stream = terminal.stream(sys.stdout if stream is None else stream)
+        on_terminal = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        self._live = live and on_terminal
         self._now = now
         self._display: Display | None = None
         self._shown = Snapshot()
@@ -77,22 +79,23 @@ class Console(Listener):
 
     def notice(self, text: str) -> None:
         """One line of text, above the live display where there is one."""
+        self._tell([text])
+
+    def _tell(self, lines: Sequence[str]) -> None:
         self._told = self._now()
+        text = "\n".join(map(one_line, lines))
         if self._display is not None:
             self._display.print(text)
-            return
-        try:
-            print(text, file=self._stream, flush=True)
-        except BrokenPipeError:  # nobody reads on (`| head`, a lost connection): no reason to end a training
-            with Path(os.devnull).open("w") as nowhere:
-                os.dup2(nowhere.fileno(), self._stream.fileno())
+        else:
+            self._stream.write(text + "\n")
+            self._stream.flush()
 
     def on_start(self, run: Any) -> None:
         facts = dict(run.facts)
         facts.setdefault("model", type(run.model).__name__)
         if run.resumed:
             facts["resumed"] = f"at step {run.clock.step:,} of {run.total_steps:,}"
-        title = _shown_path(run.dir) if run.dir else "cnnlab"
+        title = shown_path(run.dir) if run.dir else "cnnlab"
         self._shown = Snapshot(title=title, facts=facts, total_steps=run.total_steps, epochs=run.epochs)
         self._shown.lr = self._highest_lr = run.lr()
         self._start, self._mark = (self._now(), run.clock.step), None
@@ -105,10 +108,10 @@ class Console(Listener):
         if self._live:
             from cnnlab.sinks.live import Display
 
-            self._display = self._display or Display(self._stream)
+            self._display = self._display or Display(self._stream)  # type: ignore[arg-type]
             self._draw(force=True)
         else:
-            self.notice("\n".join(f"{name:<12} {value}" for name, value in facts.items()))
+            self._tell([f"{name:<12} {value}" for name, value in facts.items()])
 
     def on_step(self, run: Any, result: StepResult) -> None:
         if self._mark is None:  # the first step compiles and warms up: speed is measured from its end
@@ -130,10 +133,10 @@ class Console(Listener):
         self._shown.splits[split] = found
         if split == "test":
             self._tested = found
-        if self._display is None:
+        if (
+            self._display is None or split != "train"
+        ):  # the display forgets; scrolled lines are the evaluations' history
             self.notice(self._line(run, record, found))
-        elif split != "train":  # the display forgets, the scrolled lines are the history of the evaluations
-            self._display.print(self._line(run, record, found))
         self._draw(force=True)
 
     def on_stats(self, run: Any, record: dict[str, Any]) -> None:
@@ -154,7 +157,7 @@ class Console(Listener):
             self._draw(force=True)
             self._display.stop()
             self._display = None
-        self.notice("\n".join(self._last_words(run, error)))
+        self._tell(self._last_words(run, error))
 
     def _count(self, run: Any) -> None:
         shown = self._shown
@@ -212,10 +215,10 @@ class Console(Listener):
             if strip.verdict is Verdict.BAD:
                 lines.append(f"  layers {strip.title}, {strip.words}")
         if run.dir:
-            path = _shown_path(run.dir)
+            path = shown_path(run.dir)
             lines += [
                 f"  run    {path}",
-                f"  next   tensorboard --logdir {shlex.quote(_shown_path(run.dir.parent))}",
+                f"  next   tensorboard --logdir {shlex.quote(shown_path(run.dir.parent))}",
                 f"         cnnlab eval {shlex.quote(path)}",
             ]
         return lines
@@ -232,12 +235,6 @@ def _status(error: BaseException | None) -> str:
     if isinstance(error, InterruptedRun | KeyboardInterrupt):
         return "interrupted"
     return "diverged" if isinstance(error, DivergedError) else "failed"
-
-
-def _shown_path(path: Path) -> str:
-    """Relative to the current folder where it lies inside."""
-    path, here = Path(path), Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def duration(seconds: float) -> str:

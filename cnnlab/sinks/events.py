@@ -28,6 +28,8 @@ from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from cnnlab.disk import append_to, writing
+
 _serial = itertools.count()
 
 
@@ -40,22 +42,27 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, step: int):
-        folder.mkdir(parents=True, exist_ok=True)
         writer = f"{socket.gethostname()}.{os.getpid()}.{next(_serial)}"
         self.path = folder / f"events.out.tfevents.{int(time.time()):010d}.{writer}"
+        self._first_step = step
+        self._begin()
+
+    def _begin(self) -> None:
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # TensorBoard purges at every session start but the first that it meets: each file has one.
         start = SessionLog(status=SessionLog.START)
-        self._write(Event(wall_time=time.time(), step=step, session_log=start))
+        self._write(Event(wall_time=time.time(), step=self._first_step, session_log=start))
 
     def add(self, step: int, values: Iterable[Summary.Value]) -> None:
         """All values as one event, on disk (for the system) when this returns."""
         values = list(values)
         if values:
+            if not self.path.exists():  # it vanished
+                self._begin()
             self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def _write(self, event: Event) -> None:
-        with self.path.open("ab") as file:
+        with writing(self.path), append_to(self.path) as file:
             RecordWriter(file).write(event.SerializeToString())
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cnnlab.disk import append_to, writing
 from cnnlab.errors import CheckpointError
 
 
@@ -27,18 +28,21 @@ class JsonlSink:
     def __init__(self, path: Path, digits: int | None = None):
         self.path = Path(path)
         self._digits = digits
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.touch()
-        self.truncate(self.size())
+        with writing(self.path):
+            append_to(self.path).close()
+            self.truncate(self.size())
 
     def write(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(self._plain(record), separators=(",", ":"), allow_nan=False)
-        with self.path.open("ab") as file:
+        with writing(self.path), append_to(self.path) as file:
             file.write(line.encode() + b"\n")
 
     def size(self) -> int:
         """Length of the file in bytes, for a checkpoint to remember."""
-        return self.path.stat().st_size
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:  # it vanished; the next record makes it again
+            return 0
 
     def truncate(self, size: int) -> None:
         """Cuts the file to `size` bytes, and from there back to the end of the last whole line.

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TextIO
+from typing import IO, TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cnnlab.drawing import Drawing, plain
 from cnnlab.sinks.health import COLUMNS, Cell, Strip, Verdict
 from cnnlab.sinks.records import LOSS_PARTS
+from cnnlab.terminal import one_line
 
 if TYPE_CHECKING:
     from cnnlab.sinks.console import Snapshot
@@ -35,13 +37,13 @@ class Display:
     Drawn by the caller's thread only: a refreshing thread of its own would compete with the training loop.
     """
 
-    def __init__(self, stream: TextIO):
-        self._console = Console(file=stream, highlight=False)
+    def __init__(self, stream: IO[str]):
+        self._console = Drawing(stream)
         self._live = Live(console=self._console, auto_refresh=False)
         self._live.start()
 
     def print(self, text: str) -> None:
-        self._console.print(Text(text))
+        self._console.print(text)
 
     def update(self, shown: Snapshot) -> None:
         width, height = self._console.size
@@ -62,12 +64,14 @@ def render(shown: Snapshot, facts: bool = True, wide: bool = True) -> Renderable
         parts.append(_metrics(shown))
     if shown.health:
         parts.append(_health(shown, wide))
-    return Panel(Group(*parts), title=Text(f" {shown.title} ", "bold"), title_align="left", border_style="bright_black")
+    return Panel(
+        Group(*parts), title=plain(f" {shown.title} ", "bold"), title_align="left", border_style="bright_black"
+    )
 
 
 def _facts(shown: Snapshot) -> RenderableType:
     """Two short facts a line; a long one has the line for itself."""
-    facts = [(name, " ".join(str(value).split())) for name, value in list(shown.facts.items())[:MAX_FACTS]]
+    facts = [(name, one_line(value)) for name, value in list(shown.facts.items())[:MAX_FACTS]]
     short = [fact for fact in facts if len(fact[1]) <= SHORT_FACT]
     long = [fact for fact in facts if len(fact[1]) > SHORT_FACT]
     width = max(len(name) for name, _ in facts)
@@ -78,9 +82,9 @@ def _facts(shown: Snapshot) -> RenderableType:
             grid.add_column(style="bright_black", no_wrap=True, min_width=width)
             grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     for position in range(0, len(short), 2):
-        pairs.add_row(*(Text(word) for fact in short[position : position + 2] for word in fact))
+        pairs.add_row(*(plain(word) for fact in short[position : position + 2] for word in fact))
     for fact in long:
-        lines.add_row(*(Text(word) for word in fact))
+        lines.add_row(*(plain(word) for word in fact))
     return Group(*(grid for grid in (pairs, lines) if grid.row_count), Text())
 
 
@@ -112,9 +116,9 @@ def _metrics(shown: Snapshot) -> RenderableType:
     table = Table(box=None, header_style="bright_black", pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("")
     for name in names:
-        table.add_column(Text(name), justify="right")
+        table.add_column(plain(name), justify="right")
     for split, found in shown.splits.items():
-        table.add_row(Text(split), *(f"{found[name]:.4g}" if name in found else "" for name in names))
+        table.add_row(plain(split), *(f"{found[name]:.4g}" if name in found else "" for name in names))
     return Group(Text(), table)
 
 
@@ -122,9 +126,9 @@ def _health(shown: Snapshot, wide: bool) -> RenderableType:
     heads = [f"layers at step {shown.stats_step:,}", "input → output", "first → last", ""]
     rows = [[Text(head, "bright_black") for head in heads]]
     for strip in shown.health:
-        verdict = Text(strip.words, _COLOR[strip.verdict]) if strip.words else Text("ok", "green")
+        verdict = plain(strip.words, _COLOR[strip.verdict]) if strip.words else Text("ok", "green")
         values = Text(f"{strip.first:.2g} → {strip.last:.2g}")
-        rows.append([Text(strip.title), _bars(strip), values, verdict])
+        rows.append([plain(strip.title), _bars(strip), values, verdict])
     if not wide:
         rows = [[*row[:2], row[3]] for row in rows]
     grid = Table.grid(padding=(0, 2), expand=True)

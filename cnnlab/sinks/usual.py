@@ -2,12 +2,51 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, TextIO
 
+from cnnlab.protocols import Listener
 from cnnlab.rundir import RunDir
 from cnnlab.sinks.console import Console
 from cnnlab.sinks.samples import SamplePictures
 from cnnlab.sinks.tensorboard import TensorBoard
+
+_log = logging.getLogger(__name__)
+
+
+class Unfailing(Listener):
+    """Passes on what happens to a listener that only shows it, and goes on without it if it fails: no fault of a
+    display, and nothing that a terminal answers, is a reason to end a training."""
+
+    def __init__(self, inner: Listener):
+        self._inner: Listener | None = inner
+
+    def _pass_on(self, event: str, *arguments: Any) -> None:
+        if self._inner is None:
+            return
+        try:
+            getattr(self._inner, event)(*arguments)
+        except Exception as error:
+            self._inner = None
+            _log.warning("the display failed (%s: %s); the run goes on without it", type(error).__name__, error)
+
+    def on_start(self, run: Any) -> None:
+        self._pass_on("on_start", run)
+
+    def on_step(self, run: Any, result: Any) -> None:
+        self._pass_on("on_step", run, result)
+
+    def on_record(self, run: Any, record: dict[str, Any]) -> None:
+        self._pass_on("on_record", run, record)
+
+    def on_stats(self, run: Any, record: dict[str, Any]) -> None:
+        self._pass_on("on_stats", run, record)
+
+    def on_epoch(self, run: Any, figures: dict[str, float]) -> None:
+        self._pass_on("on_epoch", run, figures)
+
+    def on_end(self, run: Any, error: BaseException | None) -> None:
+        self._pass_on("on_end", run, error)
 
 
 def attach(run: Any, folder: RunDir, stream: TextIO) -> Console:
@@ -16,7 +55,8 @@ def attach(run: Any, folder: RunDir, stream: TextIO) -> Console:
     They go before the checkpointer, which comes last.
     """
     console = Console(stream, live=run.trainer.progress)
+    shown = Unfailing(console)
     board = TensorBoard(folder.tensorboard)
     pictures = [SamplePictures(board)] if run.config["stats"]["pictures"] else []
-    run.listeners[-1:-1] = [console, board, *pictures]
+    run.listeners[-1:-1] = [shown, board, *pictures]
     return console

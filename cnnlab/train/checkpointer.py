@@ -62,6 +62,7 @@ class Checkpointer(Listener):
 
     def on_trained(self, run: Run) -> None:
         """The test split is evaluated with the weights that val chose."""
+        run.saved = True
         chosen = run.ranks.share(self._chosen(run) if run.is_main else None)
         if chosen is not None:
             run.state.load_state_dict(chosen, only=_evaluated(run))

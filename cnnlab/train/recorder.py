@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cnnlab import measure
+from cnnlab.disk import append_to, writing
 from cnnlab.errors import DivergedError
 from cnnlab.protocols import Listener, StepResult
 from cnnlab.ranks import Ranks
@@ -182,7 +183,14 @@ class Evidence(Listener):
             batch, _ = next(run.loaders[name].alone().batches(0))
             moments[name] = channel_moments(batch["image"])
         self._folder.update(inputs=moments)
-        write_atomically(self._folder.evidence / "shape.json", json.dumps([-1, len(self._losses)]).encode())
+        self._describe()
+
+    def _describe(self) -> None:
+        """`shape.json`, also after the folder vanished."""
+        assert self._folder is not None
+        path = self._folder.evidence / "shape.json"
+        if not path.exists():
+            write_atomically(path, json.dumps([-1, len(self._losses)]).encode())
 
     def on_step(self, run: Run, result: StepResult) -> None:
         self._losses.index_copy_(0, result.index, result.sample_loss.to(self._losses.dtype))
@@ -200,6 +208,7 @@ class Evidence(Listener):
         self.on_save(run)
         if self._folder is not None:
             self._write_row()
+            self._describe()
         self._partial = run.clock.batch != 0
         if not self._partial:
             self._rows += 1
@@ -211,14 +220,13 @@ class Evidence(Listener):
     def _write_row(self) -> None:
         """The losses at hand as the row after the whole ones; whole rows that are lost become NaN."""
         self._keep_rows()
-        with self._path.open("ab") as file:
+        with writing(self._path), append_to(self._path) as file:
             file.write(self._losses.clamp(-6e4, 6e4).half().cpu().numpy().tobytes())
 
     def _keep_rows(self) -> int:
         """Cuts the file to its whole rows, fills it up with NaN where some are lost; how many were there."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         length = 2 * len(self._losses)
-        with self._path.open("ab") as file:
+        with writing(self._path), append_to(self._path) as file:
             there = min(self._rows, file.tell() // length)
             file.truncate(there * length)
             file.write(np.full((self._rows - there) * len(self._losses), np.nan, dtype=np.float16).tobytes())

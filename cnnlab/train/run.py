@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import signal
-import threading
-import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 from cnnlab.checkpoint import State
 from cnnlab.data.loader import Loader
 from cnnlab.errors import CnnlabError, DivergedError, InterruptedRun, UsageError
+from cnnlab.interrupts import answered_by, raises, watcher
 from cnnlab.observe.observer import Observer
 from cnnlab.protocols import Batch, DataSpec, Listener, Schedule, Task
 from cnnlab.ranks import Ranks
@@ -23,6 +23,8 @@ from cnnlab.rundir import RunDir
 from cnnlab.schema import Precision, Trainer
 from cnnlab.train.state import Clock, Ema, Selection, Totals
 from cnnlab.train.step import EagerStep, Forward
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -59,6 +61,8 @@ class Run:
     resumed: bool = False
     interrupted_by: int = 0
     """The signal that asked the run to stop; 0 for none."""
+    saved: bool = False
+    """Whether the last update is behind, with its checkpoint: from here on an interruption loses nothing."""
 
     def __post_init__(self) -> None:
         self.totals = Totals(self.ranks, self.device)
@@ -199,16 +203,28 @@ class Run:
             self._finish(error)
 
     def _finish(self, error: BaseException | None) -> None:
+        """Says how the run ended, to its folder and to the listeners; nothing that fails here hides what ended it.
+
+        Raises `DiskError` if a completed run cannot be recorded as such.
+        """
         status, reason = _status_of(error)
+        if status == "failed" and self.folder is not None and self.is_main and not isinstance(error, CnnlabError):
+            self.folder.write_traceback(error)
+        refused: OSError | None = None
         try:
-            if status == "failed" and self.folder is not None and self.is_main and not isinstance(error, CnnlabError):
-                text = "".join(traceback.format_exception(error))
-                (self.folder.path / "error.txt").write_text(text)
             self._record_status(status, reason)
-            self.tell("on_end", error)
-        except OSError:  # a full disk must not hide what ended the run
-            if error is None:
-                raise
+        except OSError as caught:
+            refused = caught
+        for listener in self.listeners:
+            try:
+                listener.on_end(self, error or refused)
+            except OSError as caught:
+                if error is None and refused is None:
+                    _log.warning("%s", caught)
+        if refused is not None and error is None:
+            with suppress(OSError):  # shorter, it may still fit
+                self._record_status("failed", str(refused))
+            raise refused
 
     def _record_status(self, status: str, reason: str | None = None) -> None:
         if self.folder is None or not self.is_main:
@@ -228,22 +244,22 @@ class Run:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks the run to stop at the next step; a second Ctrl-C stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+        """The first SIGINT, SIGTERM or SIGHUP asks the run to stop at the next step; a second Ctrl-C stops at once, and
+        so does the first one while there is nothing to save."""
+        began = self.clock.step
 
         def ask(number: int, frame: Any) -> None:
-            if self.interrupted_by and number == signal.SIGINT:
-                raise KeyboardInterrupt
+            if (self.interrupted_by and number == signal.SIGINT) or not answers():
+                raises(number, frame)
             self.interrupted_by = number
 
-        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        def answers() -> bool:
+            """Before its first update a session has nothing to save, and that one may compile for minutes; after the
+            last checkpoint neither. With other processes, all stop at the same step."""
+            return self.ranks.world > 1 or (self.clock.step > began and not self.saved)
+
+        with watcher.answered(answers), answered_by(ask):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def _status_of(error: BaseException | None) -> tuple[str, str | None]:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from cnnlab.config import CONFIG_NAME, Composed, Composer
 from cnnlab.errors import UsageError, did_you_mean
 from cnnlab.hydra_private import get_args_parser
+from cnnlab.terminal import one_line, say
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,7 +125,7 @@ def answer(open_composer: Composer, args: Arguments) -> int:
     if args.multirun and args.cfg is not None:
         for number, cell in enumerate(open_composer.cells(args.overrides)):
             open_composer.compose(cell, number)
-            print(f"--- # cell {number}: {' '.join(cell)}")
+            say(f"--- # cell {number}: {one_line(' '.join(cell))}")
             _show_config(open_composer, args, cell)
         return 0
     open_composer.compose(args.overrides)
@@ -156,4 +157,4 @@ def _show_config(open_composer: Composer, args: Arguments, overrides: Sequence[s
             )
     except SystemExit as error:
         raise UsageError(f"--package: the config has no {args.package!r}") from error
-    print(shown.getvalue(), end="")
+    say(shown.getvalue().rstrip("\n"))

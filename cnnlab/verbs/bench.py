@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from cnnlab.config import composer
 from cnnlab.errors import UsageError
 from cnnlab.rundir import jsonable
+from cnnlab.surroundings import torchrun
+from cnnlab.terminal import one_line, say
 from cnnlab.verbs.arguments import answer, experiment, override_parser, parse
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from cnnlab.drawing import Drawing
 
 HELP = """cnnlab bench: how fast an experiment trains, and where its time goes.
 
@@ -46,14 +47,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S")
     args = parse(arguments, parser)
     if args.help:
-        print(HELP, end="")
+        say(HELP.rstrip())
         return 0
     rounds, seconds = args.own.rounds, args.own.seconds
     if rounds < 1:
         raise UsageError(f"--rounds: expected 1 or more, received {rounds}")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--seconds: expected a number above 0, received {seconds:g}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if torchrun().world > 1:
         raise UsageError("cnnlab bench measures one process; start it without torchrun")
     with composer(args.config_dirs, args.config_name, args.trust) as open_composer:
         if args.show:
@@ -64,9 +65,9 @@ def main(arguments: Sequence[str]) -> int:
     with _progress() as progress:
         document = bench(composed, rounds=rounds, seconds=seconds, progress=progress)
     for notice in document["notices"]:
-        print(notice, file=sys.stderr)
+        say(one_line(notice), err=True)
     if args.json:
-        print(json.dumps(jsonable(document)))
+        say(json.dumps(jsonable(document)))
     else:
         _show(document)
     return 0
@@ -75,11 +76,12 @@ def main(arguments: Sequence[str]) -> int:
 @contextmanager
 def _progress() -> Iterator[Any]:
     """A line on stderr that is redrawn between turns only, so that drawing takes no time from a turn."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    console = Console(stderr=True)
+    from cnnlab.drawing import Drawing
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    console = Drawing(sys.stderr)
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as shown:
         task = shown.add_task("building", total=None)
 
@@ -93,21 +95,21 @@ def _progress() -> Iterator[Any]:
 
 
 def _show(document: Mapping[str, Any]) -> None:
-    from rich.console import Console
+    from cnnlab.drawing import Drawing
 
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Drawing(sys.stdout, elsewhere=120)
     machine, run = document["machine"], document["run"]
     name = machine["gpu"] or machine["cpu"]
     cores = f"{machine['cores']} core{'s' if machine['cores'] != 1 else ''}"
-    console.print(f"{name}, {cores}, torch {machine['torch']}", markup=False)
+    console.print(f"{name}, {cores}, torch {machine['torch']}")
     for fact, text in run["facts"].items():
-        console.print(f"  {fact:<7} {text}", markup=False)
+        console.print(f"  {fact:<7} {one_line(text)}")
     _show_arms(console, document)
     _show_costs(console, document)
     _show_roofline(console, document["roofline"])
 
 
-def _show_arms(console: Console, document: Mapping[str, Any]) -> None:
+def _show_arms(console: Drawing, document: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     rounds, batch = document["rounds"], document["run"]["batch_size"]
@@ -118,7 +120,7 @@ def _show_arms(console: Console, document: Mapping[str, Any]) -> None:
     for name, arm in document["arms"].items():
         rate = arm["images_per_second"]
         table.add_row(
-            name,
+            console.plain(name),
             f"{rate['median']:,.1f}",
             f"{rate['low']:,.1f} - {rate['high']:,.1f}",
             _milliseconds(arm["step_seconds"]["median"]),
@@ -127,7 +129,7 @@ def _show_arms(console: Console, document: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def _show_costs(console: Console, document: Mapping[str, Any]) -> None:
+def _show_costs(console: Drawing, document: Mapping[str, Any]) -> None:
     from cnnlab.summarize import memory
 
     lines: list[tuple[str, str]] = []
@@ -153,7 +155,7 @@ def _show_costs(console: Console, document: Mapping[str, Any]) -> None:
     if peak["peak_bytes"] is not None:
         lines.append(("peak memory", f"{memory(peak['peak_bytes'])}: {peak['of']}"))
     for name, text in lines:
-        console.print(f"{name:<13} {text}", markup=False)
+        console.print(f"{name:<13} {text}")
 
 
 def _spread(spread: Mapping[str, float]) -> str:
@@ -170,7 +172,7 @@ def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:,.0f}" if seconds >= 0.1 else f"{1000 * seconds:.3g}"
 
 
-def _show_roofline(console: Console, found: Mapping[str, Any]) -> None:
+def _show_roofline(console: Drawing, found: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     from cnnlab.summarize import memory, quantity
@@ -188,5 +190,6 @@ def _show_roofline(console: Console, found: Mapping[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading in ("layer", "type", "bound by") else "right")
     for layer in found["top"]:
         flops, moved = f"{quantity(layer['flops'])}", memory(layer["bytes"])
-        table.add_row(layer["name"], layer["type"], flops, moved, layer["bound"], f"{layer['share']:.1%}")
+        name, kind = console.plain(layer["name"]), console.plain(layer["type"])
+        table.add_row(name, kind, flops, moved, layer["bound"], f"{layer['share']:.1%}")
     console.print(table)

@@ -9,6 +9,7 @@ from typing import Any
 from cnnlab.errors import CheckpointError
 from cnnlab.rundir import RunDir, jsonable
 from cnnlab.schema import DataPath, Device, StepKind
+from cnnlab.terminal import one_line, say
 from cnnlab.trust import TYPED, Trust
 from cnnlab.verbs.arguments import TRUST, Parser
 from cnnlab.verbs.reopen import reopened
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     which = available(folder, args.checkpoint)
     figures, classes = measured(folder, args.split, which, args.device, trust)
     if args.json:
-        print(json.dumps(jsonable({**figures, "checkpoint": which, "classes": classes})))
+        say(json.dumps(jsonable({**figures, "checkpoint": which, "classes": classes})))
     else:
         _show(folder, which, figures, classes)
     return 0
@@ -51,19 +52,19 @@ def main(arguments: Sequence[str]) -> int:
 def _show(folder: RunDir, which: str, figures: Mapping[str, float], classes: Sequence[Mapping[str, Any]]) -> None:
     best = folder.read().get("best") or {}
     epoch = f", of epoch {best['epoch']}" if which == "best" and "epoch" in best else ""
-    print(f"{'checkpoint':<24} {which}{epoch}")
+    say(f"{'checkpoint':<24} {which}{epoch}")
     for name, value in figures.items():
-        print(f"{name:<24} {value:.4f}")
+        say(f"{name:<24} {value:.4f}")
     found = [row for row in classes if row["samples"]]
     worst = sorted(found, key=lambda row: row["recall"])[:MOST_CLASSES]
     if not worst:
         return
     heading = "class" if len(worst) == len(found) else f"worst {MOST_CLASSES} of {len(found)}"
-    print(f"\n{heading:<24} {'samples':>9} {'recall':>7} {'precision':>9} {'IoU':>7}  mostly taken for")
+    say(f"\n{heading:<24} {'samples':>9} {'recall':>7} {'precision':>9} {'IoU':>7}  mostly taken for")
     for row in worst:
         recall, precision, iou = ("-" if row[k] is None else f"{row[k]:.4f}" for k in ("recall", "precision", "iou"))
-        taken_for = row["taken_for"] or ""
-        print(f"{row['class']:<24} {row['samples']:>9,} {recall:>7} {precision:>9} {iou:>7}  {taken_for}".rstrip())
+        name, taken_for = one_line(row["class"]), one_line(row["taken_for"] or "")
+        say(f"{name:<24} {row['samples']:>9,} {recall:>7} {precision:>9} {iou:>7}  {taken_for}".rstrip())
 
 
 def available(folder: RunDir, wanted: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cnnlab.config import composer
+from cnnlab.terminal import one_line, say
 from cnnlab.verbs.arguments import answer, experiment, override_parser, parse
 
 HELP = """cnnlab summary: shows what an experiment would train.
@@ -35,7 +36,7 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 def main(arguments: Sequence[str]) -> int:
     args = parse(arguments, override_parser("summary"))
     if args.help:
-        print(HELP, end="")
+        say(HELP.rstrip())
         return 0
     with composer(args.config_dirs, args.config_name, args.trust) as open_composer:
         if args.show:
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
             "groups": described["groups"],
             "schedule": described["schedule"],
         }
-        print(json.dumps(document))
+        say(json.dumps(document))
     else:
         _show(described)
     return 0
@@ -104,15 +105,15 @@ def _rates(config: dict[str, Any], base: float) -> dict[str, list[float]]:
 
 
 def _show(described: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from cnnlab.drawing import Drawing
     from cnnlab.summarize import to_table
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Drawing(sys.stdout, elsewhere=140)
     console.print(to_table(described["network"], max_rows=MAX_ROWS))
     for note in described["notes"]:
-        console.print(f"  {note}", markup=False, highlight=False)
+        console.print(f"  {one_line(note)}")
     table = Table(title=f"{described['optimizer']}: parameter groups", title_justify="left")
     for heading in ("group", "tensors", "parameters", "lr", "weight decay"):
         table.add_column(heading, justify="left" if heading == "group" else "right")
@@ -120,11 +121,13 @@ def _show(described: dict[str, Any]) -> None:
         decay = "" if group["weight_decay"] is None else f"{group['weight_decay']:g}"
         if group["decoupled_decay"] is not None:
             decay = f"{group['decoupled_decay']:g}, decoupled"
-        table.add_row(group["name"], f"{group['tensors']:,}", f"{group['parameters']:,}", f"{group['lr']:g}", decay)
+        table.add_row(
+            console.plain(group["name"]), f"{group['tensors']:,}", f"{group['parameters']:,}", f"{group['lr']:g}", decay
+        )
     console.print(table)
-    console.print("Learning rate by epoch", highlight=False)
+    console.print("Learning rate by epoch")
     for line in draw(described["schedule"]["lr"], described["schedule"]["epoch"][-1]):
-        console.print(line, markup=False, highlight=False)
+        console.print(line)
 
 
 def draw(values: Sequence[float], last_epoch: float, height: int = 8) -> list[str]:

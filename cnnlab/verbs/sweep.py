@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,8 +23,11 @@ from cnnlab.check import check_part
 from cnnlab.config import Composed, Composer, make_importable, options_taken
 from cnnlab.errors import CheckpointError, CnnlabError, ConfigError, DataError, InterruptedRun, Terminated, UsageError
 from cnnlab.hydra_private import BASIC_SWEEPER, Callbacks
+from cnnlab.interrupts import number_of
 from cnnlab.overrides import is_for_hydra
 from cnnlab.rundir import SCHEMA_VERSION, RunDir, claim, config_hash, write_json
+from cnnlab.surroundings import torchrun
+from cnnlab.terminal import guarded, one_line, say
 from cnnlab.trust import targets_of
 from cnnlab.verbs.arguments import Arguments
 from cnnlab.verbs.sweep_table import over_seeds, report
@@ -41,9 +43,9 @@ def sweep(open_composer: Composer, args: Arguments) -> int:
 
     Raises:
         ConfigError: with every problem of every cell.
-        InterruptedRun: SIGINT or SIGTERM arrived; `sweep.json` says what was done.
+        InterruptedRun: SIGINT, SIGTERM or SIGHUP arrived; `sweep.json` says what was done.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if torchrun().world > 1:
         raise UsageError("a sweep runs its cells one by one; start torchrun for each of them, without -m")
     cells = open_composer.cells(args.overrides)
     folder = SweepDir(_checked(open_composer, cells))
@@ -64,7 +66,7 @@ def sweep(open_composer: Composer, args: Arguments) -> int:
 
 
 def _interruption(stop: KeyboardInterrupt, folder: SweepDir) -> InterruptedRun:
-    number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+    number = signal.Signals(number_of(stop))
     states = [record["status"] for record in folder.write()]
     told = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     return InterruptedRun(
@@ -246,6 +248,11 @@ def run_cell(config: Any, *, config_dirs: Sequence[str], json_output: bool) -> N
 
     A failure of its own is recorded there and not raised; an interruption ends the sweep.
     """
+    with guarded():  # a launcher's process has streams of its own
+        _run_cell(config, config_dirs, json_output)
+
+
+def _run_cell(config: Any, config_dirs: Sequence[str], json_output: bool) -> None:
     from cnnlab.verbs.train import train
 
     make_importable([*config_dirs, Path.cwd()])
@@ -254,22 +261,21 @@ def run_cell(config: Any, *, config_dirs: Sequence[str], json_output: bool) -> N
     folder = Path(hydra.runtime.output_dir)
     composed = Composed(plain, folder, options_taken(hydra), tuple(hydra.overrides.task), tuple(config_dirs))
     label = f"cell {hydra.job.num}"
-    out = sys.stderr if json_output else sys.stdout
     run = RunDir(folder)
     if run.read().get("status") in FINISHED:
-        print(f"\n{label}: done before", file=out, flush=True)
+        say(f"\n{label}: done before", err=json_output)
         return
     if not run.last.exists() and run.read().get("status") is not None:
         shutil.rmtree(folder)  # it ended before its first checkpoint: begin again
-    print(f"\n{label}: {' '.join(composed.overrides)}", file=out, flush=True)
+    say(f"\n{label}: {one_line(' '.join(composed.overrides))}", err=json_output)
     try:
         train(composed, run if run.last.exists() else None, json_output=json_output)
     except InterruptedRun as error:  # a launcher keeps what is an Exception and goes on with the next cell
-        terminated = error.exit_code == 128 + signal.SIGTERM
-        raise (Terminated if terminated else KeyboardInterrupt) from error
+        number = error.exit_code - 128
+        raise (KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)) from error
     except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, CnnlabError) else f"{type(error).__name__}: "
-        print(f"{label}: {kind}{error}", file=sys.stderr, flush=True)
+        say(f"{label}: {kind}{error}", err=True)
     finally:
         _free_gpu_memory()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cnnlab.rundir import jsonable
+from cnnlab.terminal import one_line, say
 
 
 def report(records: Sequence[Mapping[str, Any]], folder: Path, seconds: float, *, json_output: bool = False) -> None:
@@ -17,25 +18,27 @@ def report(records: Sequence[Mapping[str, Any]], folder: Path, seconds: float, *
     seeds = over_seeds(records)
     if json_output:
         document = {"sweep": str(folder), "seconds": round(seconds, 3), "cells": records, "over_seeds": seeds}
-        print(json.dumps(jsonable(document)))
+        say(json.dumps(jsonable(document)))
         return
-    from rich.console import Console
     from rich.table import Table
 
+    from cnnlab.drawing import Drawing
     from cnnlab.sinks.records import LOSS_PARTS
 
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    console.print(f"\n{len(records)} cells in {seconds:.0f} s: {folder}", markup=False)
+    console = Drawing(sys.stdout, elsewhere=200)
+    console.print(f"\n{len(records)} cells in {seconds:.0f} s: {one_line(folder)}", soft_wrap=True)
     table = Table()
     varied = _varied(records)
     measured = dict.fromkeys(name for record in records for name in record["metrics"])
     names = [name for name in measured if name.rpartition("/")[2] not in LOSS_PARTS]
     for heading in ("cell", *varied, "status", *names, "seconds"):
-        table.add_column(heading, justify="right" if heading in (*names, "seconds") else "left", overflow="fold")
+        table.add_column(
+            console.plain(heading), justify="right" if heading in (*names, "seconds") else "left", overflow="fold"
+        )
     for record in records:
         table.add_row(
             str(record["cell"]),
-            *(_value(record, key) for key in varied),
+            *(console.plain(_value(record, key)) for key in varied),
             record["status"],
             *(_figure(record["metrics"].get(name)) for name in names),
             "" if record["seconds"] is None else f"{record['seconds']:.1f}",
@@ -47,7 +50,7 @@ def report(records: Sequence[Mapping[str, Any]], folder: Path, seconds: float, *
             reason = f"cell {record['cell']} {record['status']}: {record['reason']}"
             written = folder / record["run"] / "error.txt"
             seen = f" (traceback in {written})" if written.exists() else ""
-            console.print(reason + seen, markup=False, soft_wrap=True)
+            console.print(reason + seen, soft_wrap=True)
 
 
 def over_seeds(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -82,10 +85,10 @@ def _show_over_seeds(console: Any, groups: Sequence[Mapping[str, Any]], names: S
     table = Table(title="over the seeds: mean ± standard deviation", title_justify="left")
     varied = list(groups[0]["overrides"])
     for heading in (*varied, "runs", *names):
-        table.add_column(heading, justify="left" if heading in varied else "right", overflow="fold")
+        table.add_column(console.plain(heading), justify="left" if heading in varied else "right", overflow="fold")
     for group in groups:
         found = [group["metrics"].get(name) for name in names]
-        table.add_row(*group["overrides"].values(), str(group["runs"]), *map(_mean_and_std, found))
+        table.add_row(*map(console.plain, group["overrides"].values()), str(group["runs"]), *map(_mean_and_std, found))
     console.print(table)
 
 

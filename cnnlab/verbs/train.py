@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from hydra.core.override_parser.types import Override
 
 from cnnlab.config import Composed, Composer, composer
 from cnnlab.errors import ConfigError, UsageError, short
+from cnnlab.interrupts import watcher
 from cnnlab.overrides import is_plain, line, repeated, wrong_key
 from cnnlab.rundir import RESUMABLE, RunDir, config_hash, environment, flatten, jsonable
+from cnnlab.terminal import say
 from cnnlab.verbs.arguments import answer, override_parser, parse
 from cnnlab.verbs.reopen import reopened
 
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     if args.json and record:
         names = ("status", "seed", "steps", "epochs", "seconds", "metrics", "best")
         document = {"run": str(composed.run_dir), **{name: record.get(name) for name in names}}
-        print(json.dumps(jsonable(document)))
+        say(json.dumps(jsonable(document)))
     return 0
 
 
@@ -76,18 +78,26 @@ def train(composed: Composed, folder: RunDir | None = None, *, json_output: bool
                 folder.create(composed.config, composed.overrides)
             ranks.wait()
         with folder.claimed() if ranks.is_main else nullcontext():
+            if ranks.is_main:
+                watcher.on_forced_end = folder.record_forced_end
             try:
                 run = _started(composed, folder, ranks, going_on, json_output)
             except BaseException as error:
                 if ranks.is_main and not going_on:  # a run that could not go on stays what it was
-                    folder.record_failure(error, config_hash=config_hash(composed.config))
+                    with suppress(OSError):
+                        folder.record_failure(error, config_hash=config_hash(composed.config))
                 raise
             return fit(run)
     except Exception as error:
         if folder is not None and os.path.exists(folder.error):  # noqa: PTH110 (a path may be too long to exist)
             error.add_note(f"The traceback is in {folder.error}")
         raise
+    except KeyboardInterrupt as error:
+        if folder is not None and folder.last.exists():
+            error.add_note(f"its last checkpoint stands. Go on with: cnnlab train resume={folder.path}")
+        raise
     finally:
+        watcher.on_forced_end = None
         leave()
 
 

@@ -1,0 +1,121 @@
+"""Disks, signals and environments that are not as they should be."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lab_runs import Interrupt, make_run
+
+from cnnlab.disk import overwrite
+from cnnlab.errors import DiskError, InterruptedRun
+from cnnlab.interrupts import descendants
+from cnnlab.protocols import Listener
+from cnnlab.rundir import RunDir
+from cnnlab.surroundings import Place, left_over, torchrun
+from cnnlab.train import fit
+
+WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+
+
+def test_only_a_whole_torchrun_environment_counts():
+    assert torchrun(WHOLE) == Place(1, 2, 1, 1)
+    for name in WHOLE:
+        rest = {key: value for key, value in WHOLE.items() if key != name}
+        assert torchrun(rest) == Place(), name
+    for wrong in ({"RANK": "2"}, {"RANK": "x"}, {"LOCAL_RANK": "-1"}, {"WORLD_SIZE": ""}):
+        assert torchrun(WHOLE | wrong) == Place(), wrong
+    assert left_over({"WORLD_SIZE": "4"}) is not None
+    assert left_over({"RANK": "3"}) is None and left_over(WHOLE) is None
+
+
+def test_a_small_file_is_written_in_its_own_blocks(tmp_path: Path):
+    path = tmp_path / "run.json"
+    path.write_text("{}" * 50)
+    overwrite(path, b"{}\n")
+    assert path.read_bytes() == b"{}\n"
+    with pytest.raises(OSError, match="No space"):
+        overwrite(path, b"x" * (1 << 20))
+    assert path.read_bytes() == b"{}\n"
+
+
+class AtStep(Listener):
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step(self, run, result):
+        if run.clock.step == self.step:
+            self.action()
+
+
+def test_a_full_disk_is_one_message_and_a_true_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = make_run("stats=off", folder=tmp_path)
+
+    original = Path.open
+
+    def full(path: Path, mode: str = "r", *arguments, **options):
+        if "r" not in mode:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path, mode, *arguments, **options)
+
+    run.listeners.insert(0, AtStep(2, lambda: monkeypatch.setattr(Path, "open", full)))
+    with pytest.raises(DiskError, match=r"metrics.jsonl could not be written: No space left .* free space"):
+        fit(run)
+    monkeypatch.undo()
+    record = RunDir(tmp_path).read()
+    assert record["status"] == "failed" and "metrics.jsonl" in record["reason"]
+    assert not (tmp_path / "error.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["evidence", "checkpoints"])
+def test_a_folder_that_vanishes_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str):
+    run = make_run("stats=off", folder=tmp_path)
+    run.listeners.insert(0, AtStep(5, lambda: shutil.rmtree(tmp_path / name)))
+    with caplog.at_level(logging.WARNING):
+        fit(run)
+    assert any(f"{tmp_path / name} vanished" in message for message in caplog.messages)
+    assert any((tmp_path / name).iterdir())
+
+
+def test_a_lost_connection_saves(tmp_path: Path):
+    run = make_run("stats=off", folder=tmp_path)
+    run.listeners.insert(0, Interrupt(3, signal.SIGHUP))
+    with pytest.raises(InterruptedRun) as caught:
+        fit(run)
+    assert caught.value.exit_code == 129
+    assert run.clock.step == 3 and (tmp_path / "checkpoints" / "last.pt").exists()
+
+
+def test_a_process_that_hears_nothing_is_ended_with_its_children(tmp_path: Path):
+    code = (
+        "import hashlib, subprocess, sys\n"
+        "from cnnlab import cli\n"
+        "def stuck(arguments):\n"
+        "    subprocess.Popen(['sleep', '60'])\n"
+        "    print('there', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'x', b'x', 2 * 10**9)\n"  # in C, deaf for many minutes
+        "cli._dispatch = stuck\n"
+        "sys.argv = ['cnnlab', 'train']\n"
+        "sys.exit(cli.main())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"there\n"
+        (child,) = descendants(process.pid)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert time.monotonic() - began < 1.5
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):
+            os.kill(child, 0)
+            time.sleep(0.05)
