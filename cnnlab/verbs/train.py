@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
             return sweep(open_composer, args)
         composed, folder = asked(open_composer, args.overrides)
         for key, lines in repeated(open_composer.parse(args.overrides)).items():
-            print(f"{key} is given {len(lines)} times; {short(lines[-1])}, the last one, holds", file=sys.stderr)
+            say(f"{key} is given {len(lines)} times; {short(lines[-1])}, the last one, holds", err=True)
     train(composed, folder, json_output=args.json)
     record = RunDir(composed.run_dir).read()
     if args.json and record:
