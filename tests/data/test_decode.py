@@ -1,0 +1,160 @@
+"""One file, decoded: how it lies, what its values mean, how large it may be; and the processes that do it."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from cnnlab.data.decode import Recipe, decode, decode_chunk
+from cnnlab.data.gpu_jpeg import is_plain_jpeg
+from cnnlab.data.pixels import Depth, checked_range
+from cnnlab.data.pool import DecodingPool
+from cnnlab.errors import DataError
+
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>'
+WHOLE = Recipe(1, 8, 12, "stretch")
+
+
+def picture(width: int = 8, height: int = 12) -> Image.Image:
+    return Image.fromarray((np.arange(width * height) * 2).astype(np.uint8).reshape(height, width))
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("where", ["exif", "xmp"])
+def test_an_image_lies_as_pillows_transposition_has_it(orientation: int, kind: str, where: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options: dict[str, Any] = {"exif": exif} if where == "exif" else {"xmp": (XMP % orientation).encode()}
+    if kind == "PNG" and where == "xmp":
+        from PIL.PngImagePlugin import PngInfo
+
+        options = {"pnginfo": PngInfo()}
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", XMP % orientation)
+    if kind == "TIFF" and where == "xmp":
+        options = {"tiffinfo": {700: (XMP % orientation).encode()}}
+    file = saved(picture().convert("RGB"), kind, **options)
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(file))).convert("L")
+    array, size = decode(io.BytesIO(file), Recipe(1, wanted.height, wanted.width, "stretch"))
+    assert size == (wanted.height, wanted.width) and np.array_equal(array[0], np.asarray(wanted))
+    if kind == "JPEG":
+        assert not is_plain_jpeg(file), "a GPU would not turn it"
+
+
+def test_sixteen_bits_and_floats_by_a_range() -> None:
+    values = np.array([[0, 1024, 2048, 4095]], np.uint16)
+    file = saved(Image.fromarray(values), "PNG")
+    recipe, depth = Recipe(1, 1, 4, "stretch"), Depth()
+    assert decode(io.BytesIO(file), recipe, depth)[0].tolist() == [[[0, 4, 8, 16]]]
+    assert (depth.images, depth.highest) == (1, 4095)
+    ranged = Recipe(1, 1, 4, "stretch", value_range=(0, 4095))
+    assert decode(io.BytesIO(file), ranged)[0].tolist() == [[[0, 64, 128, 255]]]
+    floats = saved(Image.fromarray(np.array([[-1, 0, 0.5, np.nan]], np.float32)), "TIFF")
+    assert decode(io.BytesIO(floats), Recipe(1, 1, 4, "stretch", value_range=(0, 1)))[0].tolist() == [[[0, 0, 128, 0]]]
+    with pytest.raises(ValueError, match=r"data\.value_range"):
+        decode(io.BytesIO(floats), recipe)
+    for wrong in ([1.0], [2.0, 1.0], [0.0, float("inf")]):
+        with pytest.raises(ValueError, match=r"value_range=\[LOW,HIGH\]"):
+            checked_range(wrong)
+
+
+def test_too_many_pixels_are_refused_by_name_and_a_large_jpeg_is_halved() -> None:
+    bound = Recipe(3, 8, 8, "crop", 8, max_pixels=1000)
+    for kind, size in (("PNG", (100, 11)), ("GIF", (1, 4001)), ("JPEG", (64, 63)), ("TIFF", (1, 1001))):
+        with pytest.raises(ValueError, match=r"data\.max_pixels"):
+            decode(io.BytesIO(saved(Image.new("RGB", size), kind)), bound)
+    with pytest.raises(ValueError, match=r"data\.max_pixels"):
+        decode(io.BytesIO(saved(Image.new("RGB", (60, 50)), "JPEG", progressive=True)), bound)
+    file = saved(Image.new("RGB", (60, 50), (9, 99, 199)), "JPEG", quality=95)
+    array, size = decode(io.BytesIO(file), bound)
+    assert size == (50, 60) and abs(int(array[2, 4, 4]) - 199) <= 3
+    assert not is_plain_jpeg(file, 1000)
+    assert Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS > 10**6, "Pillow's own bound is put back"
+
+
+def test_of_a_long_strip_only_what_is_kept_is_resized(monkeypatch: pytest.MonkeyPatch) -> None:
+    strip = Image.fromarray((np.arange(20_000) // 80).astype(np.uint8)[None])
+    asked: list[tuple[int, int]] = []
+    whole = Image.Image.resize
+
+    def resize(self: Image.Image, size: tuple[int, int], *arguments: Any, **options: Any) -> Image.Image:
+        asked.append(size)
+        return whole(self, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    array, size = decode(io.BytesIO(saved(strip, "PNG")), Recipe(1, 32, 32, "crop", 32))
+    assert asked == [(32, 32)] and size == (1, 20_000) and abs(int(array[0, 16, 16]) - 125) <= 1
+
+
+def test_a_pipe_is_neither_opened_nor_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    chunk = decode_chunk([str(tmp_path / "a.png"), "/dev/zero"], WHOLE)
+    assert [number for number, _ in chunk.failures] == [0, 1] and "expected a file" in chunk.failures[0][1]
+
+
+def test_a_library_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = saved(picture(64, 64), "TIFF", compression="tiff_lzw")
+    (tmp_path / "a.tif").write_bytes(file[: len(file) // 2] + b"\0" * (len(file) - len(file) // 2))
+    (tmp_path / "b.tif").write_bytes(file[:-40])
+    decode_chunk([str(tmp_path / "a.tif"), str(tmp_path / "b.tif")], WHOLE)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_in_the_current_folder_takes_the_place_of_a_library(tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(saved(picture(), "PNG"))
+    for name in ("pickle", "numpy", "copy", "PIL", "struct", "queue"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('executed')")
+    code = (
+        "import sys; from cnnlab.data.pool import DecodingPool; from cnnlab.data.decode import Recipe\n"
+        "sys.path.append(''); sys.path.append(sys.argv[1])\n"
+        "pool = DecodingPool(1); chunk = pool.ask(['image.png'], Recipe(1, 8, 8, 'crop', 8)).result()\n"
+        "print(chunk.failures, chunk.images.shape); pool.close()"
+    )
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "[] (1, 1, 8, 8)\n", done.stderr
+
+
+def test_a_frozen_decoder_is_given_up_with_the_files_name(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(saved(picture(), "PNG"))
+    pool = DecodingPool(1, patience=0.2)
+    pool.ask([str(path)], WHOLE).result(30)
+    os.kill(pool.pids[0], signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"image\.png(.|\n)*loading\.patience"):
+        pool.ask([str(path)], WHOLE).result(10)
+    assert time.monotonic() - began < 5
+    pool.close()
+    assert pool.ask([str(path)], WHOLE).result(30).failures == []
+    os.kill(pool.pids[0], signal.SIGSTOP)
+    (pid,) = pool.pids
+    closing = threading.Thread(target=pool.close)
+    closing.start()
+    closing.join(5)
+    assert not closing.is_alive()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
