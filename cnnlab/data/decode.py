@@ -111,16 +111,15 @@ def decode(source: str | BinaryIO, recipe: Recipe, depth: Depth | None = None) -
         ValueError: it has more pixels than the recipe allows, or values of no meaning.
         Exception: what Pillow's parsers raise for a file that they cannot read.
     """
-    with _open(source) as file, _held(file, recipe.max_pixels):
-        with _identified(file) as image:
-            own = _bounded(image, recipe.max_pixels)
-            image.load()
-            image = _upright(image)
+    with _open(source) as file, _held(file, recipe.max_pixels), _identified(file) as image:
+        own = _bounded(image, recipe.max_pixels)
+        image.load()
+        _turn(image)
         if image.size[0] * image.size[1] > recipe.max_pixels:  # a container may hold another size than it says
             raise _too_large(image.size, recipe.max_pixels)
         size = image.size if own is None else own[:: -1 if _turned(own, image.size) else 1]
-        image = class_numbers(image) if recipe.mask else converted(image, recipe, depth)
-        array = np.asarray(fitted(image, recipe))
+        pixels = class_numbers(image) if recipe.mask else converted(image, recipe, depth)
+        array = np.asarray(fitted(pixels, recipe))
     array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
     return array, (size[1], size[0])
 
@@ -173,14 +172,13 @@ def _too_large(size: tuple[int, int], max_pixels: int) -> ValueError:
     )
 
 
-def _upright(image: Any) -> Any:
-    """The image turned as its EXIF or XMP says; whatever Pillow's own transposition honours."""
+def _turn(image: Any) -> None:
+    """Turns the image as its EXIF or XMP says; whatever Pillow's own transposition honours."""
     from PIL import ImageOps
 
     # Asking for the EXIF of a file that has none takes as long as decoding a small JPEG.
     if image.format == "TIFF" or not _SAYS_HOW_IT_LIES.isdisjoint(image.info):
         ImageOps.exif_transpose(image, in_place=True)
-    return image
 
 
 def _turned(before: tuple[int, int], now: tuple[int, int]) -> bool:
