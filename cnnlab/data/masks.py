@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cnnlab.data.cache import Listing, decoded
-from cnnlab.data.decode import Recipe
-from cnnlab.data.formats import EXTENSIONS
+from cnnlab.data.cache import Listing, Store, decoded
+from cnnlab.data.decode import Recipe, letterbox
+from cnnlab.data.found import Findings, Walk, class_names, first_names
+from cnnlab.data.layout import SPLITS, split_folders
 from cnnlab.data.pixels import MAX_PIXELS, checked_range
 from cnnlab.data.splits import Fraction, Limit, assemble, digest, partitioned, require_fractions
 from cnnlab.errors import DataError
@@ -63,6 +65,7 @@ class MaskFolder:
         if len(size) != 2:
             raise ValueError(f"expected data.size=[height,width], received {list(size)}")
         require_fractions(val, test)
+        self.findings = Findings()
         self.root = Path(root).expanduser()
         self.recipe = Recipe(
             channels, size[0], size[1], fit, value_range=checked_range(value_range), max_pixels=max_pixels
@@ -82,6 +85,7 @@ class MaskFolder:
         return DataSpec(self.recipe.channels, size, classes, frozenset({"mask"}), mask_classes=classes)
 
     def load(self) -> dict[str, Split]:
+        self.findings = Findings()
         classes = self._classes()
         images, masks, given = self._pairs()
         parts = partitioned(
@@ -105,18 +109,25 @@ class MaskFolder:
             cache=self.cache,
             workers=self.workers,
         )
+        present = frozenset[int]().union(*pairs.present.values())
+        if len(classes) == 2 and present == {0, VOID}:
+            raise DataError(
+                f"expected class numbers 0 and 1 in the masks of {self.root}, received 0 and {VOID} alone, and {VOID} "
+                f"is void: no pixel would be `{classes[1]}`; save them with 1 in the place of {VOID}"
+            )
+        self.findings.left_out += pairs.left_out
+        self.findings.notices += _untaught(classes, pairs.present)
         source = digest(pairs.fingerprint, classes)
         return assemble(pairs.images, {"mask": pairs.masks}, source, pairs.parts, mapped=True)
 
     def _classes(self) -> tuple[str, ...]:
         path = self.root / "classes.txt"
-        try:
-            names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
-        except OSError as error:
+        if not path.exists():
             raise DataError(
-                f"expected class names, one a line, in {path}, received: {error}; "
+                f"expected class names, one a line, in {path}, received no such file; "
                 f"type data.root=FOLDER, laid out as {_LAYOUT}"
-            ) from error
+            )
+        names = class_names(path)
         if not 2 <= len(names) <= VOID:
             raise DataError(f"expected 2 to {VOID} class names in {path}, received {len(names)}")
         return names
@@ -126,8 +137,15 @@ class MaskFolder:
         images: list[str] = []
         masks: list[str] = []
         given = {}
-        for split in ("train", "val", "test"):
-            pictures, numbers = self._by_name("images", split), self._by_name("masks", split)
+        walk = Walk(self.root)
+        all_pictures, all_numbers = self._by_split("images", walk), self._by_split("masks", walk)
+        walk.settle(self.on_error, self.findings)
+        gone = {_key(name) for name, _ in walk.broken}
+        for split in SPLITS:
+            pictures, numbers = all_pictures.get(split, {}), all_numbers.get(split, {})
+            for key in gone:
+                pictures.pop(key, None)
+                numbers.pop(key, None)
             single = sorted(set(pictures) ^ set(numbers))
             if single:
                 raise DataError(
@@ -144,15 +162,50 @@ class MaskFolder:
             )
         return images, masks, given
 
-    def _by_name(self, kind: str, split: str) -> dict[str, str]:
-        folder = self.root / kind / split
+    def _by_split(self, kind: str, walk: Walk) -> dict[str, dict[str, str]]:
+        """The files of each split, by path and name without the suffix. Raises `DataError` for two of one name."""
+        folder = self.root / kind
         if not folder.is_dir():
             return {}
-        return {
-            path.stem: f"{kind}/{split}/{path.name}"
-            for path in sorted(folder.iterdir())
-            if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
-        }
+        splits = split_folders(folder, walk.subfolders(folder, _LAYOUT), _LAYOUT, self.findings)
+        files: dict[str, dict[str, str]] = {}
+        for split, path in splits.items():
+            files[split] = {}
+            for name in walk.images(path, once=False):  # many images may share one mask, by links
+                other = files[split].setdefault(_key(name), name)
+                if other != name:
+                    raise DataError(
+                        f"expected one file of each name in {path}, whatever the suffix, received {other} and {name}; "
+                        "rename or remove one of them"
+                    )
+        return files
+
+
+def _key(name: str) -> str:
+    """`images/train/sub/a.jpg` -> `sub/a`, which is the mask's, too."""
+    below = name.split("/", 2)[-1]
+    return below[: -len(Path(below).suffix)] if Path(below).suffix else below
+
+
+def _untaught(classes: Sequence[str], present: Mapping[str, frozenset[int]]) -> list[str]:
+    """Notices of classes that no training pixel teaches, and of splits that measure nothing.
+
+    Raises `DataError` where there is no target at all.
+    """
+    missing = [name for number, name in enumerate(classes) if number not in present["train"]]
+    if len(missing) == len(classes):
+        raise DataError(f"expected class numbers in the training masks, received {VOID} (void) alone; mend the masks")
+    notices = []
+    if missing:
+        notices.append(
+            f"data: no pixel of the training masks is {first_names(missing)}, which the network cannot learn; "
+            f"{VOID} in a mask is void and counts nowhere"
+        )
+    return notices + [
+        f"data: {split} has no pixel that is not void ({VOID}); its metrics are not defined, and choose no checkpoint"
+        for split, found in present.items()
+        if found <= {VOID}
+    ]
 
 
 @dataclass
@@ -164,6 +217,10 @@ class Pairs:
     masks: Tensor
     parts: dict[str, Tensor]
     fingerprint: str
+    present: dict[str, frozenset[int]]
+    """The numbers in each split's files."""
+    left_out: list[tuple[str, str]]
+    """The files that could not be read, with the reason."""
 
 
 def decoded_pairs(
@@ -194,11 +251,15 @@ def decoded_pairs(
     picture_store = decoded(Listing(root, images), recipe, **options)
     mask_store = decoded(Listing(root, masks), mask_recipe, **options)
     parts = mask_store.readable(picture_store.readable(parts))
-    for rows in parts.values():
+    present = {}
+    for split, rows in parts.items():
         _require_fit(rows, picture_store.sizes, mask_store.sizes, masks)
-        _require_known(rows, mask_store.images, numbers, masks)
+        present[split] = _numbers_in(rows, mask_store, recipe, numbers, masks)
+    left_out = [(images[row], why) for row, why in picture_store.failures]
+    left_out += [(masks[row], why) for row, why in mask_store.failures]
     fingerprint = digest(picture_store.fingerprint, mask_store.fingerprint)
-    return Pairs(picture_store.images, _renumbered(mask_store.images[:, 0], numbers), parts, fingerprint)
+    classes = _renumbered(mask_store.images[:, 0], numbers)
+    return Pairs(picture_store.images, classes, parts, fingerprint, present, left_out)
 
 
 def _renumbered(masks: Tensor, numbers: Mapping[int, int]) -> Tensor:
@@ -226,13 +287,25 @@ def _require_fit(rows: Tensor, image_sizes: Tensor, mask_sizes: Tensor, masks: S
         )
 
 
-def _require_known(rows: Tensor, masks: Tensor, numbers: Mapping[int, int], files: Sequence[str]) -> None:
-    """Raises `DataError` where a mask (M, 1, H, W) holds a number that stands for nothing."""
-    known = torch.tensor([*numbers, VOID], dtype=torch.uint8)
+def _numbers_in(
+    rows: Tensor, store: Store, recipe: Recipe, numbers: Mapping[int, int], files: Sequence[str]
+) -> frozenset[int]:
+    """The numbers in the masks, but for what a letterbox adds. Raises `DataError` for one that stands for nothing."""
+    known = np.zeros(256, bool)
+    known[[*numbers, VOID]] = True
+    present = np.zeros(256, bool)
+    masks = store.images.numpy()
     for row in rows.tolist():
-        unknown = masks[row][~torch.isin(masks[row], known)]
-        if len(unknown):
+        mask = masks[row, 0]
+        if recipe.fit == "letterbox":
+            height, width = store.sizes[row].tolist()
+            left, top, width, height = letterbox(height, width, recipe.height, recipe.width)
+            mask = mask[top : top + height, left : left + width]
+        found = np.bincount(mask.ravel(), minlength=256) > 0
+        if (found & ~known).any():
             raise DataError(
                 f"expected class numbers {min(numbers)}..{max(numbers)} or {VOID} (void) in the masks, received "
-                f"{int(unknown[0])} in {files[row]}; repair the mask, or complete the list of classes"
+                f"{np.flatnonzero(found & ~known)[0]} in {files[row]}; repair the mask, or complete the list of classes"
             )
+        present |= found
+    return frozenset(np.flatnonzero(present).tolist())

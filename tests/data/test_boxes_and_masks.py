@@ -187,3 +187,32 @@ def test_refused_combinations() -> None:
         MaskFolder("x", size=(4,))
     with pytest.raises(ValueError, match=r"data\.val"):
         VocBoxes("x", val=0.6, test=0.5)
+
+
+def test_masks_of_0_and_255_for_two_classes_are_refused(tmp_path: Path) -> None:
+    root = make_masks(tmp_path / "data", {"train": 6, "val": 2, "test": 2})
+    for path in (root / "masks").rglob("*.png"):
+        Image.fromarray(np.where(np.arange(16) < 8, 0, 255).astype(np.uint8)[None].repeat(12, 0)).save(path)
+    with pytest.raises(DataError, match="no pixel would be `green`; save them with 1"):
+        masks(root).load()
+
+
+def test_what_no_pixel_teaches_and_a_split_of_void_are_told(tmp_path: Path) -> None:
+    root = make_masks(tmp_path / "data", {"train": 6, "valid": 2, "test": 2})
+    (root / "classes.txt").write_bytes(b"\xef\xbb\xbfred\ngreen\nsky\n")
+    for path in (root / "masks" / "valid").iterdir():
+        Image.fromarray(np.full((12, 16), VOID, np.uint8)).save(path)
+    data = masks(root)
+    assert data.spec().classes == ("red", "green", "sky") and len(data.load()["val"]) == 2
+    untaught, void = data.findings.notices
+    assert "no pixel of the training masks is sky" in untaught and "val has no pixel that is not void" in void
+
+
+def test_two_images_for_one_mask_and_two_folders_for_one_split_are_refused(tmp_path: Path) -> None:
+    root = make_masks(tmp_path / "data", {"train": 6, "val": 2})
+    save_plain(root / "images" / "train" / "3.jpg", size=(16, 12))
+    with pytest.raises(DataError, match=r"images/train/3\.jpg and images/train/3\.png"):
+        masks(root).load()
+    make_masks(root, {"Valid": 1})
+    with pytest.raises(DataError, match="received Valid and val"):
+        masks(root).load()
