@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -132,6 +133,7 @@ class Observer:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.tensors = tuple(name for name, _ in trained)
         self.parameters = [p for _, p in trained]
+        self._stated = every is not None
         every = every or max(1, min(MAX_EVERY, total_steps // MIN_SAMPLES))
         self.probes = [(probe, probe.every or every) for probe in probes]
         self.stretch = 1
@@ -153,10 +155,19 @@ class Observer:
     def __call__(self, step: int) -> Look:
         """The look at the update that follows `step` ones: idle unless a probe is due."""
         number = step + 1
+        if self.overhead.end():
+            self.overhead.decide(
+                self._total_steps,
+                self._records,
+                whole=lambda factor: self._coming(0, self.stretch * factor),
+                coming=lambda factor: self._coming(step, self.stretch * factor),
+            )
         due = [probe for probe, every in self.probes if number == 1 or number % (every * self.cadence) == 0]
-        self.overhead.begin(bool(due))
+        if number > 1 and not self._stated and not self.overhead.may_begin():
+            due = []
         if due or self._arrived():
             self.drain()
+        self.overhead.begin(bool(due))
         return _SampledLook(self, number, due) if due else IDLE
 
     @property
@@ -169,13 +180,14 @@ class Observer:
         self.overhead.pause()
 
     def describe(self) -> dict[str, Any]:
-        """What was taken and what it cost: `samples`, `every` (steps), `overhead` (share of the time of the steps),
+        """What was taken and what it cost: `samples`, `seconds`, `every` (steps), `overhead` (share of the time),
         `sample_in_steps` (a sample's cost as a multiple of a step); `None` for what is not known."""
-        step, sample = self.overhead.step_seconds, self.overhead.sample_seconds
-        ratio = None if step is None or sample is None or step == 0 else sample / step
+        step, spent = self.overhead.step_seconds, self.overhead.spent(self._records)
+        ratio = None if not step or spent is None or not self._records else spent / self._records / step
         every = min((every for _, every in self.probes), default=None)
         return {
             "samples": self._records,
+            "seconds": None if spent is None else round(spent, 3),
             "every": None if every is None else every * self.cadence,
             "overhead": None if ratio is None or every is None else round(ratio / (every * self.cadence), 5),
             "sample_in_steps": None if ratio is None else round(ratio, 3),
@@ -191,7 +203,6 @@ class Observer:
         self._records += 1
         self._figures += packed.numel()
         self._keep_to_bounds(step, packed.numel())
-        self.overhead.decide(self._total_steps, lambda slowdown: self._coming(0, self.stretch * slowdown))
         event = None
         if packed.device.type == "cuda":
             host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
@@ -215,6 +226,7 @@ class Observer:
             return
         if event is not None:
             event.synchronize()
+        began = time.perf_counter()
         record: dict[str, Any] = {"step": step}
         if self.taps is not None:
             record["layers"] = list(self.taps.names)
@@ -223,6 +235,7 @@ class Observer:
         for (tag, shape), part in zip(shapes.items(), parts, strict=True):
             record[tag] = part.view(shape).tolist()
         self.receive(record)
+        self.overhead.charge(time.perf_counter() - began)
 
     def _keep_to_bounds(self, step: int, size: int) -> None:
         """Stretches the cadences until the records after update `step`, of `size` figures each, fit."""

@@ -12,8 +12,10 @@ import torch
 
 FREE_SECONDS = 1.0
 """What the statistics of a run may cost in any case."""
-MIN_COSTS, MIN_STEPS = 3, 5
+MIN_COSTS, MIN_STEPS = 1, 5
 """Sampled and other steps that must have been timed before anything is decided."""
+END_SECONDS = 0.15
+"""Kept for what follows the last step: the figures of the last sample and the last pictures."""
 MAX_SLOWDOWN = 1 << 20
 _WINDOW = 15
 
@@ -60,10 +62,10 @@ def mark_for(device: torch.device) -> Callable[[], Mark]:
 class Overhead:
     """Times steps with and without a sample, and says by which factor the cadence must be slower.
 
-    A sample's cost is what its step and the one after it (in which the figures are written) take longer than the
-    median of the other steps. All samples of a run together may cost the share `limit` of its steps, or
-    `FREE_SECONDS` if that is more. The factor is a power of two, and follows the measurements both ways. A cadence of
-    one or two steps leaves none to compare with, and is kept.
+    A sample costs what its step takes longer than the median of the other steps, and what handing its figures over
+    takes (`charge`: files, TensorBoard, pictures, the imports of a first use). All samples of a run together, from the
+    first on, may cost the share `limit` of its steps, or `FREE_SECONDS` if that is more. The factor is a power of two,
+    and follows the measurements both ways. A stated cadence of one step leaves none to compare with, and is kept.
 
     Args:
         limit: largest share of a run's time, or `None` for any.
@@ -73,21 +75,37 @@ class Overhead:
     def __init__(self, limit: float | None, make_mark: Callable[[], Mark]):
         self.limit = limit
         self.slowdown = 1
+        self.charged = 0.0
+        """Seconds that handing figures over took, in all."""
         self._make_mark = make_mark
-        self._marks: deque[tuple[bool, Mark]] = deque(maxlen=256)
+        self._begun: tuple[bool, Mark] | None = None
+        self._marks: deque[tuple[bool, Mark, Mark]] = deque(maxlen=256)
         self._idle: deque[float] = deque(maxlen=4 * _WINDOW)
         self._sampled: deque[float] = deque(maxlen=_WINDOW)
-        """Sampled steps, each together with the one after it."""
         self._first = True  # a run's first step loads and allocates
+
+    def end(self) -> bool:
+        """At the end of a step, before figures are handed over. Whether a sample's cost became known."""
+        if self._begun is not None:
+            self._marks.append((*self._begun, self._make_mark()))
+            self._begun = None
+        return self._read()
 
     def begin(self, sampled: bool) -> None:
         """At the beginning of a step."""
-        self._marks.append((sampled, self._make_mark()))
-        self._read()
+        self._begun = sampled, self._make_mark()
 
     def pause(self) -> None:
         """Something other than a step comes next: the last step is not timed."""
-        self._marks.clear()
+        self._begun = None
+
+    def charge(self, seconds: float) -> None:
+        self.charged += seconds
+
+    def may_begin(self) -> bool:
+        """Whether a sample may be taken while none has been timed: when it can be compared, and none is awaited."""
+        waiting = any(sampled for sampled, _, _ in self._marks)
+        return self.limit is None or bool(self._sampled) or (len(self._idle) >= MIN_STEPS and not waiting)
 
     @property
     def step_seconds(self) -> float | None:
@@ -96,45 +114,52 @@ class Overhead:
 
     @property
     def sample_seconds(self) -> float | None:
-        """Median cost of a sample; `None` while too few are known."""
+        """Median cost of a sample in its step; `None` while too few are known."""
         step = self.step_seconds
         if step is None or len(self._sampled) < MIN_COSTS:
             return None
-        return max(0.0, statistics.median(self._sampled) - 2 * step)
+        return max(0.0, statistics.median(self._sampled) - step)
 
-    def decide(self, total_steps: int, samples: Callable[[int], int]) -> None:
-        """Sets `slowdown`, once enough is known. To be called once a sample.
+    def spent(self, samples: int) -> float | None:
+        """Seconds that so many samples have cost until now."""
+        each = self.sample_seconds
+        return None if each is None else samples * each + self.charged
+
+    def decide(self, total_steps: int, taken: int, whole: Callable[[int], int], coming: Callable[[int], int]) -> None:
+        """Sets `slowdown`, once enough is known. To be called when a sample's cost became known.
 
         Args:
             total_steps: of the run.
-            samples: how many the whole run has at a slowdown.
+            taken: samples until now.
+            whole: how many the whole run has at a slowdown.
+            coming: how many are still to come at a slowdown.
         """
-        step, sample = self.step_seconds, self.sample_seconds
-        if self.limit is None or step is None or sample is None:
+        step, sample, spent = self.step_seconds, self.sample_seconds, self.spent(taken)
+        if self.limit is None or step is None or sample is None or spent is None:
             return
-        allowed = max(self.limit * step * total_steps, FREE_SECONDS)
+        allowed = max(self.limit * step * total_steps, FREE_SECONDS) - END_SECONDS
+        each = sample + self.charged / max(1, taken)
         wanted = 1
-        while wanted < MAX_SLOWDOWN and samples(wanted) * sample > allowed:
+        while wanted < MAX_SLOWDOWN and (whole(wanted) * each > allowed or coming(wanted) * each > allowed - spent):
             wanted *= 2
-        if wanted > self.slowdown or samples(wanted) * sample <= 0.8 * allowed:  # not to and fro
+        if wanted > self.slowdown or whole(wanted) * each <= 0.8 * allowed:  # not to and fro
             self.slowdown = wanted
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
         """Takes the times of the steps that are over."""
-        while len(self._marks) >= 3 and self._marks[2][1].ready():
-            (sampled, begin), (next_sampled, middle), (_, end) = (self._marks[i] for i in range(3))
-            this, following = begin.seconds_until(middle), middle.seconds_until(end)
-            self._marks.popleft()
-            if sampled and not next_sampled:
-                if not self._first:
-                    self._sampled.append(this + following)
-                self._marks.popleft()  # the step in which the figures were written is no idle one
-            elif not sampled:
-                self._idle.append(this)
+        known = False
+        while self._marks and self._marks[0][2].ready():
+            sampled, begin, end = self._marks.popleft()
+            if not sampled:
+                self._idle.append(begin.seconds_until(end))
+            elif not self._first:
+                self._sampled.append(begin.seconds_until(end))
+                known = True
             self._first = False
+        return known
 
     def state_dict(self) -> dict[str, Any]:
-        return {"slowdown": self.slowdown}
+        return {"slowdown": self.slowdown, "charged": self.charged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.slowdown = state["slowdown"]
+        self.slowdown, self.charged = state["slowdown"], state.get("charged", 0.0)

@@ -32,6 +32,10 @@ class Mark:
         return later.at - self.at
 
 
+def decide(overhead: Overhead, steps: int, every: int, taken: int, left: int) -> None:
+    overhead.decide(steps, taken, lambda factor: steps // (every * factor), lambda factor: left // (every * factor))
+
+
 def simulated(
     limit: float | None, *, steps: int, every: int, cost: float, writing: float = 0.0
 ) -> tuple[Overhead, int]:
@@ -41,20 +45,22 @@ def simulated(
     overhead = Overhead(limit, clock.mark)
     samples, sampled = 0, False
     for step in range(steps):
+        if overhead.end():
+            decide(overhead, steps, every, samples, steps - step)
         clock.now += writing * sampled
-        sampled = step % (every * overhead.slowdown) == 0
+        overhead.charge(writing * sampled)
+        sampled = (step + 1) % (every * overhead.slowdown) == 0
         overhead.begin(sampled)
         clock.now += 1 + cost * sampled
-        if sampled:
-            samples += 1
-            overhead.decide(steps, lambda slowdown: -(-steps // (every * slowdown)))
+        samples += sampled
     return overhead, samples
 
 
 def test_the_cost_is_that_of_the_sampled_step_and_of_the_writing_after_it():
     overhead, _ = simulated(None, steps=200, every=10, cost=0.5, writing=0.25)
     assert overhead.step_seconds == pytest.approx(1)
-    assert overhead.sample_seconds == pytest.approx(0.75)
+    assert overhead.sample_seconds == pytest.approx(0.5)
+    assert overhead.spent(20) == pytest.approx(20 * 0.5 + 19 * 0.25), "the last one's is yet to be written"
     assert overhead.slowdown == 1, "without a limit nothing is slowed down"
 
 
@@ -66,7 +72,7 @@ def test_samples_become_as_rare_as_they_must(cost: float, expected: int):
 
 
 def test_a_second_is_free():
-    overhead, samples = simulated(0.01, steps=60, every=6, cost=0.09)
+    overhead, samples = simulated(0.01, steps=60, every=6, cost=0.08)
     assert (overhead.slowdown, samples) == (1, 10)
     overhead, samples = simulated(0.01, steps=60, every=6, cost=0.5)
     assert overhead.slowdown > 1
@@ -78,11 +84,11 @@ def test_a_burst_of_noise_is_forgiven():
     overhead = Overhead(0.01, clock.mark)
     for step in range(20_000):
         sampled = step % (10 * overhead.slowdown) == 0
+        if overhead.end():
+            decide(overhead, 20_000, 10, 0, 0)
         overhead.begin(sampled)
         clock.now += 1 + sampled * (2.0 if step < 100 else 0.05)
-        if sampled:
-            overhead.decide(20_000, lambda slowdown: 20_000 // (10 * slowdown))
-        if step == 500:
+        if step == 90:
             assert overhead.slowdown > 1
     assert overhead.slowdown == 1
 
@@ -91,10 +97,10 @@ def test_what_happens_between_epochs_is_not_counted():
     clock = Clock()
     overhead = Overhead(None, clock.mark)
     for step in range(100):
+        overhead.end()
         overhead.begin(step % 5 == 4)
         clock.now += 1.0
         if step % 5 == 4:
-            overhead.decide(100, lambda slowdown: 0)
             overhead.pause()
             clock.now += 100.0  # an evaluation
     assert overhead.step_seconds == pytest.approx(1)
