@@ -72,7 +72,7 @@ def _last_checkpoint(folder: RunDir) -> dict[str, Any]:
     if not folder.last.exists():
         raise CheckpointError(
             f"{folder.path} has no checkpoint to go on from (it ended before the first one, or ran with "
-            "trainer.checkpoint=false); start it again without resume="
+            f"trainer.checkpoint=false); start it again without resume=: {folder.begin_again()}"
         )
     state = checkpoint.load(folder.last)
     if "origin" not in state:

@@ -6,15 +6,20 @@ import hashlib
 import json
 import os
 import platform
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cnnlab import stored
+from cnnlab.claims import claim, held
 from cnnlab.disk import ensure, overwrite, writing
 from cnnlab.errors import CheckpointError, CnnlabError, DiskError, UsageError, short
 
@@ -36,6 +41,41 @@ RESUMABLE = (
     "regularization.patience",
 )
 """What may change when a run goes on; everything else would make it another run."""
+
+PLACES = (
+    "data.root",
+    "data.shards",
+    "data.val_shards",
+    "data.test_shards",
+    "data.cache",
+    "data.workers",
+    "data.download",
+)
+"""Where the data lies and how it is read: data that has moved is the same data, known by its fingerprint."""
+
+_RECORD: dict[str, stored.Kind] = {
+    "schema_version": stored.INTEGER,
+    "status": stored.TEXT,
+    "reason": stored.or_null(stored.TEXT),
+    "seed": stored.INTEGER,
+    "config_hash": stored.TEXT,
+    "choices": stored.OBJECT,
+    "config_dirs": stored.TEXTS,
+    "classes": stored.TEXTS,
+    "samples": stored.COUNTS,
+    "data_fingerprint": stored.TEXT_BY_NAME,
+    "steps": stored.COUNT,
+    "epochs": stored.COUNT,
+    "seconds": stored.or_null(stored.NUMBER),
+    "metrics": stored.NUMBERS,
+    "best": stored.or_null(stored.OBJECT),
+    "versions": stored.TEXT_BY_NAME,
+}
+"""What those who read a run rely on in its `run.json`."""
+_BEST: dict[str, stored.Kind] = {"metric": stored.TEXT, "value": stored.or_null(stored.NUMBER), "epoch": stored.COUNT}
+_PARTS = ("run.json", "metrics.jsonl", "stats.jsonl", "error.txt", "evidence", "tensorboard", "checkpoints")
+"""What a run leaves beside `.hydra`, and begins anew where it begins again."""
+_TORN = re.compile(r"\..+\.\d+\.tmp")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -101,6 +141,7 @@ class RunDir:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._claimed = False
 
     @property
     def run_json(self) -> Path:
@@ -140,28 +181,49 @@ class RunDir:
 
     # ---- what was asked ----
 
-    def create(self, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    def create(self, config: Mapping[str, Any], overrides: Sequence[str], *, again: bool = False) -> None:
         """Makes the folder and writes what was asked.
 
-        Raises `UsageError` if a run is there already (of two at once, the first gets the folder), or if
-        nothing can be written.
+        A run that ended here before its first checkpoint left nothing to go on with, and is begun again.
+
+        Args:
+            again: also one that was measured without checkpoints, and did not come to its end.
+
+        Raises:
+            UsageError: a run is there already (of two at once, the first gets the folder), or nothing can be written.
         """
+        with self.claimed():
+            self._begin(again)
+            self.write_config(config, overrides)
+
+    def _begin(self, again: bool) -> None:
+        """Takes away what an earlier run left here, where that is nothing to keep. Raises `UsageError` where it is."""
+        if not any((self.path / name).exists() for name in (".hydra/config.yaml", "run.json", "checkpoints")):
+            return
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._hydra.mkdir()
-        except FileExistsError as error:
-            if not self._hydra.is_dir():
-                raise UsageError(f"{self.path}: expected a folder for the run, found a file") from error
+            status = self._stored().get("status")
+        except CheckpointError as error:
+            status = f"its record cannot be read: {error}"
+        if status in (None, "running"):  # nobody else is at work: the claim is ours
+            status = "killed"
+        if self.last.exists() or self.best.exists():
             raise UsageError(
-                f"{self.path} already holds a run; two runs never share a folder. "
+                f"{self.path} already holds a run ({status}); two runs never share a folder. "
                 f"Type resume={self.path} to go on with it, or another hydra.run.dir"
-            ) from error
-        except OSError as error:
+            )
+        over = status not in ("killed", "failed", "interrupted")
+        measured = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        if over or (measured and not again):
             raise UsageError(
-                f"{self.path}: the run cannot be written there ({error.strerror}); type another "
-                "paths.outputs or hydra.run.dir"
-            ) from error
-        self.write_config(config, overrides)
+                f"{self.path} already holds a run ({status}), without a checkpoint to go on with; begun again, it would "
+                f"lose its records. Type another hydra.run.dir, or take it away first: rm -r {shlex.quote(str(self.path))}"
+            )
+        for name in _PARTS:
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def write_config(self, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
         write_yaml(self._hydra / "config.yaml", dict(config))
@@ -172,27 +234,30 @@ class RunDir:
 
         Raises `UsageError` if this is no run folder, `CheckpointError` if its config is damaged.
         """
-        loaded = self._read_yaml("config.yaml")
-        if not isinstance(loaded, dict) or not loaded:
-            raise CheckpointError(f"{self._hydra / 'config.yaml'} is damaged: expected the config of a run")
-        return {str(key): value for key, value in loaded.items()}
+        path, loaded = self._hydra / "config.yaml", self._read_yaml("config.yaml")
+        if not isinstance(loaded, dict) or not loaded or not all(isinstance(key, str) for key in loaded):
+            raise stored.damaged(path, "expected the config of a run")
+        return loaded
 
     def overrides(self) -> list[str]:
         """The command line's part of it."""
-        return [str(override) for override in self._read_yaml("overrides.yaml")]
+        loaded = self._read_yaml("overrides.yaml")
+        stored.require({"overrides": loaded}, {"overrides": stored.TEXTS}, self._hydra / "overrides.yaml")
+        return list(loaded)
+
+    def begin_again(self) -> str:
+        """What to type where there is no checkpoint to go on with: the run from its start."""
+        record = self.read()
+        dirs = [text for folder in record.get("config_dirs", []) for text in ("--config-dir", folder)]
+        over = record.get("status") in ("completed", "diverged")
+        place = [] if over else [f"hydra.run.dir={self.path}"]
+        return shlex.join(["cnnlab", "train", *dirs, *self.overrides(), *place])
 
     def _read_yaml(self, name: str) -> Any:
-        import yaml
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-
         path = self._hydra / name
-        if not os.path.isfile(path):  # noqa: PTH113 (see `_no_run`)
+        if not os.path.exists(path):  # noqa: PTH110 (see `_no_run`)
             raise UsageError(self._no_run())
-        try:
-            return OmegaConf.to_container(OmegaConf.load(path))
-        except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+        return stored.yaml_document(path)
 
     def _no_run(self) -> str:
         """Why there is no run here, with the newest one below the folder, where one is."""
@@ -209,13 +274,40 @@ class RunDir:
     # ---- what it did ----
 
     def read(self) -> dict[str, Any]:
-        """`run.json`, or `{}` before there is one."""
-        if not self.run_json.is_file():
+        """`run.json`, or `{}` before there is one; of a run whose process is gone, `status` is `killed`.
+
+        Raises `CheckpointError` if it is damaged.
+        """
+        record = self._stored()
+        if record.get("status") == "running" and self.alive() is False:
+            reason = f"its process is gone; {record.get('steps', 0)} steps or more were done"
+            return {**record, "status": "killed", "reason": reason}
+        return record
+
+    def status(self) -> str | None:
+        """What became of the run; `None` where there is none yet."""
+        status: str | None = self.read().get("status")
+        if status is None and (self._hydra / "config.yaml").exists():
+            return "running" if self.alive() else "killed"
+        return status
+
+    def alive(self) -> bool | None:
+        """Whether a process writes here; `None` where that cannot be told."""
+        return held(self._hydra / "lock")
+
+    def _stored(self) -> dict[str, Any]:
+        if not self.run_json.exists():
             return {}
-        try:
-            return json.loads(self.run_json.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{self.run_json} is damaged: {error}") from error
+        record = stored.json_object(self.run_json)
+        stored.require(record, _RECORD, self.run_json)
+        stored.require(record.get("best") or {}, _BEST, self.run_json, "best.")
+        version = record.get("schema_version", SCHEMA_VERSION)
+        if not 1 <= version <= SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{self.run_json}: expected a schema_version of 1 to {SCHEMA_VERSION}, received {version}; the run was "
+                f"written by another cnnlab ({record.get('versions', {}).get('cnnlab', 'of unknown version')}), which reads it"
+            )
+        return record
 
     @property
     def schema(self) -> int:
@@ -236,7 +328,7 @@ class RunDir:
 
         Raises `DiskError` when neither goes.
         """
-        document = {"schema_version": SCHEMA_VERSION, **self.read(), **facts}
+        document = {"schema_version": SCHEMA_VERSION, **self._stored(), **facts}
         try:
             write_json(self.run_json, document)
         except DiskError as error:
@@ -265,30 +357,53 @@ class RunDir:
         with suppress(OSError):
             self.error.write_text(text, encoding="utf-8", errors="backslashreplace")
 
-    def claimed(self) -> AbstractContextManager[None]:
-        """Keeps other processes from writing here meanwhile. Raises `UsageError` if one already does."""
-        return claim(self._hydra / "lock", f"{self.path}: another process is writing this run")
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keeps other processes from writing here meanwhile; makes the folder where there is none. Whoever has it already
+        (this object) keeps it.
 
+        Raises `UsageError` if another process writes here, or if nothing can be written.
+        """
+        if self._claimed:
+            yield
+            return
+        self._make()
+        with ExitStack() as holding:
+            try:
+                holding.enter_context(claim(self._hydra / "lock", f"{self.path}: another process is writing this run"))
+            except OSError as error:
+                raise self._unwritable(error) from error
+            self._claimed = True
+            holding.callback(setattr, self, "_claimed", False)
+            self._remove_torn()
+            yield
 
-@contextmanager
-def claim(path: Path, refusal: str) -> Iterator[None]:
-    """Holds the lock file `path` for the block; the operating system drops it with the process, however that ends.
-
-    Raises `UsageError` with `refusal` if another process holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with path.open("w") as file:
+    def _make(self) -> None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"{refusal}; wait until it ends") from error
-        except OSError:  # a file system without locks
-            pass
-        yield
+            self._hydra.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if isinstance(error, FileExistsError) or self.path.is_file():
+                raise UsageError(f"{self.path}: expected a folder for the run, found a file") from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UsageError:
+        if (self._hydra / "config.yaml").exists():
+            return UsageError(
+                f"{self.path}: the run cannot be written ({error.strerror}), and so cannot go on there; make it writable, "
+                "or go on with a copy. cnnlab eval reads it as it is"
+            )
+        return UsageError(
+            f"{self.path}: the run cannot be written there ({error.strerror}); type another "
+            "paths.outputs or hydra.run.dir"
+        )
+
+    def _remove_torn(self) -> None:
+        """Removes what a process that was killed while it wrote a file left beside it."""
+        for folder in (self.path, self._hydra, self.last.parent, self.evidence):
+            with suppress(OSError):
+                torn = [path for path in folder.iterdir() if _TORN.fullmatch(path.name)]
+                for path in torn:
+                    path.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, Any]:

@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
         file.write('{"step":9')  # a torn line
     with (tmp_path / "evidence" / "sample_loss.f16").open("ab") as file:
         file.write(b"\x00" * 7)
-    assert RunDir(tmp_path).read()["status"] == "running"
+    assert RunDir(tmp_path).read()["status"] == "killed"
     saved = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["clock"]["step"]
     assert saved == (after if minutes == 0 else after // 4 * 4)
     resumed = resume_run(tmp_path)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,26 +25,33 @@ def test_what_is_written_is_read(tmp_path: Path):
     assert run.config() == CONFIG
     assert run.overrides() == ["seed=0", "name='a b'"]
     assert run.read() == {}
-    run.update(status="running", metrics={"test/loss": float("nan")})
-    run.update(steps=3)
-    assert run.read() == {"schema_version": 2, "status": "running", "metrics": {"test/loss": None}, "steps": 3}
+    with run.claimed():
+        run.update(status="running", metrics={"test/loss": float("nan")})
+        run.update(steps=3)
+        assert run.read() == {"schema_version": 2, "status": "running", "metrics": {"test/loss": None}, "steps": 3}
 
 
 def test_a_folder_that_is_there_already_may_be_used_once(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
     run = RunDir(tmp_path)
     run.create(CONFIG, [])
-    with pytest.raises(UsageError, match="already holds a run"):
+    write_atomically(run.last, b"a checkpoint")
+    with pytest.raises(UsageError, match=f"already holds a run .killed.*resume={tmp_path}"):
         run.create(CONFIG, [])
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert run.last.read_bytes() == b"a checkpoint"
 
 
 def create(path: str, barrier: multiprocessing.Barrier, results: multiprocessing.Queue) -> None:  # type: ignore[valid-type]
     barrier.wait()  # type: ignore[attr-defined]
+    run = RunDir(path)
     try:
-        RunDir(path).create(CONFIG, [])
+        with run.claimed():
+            run.create(CONFIG, [])
+            barrier.wait()  # type: ignore[attr-defined]
         results.put("created")  # type: ignore[attr-defined]
     except UsageError:
+        barrier.wait()  # type: ignore[attr-defined]
         results.put("refused")  # type: ignore[attr-defined]
 
 
@@ -110,9 +122,13 @@ def test_failures_are_recorded(tmp_path: Path):
 def test_a_claim_keeps_others_out(tmp_path: Path):
     run = RunDir(tmp_path)
     run.create(CONFIG, [])
-    with run.claimed(), pytest.raises(UsageError, match="another process is writing this run"), run.claimed():
-        pass
     with run.claimed():
+        with pytest.raises(UsageError, match="another process is writing this run"), RunDir(tmp_path).claimed():
+            pass
+        with run.claimed():  # who has it keeps it
+            pass
+        assert run.alive()
+    with RunDir(tmp_path).claimed():
         pass
 
 
@@ -121,6 +137,249 @@ def test_a_claim_ends_with_its_block_whatever_happens(tmp_path: Path):
         raise ZeroDivisionError
     with claim(tmp_path / "lock", "taken"):
         pass
+
+
+# ---- who runs it ----
+
+
+def ended_run(folder: Path, **record: object) -> RunDir:
+    """A run that ended before its first checkpoint, with all that it can leave."""
+    run = RunDir(folder)
+    run.create({**CONFIG, "name": "old"}, [])
+    if record:
+        run.update(**record)
+    for name in ("tensorboard/events", "evidence/shape.json", "error.txt", "checkpoints/.last.pt.77.tmp", "notes.txt"):
+        write_atomically(run.path / name, b"old")
+    run.metrics.touch()
+    return run
+
+
+@pytest.mark.parametrize("record", [{}, {"status": "running"}, {"status": "failed"}, {"status": "interrupted"}])
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(tmp_path: Path, record: dict[str, object]):
+    run = ended_run(tmp_path, **record)
+    run.create(CONFIG, [])
+    assert run.config() == CONFIG
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {".hydra/config.yaml", ".hydra/overrides.yaml", ".hydra/lock", "notes.txt"}
+
+
+@pytest.mark.parametrize("status", ["completed", "diverged", "killed, with records"])
+def test_a_run_with_something_to_lose_is_not_begun_again(tmp_path: Path, status: str):
+    run = ended_run(tmp_path, status="running" if "," in status else status)
+    if "," in status:
+        run.metrics.write_text("{}\n")
+    with pytest.raises(UsageError, match=f"rm -r {tmp_path}"):
+        run.create(CONFIG, [])
+    assert run.config()["name"] == "old"
+    assert run.error.exists()
+
+
+def test_who_runs_it_is_told_by_the_lock_and_not_by_the_record(tmp_path: Path):
+    run = RunDir(tmp_path)
+    assert run.status() is None
+    run.create(CONFIG, [])
+    assert run.status() == "killed", "it had not even a record"
+    with run.claimed():
+        assert RunDir(tmp_path).status() == "running"
+        run.update(status="running", steps=7)
+        assert RunDir(tmp_path).read()["status"] == "running"
+    told = RunDir(tmp_path).read()
+    assert (told["status"], told["steps"]) == ("killed", 7)
+    assert json.loads(run.run_json.read_text())["status"] == "running", "a reader writes nothing"
+    run.update(status="completed")
+    assert run.read()["status"] == "completed"
+
+
+def test_a_process_that_was_killed_holds_nothing(tmp_path: Path):
+    program = (
+        "import sys, time; from cnnlab.rundir import RunDir\n"
+        "run = RunDir(sys.argv[1])\n"
+        "with run.claimed():\n"
+        "    run.create({'seed': 0}, []); run.update(status='running'); print('there', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"there\n"
+        run = RunDir(tmp_path)
+        assert run.read()["status"] == "running"
+        with pytest.raises(UsageError, match=rf"another process .*\(process {process.pid} on "):
+            run.create(CONFIG, [])
+        process.kill()
+        process.wait()
+        assert run.read()["status"] == "killed"
+        run.create(CONFIG, [])
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that knows none."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_the_process_is_looked_for(tmp_path: Path):
+    run = RunDir(tmp_path)
+    run.create(CONFIG, [])
+    lock = tmp_path / ".hydra" / "lock"
+    with run.claimed():
+        here = json.loads(lock.read_text())
+        assert RunDir(tmp_path).alive() is True
+        with pytest.raises(UsageError, match="another process"), RunDir(tmp_path).claimed():
+            pass
+    assert lock.read_text() == "", "who ends takes the name out"
+    assert run.alive() is False
+    for other in ({"pid": 2**22 + 1}, {"began": "1"}):  # no such process; another one that got its number
+        lock.write_text(json.dumps({**here, **other}))
+        assert run.alive() is False
+    lock.write_text(json.dumps({**here, "host": "elsewhere"}))
+    assert run.alive() is None, "of another machine nothing can be told"
+    with run.claimed():
+        pass
+    for torn in ("", "{", "[]", "null", '{"pid": "x"}', "[" * 100_000):
+        lock.write_text(torn)
+        assert run.alive() is False
+
+
+def test_a_reader_does_not_keep_a_writer_out(tmp_path: Path):
+    import fcntl
+
+    run = RunDir(tmp_path)
+    run.create(CONFIG, [])
+    with (tmp_path / ".hydra" / "lock").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        letting_go = threading.Timer(0.05, lambda: fcntl.flock(file, fcntl.LOCK_UN))
+        letting_go.start()
+        with run.claimed():
+            pass
+        letting_go.join()
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_folder_that_cannot_be_written_is_told_in_words(
+    tmp_path: Path, begun: bool, monkeypatch: pytest.MonkeyPatch
+):
+    run = RunDir(tmp_path / "run")
+    if begun:
+        run.create(CONFIG, [])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("cnnlab.claims.os.open", refuse)
+    words = "cnnlab eval reads it as it is" if begun else "type another"
+    with pytest.raises(UsageError, match=f"Read-only file system.*{words}"), run.claimed():
+        pass
+
+
+def test_torn_files_of_a_killed_writer_are_swept(tmp_path: Path):
+    run = RunDir(tmp_path)
+    run.create(CONFIG, [])
+    torn = [".run.json.12.tmp", ".hydra/.config.yaml.12.tmp", "checkpoints/.last.pt.12.tmp", "evidence/.shape.json.1.tmp"]
+    kept = ["mine.tmp", ".hidden", "checkpoints/.keep.tmp"]
+    for name in (*torn, *kept):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
+    with run.claimed():
+        pass
+    assert [name for name in (*torn, *kept) if (tmp_path / name).exists()] == kept
+
+
+# ---- damage ----
+
+ALIASES = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}, *{p}]\n" for p, c in zip("abcdefghi", "bcdefghij"))
+DAMAGE = {
+    "empty": b"",
+    "another encoding": b"\xff\xfe\x00",
+    "binary": bytes(range(256)),
+    "cut short": b'{"a": [',
+    "a list": b"[1, 2]",
+    "a text": b'"text"',
+    "a number": b"3",
+    "null": b"null",
+    "deep": b"[" * 100_000,
+    "deep, closed": b"[" * 50_000 + b"]" * 50_000,
+    "deep objects": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+}
+YAML_DAMAGE = {
+    **DAMAGE,
+    "aliases": ALIASES.encode(),
+    "itself": b"a: &a [*a]",
+    "an anchor at the top": b"&a\ntrainer: *a",
+    "a tag": b"trainer: !!python/object/apply:os.system [true]",
+    "a set": b"trainer: !!set {a, b}",
+    "keys that are no texts": b"1: 2\nnull: 3",
+    "twice": b"a: 1\na: 2",
+    "deep blocks": b"".join(b" " * i + b"a:\n" for i in range(300)),
+}
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "overrides.yaml"])
+@pytest.mark.parametrize("damage", YAML_DAMAGE)
+def test_damaged_yaml_is_refused_by_name(tmp_path: Path, name: str, damage: str):
+    run = RunDir(tmp_path)
+    run.create(CONFIG, [])
+    if name == "overrides.yaml" and damage == "a list":
+        return  # numbers, below
+    (tmp_path / ".hydra" / name).write_bytes(YAML_DAMAGE[damage])
+    with pytest.raises(CheckpointError, match=rf"\.hydra/{name}"):
+        run.config() if name == "config.yaml" else run.overrides()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_record_is_refused_by_name(tmp_path: Path, damage: str):
+    run = RunDir(tmp_path)
+    run.run_json.write_bytes(DAMAGE[damage])
+    for read in (run.read, run.status, lambda: run.update(steps=1)):
+        with pytest.raises(CheckpointError, match=r"run\.json"):
+            read()
+    assert run.run_json.read_bytes() == DAMAGE[damage], "what is damaged is not overwritten"
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"status": 3}, "expected `status` to be a text, received the number 3"),
+        ({"steps": -1}, "expected `steps` to be a count"),
+        ({"steps": True}, "expected `steps` to be a count, received a truth value"),
+        ({"steps": 10**400}, None),
+        ({"best": [1]}, "expected `best` to be an object or null, received a list"),
+        ({"best": {"epoch": "1"}}, "expected `best.epoch` to be a count, received a text"),
+        ({"metrics": {"test/loss": "x"}}, "expected `metrics` to be numbers by name"),
+        ({"config_dirs": ["a", 1]}, "expected `config_dirs` to be a list of texts"),
+        ({"classes": "ab"}, "expected `classes` to be a list of texts, received a text"),
+        ({"choices": 1}, "expected `choices` to be an object"),
+        ({"schema_version": 99, "versions": {"cnnlab": "9.1"}}, r"received 99; the run was written by another cnnlab \(9\.1\)"),
+    ],
+)
+def test_a_record_of_other_types_is_refused_by_name(tmp_path: Path, record: dict[str, object], words: str | None):
+    run = RunDir(tmp_path)
+    run.run_json.write_text(json.dumps(record))
+    if words is None:
+        assert run.read() == record
+        return
+    with pytest.raises(CheckpointError, match=rf"run\.json.*{words}"):
+        run.read()
+
+
+@pytest.mark.parametrize("name", ["run.json", ".hydra/config.yaml", ".hydra/overrides.yaml"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "huge"])
+def test_what_is_no_document_is_refused_and_not_waited_for(tmp_path: Path, name: str, kind: str):
+    run = RunDir(tmp_path)
+    run.create(CONFIG, [])
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)  # a hole: no byte of it is there
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        {"run.json": run.read, ".hydra/config.yaml": run.config}.get(name, run.overrides)()
 
 
 # ---- writing ----

@@ -228,18 +228,37 @@ def test_a_sweep_that_is_running(cli: Cli):
 
 
 def test_a_process_that_vanished(cli: Cli, monkeypatch: pytest.MonkeyPatch):
-    """A launcher's process that is killed leaves `running` behind."""
+    """A launcher's process that is killed leaves `running` behind, and nobody holds its lock."""
 
     def vanish(composed: Any, *_: object, **__: object) -> None:
         run = RunDir(composed.run_dir)
         run.create(composed.config, composed.overrides)
         run.update(status="running")
 
-    monkeypatch.setattr("cnnlab.verbs.train.train", vanish)
-    answer = cli("train", "-m", *TINY, "seed=0", "hydra.sweep.dir=s")
+    with monkeypatch.context() as patched:
+        patched.setattr("cnnlab.verbs.train.train", vanish)
+        answer = cli("train", "-m", *TINY, "seed=0", "hydra.sweep.dir=s")
     assert answer.code == 1
-    assert statuses("s") == ["failed"]
-    assert "ended without a word" in answer.out
+    assert statuses("s") == ["killed"]
+    assert "its process is gone" in answer.out
+    assert cli("train", "-m", *TINY, "seed=0", "hydra.sweep.dir=s").code == 0, "it had no checkpoint: it begins again"
+
+
+def test_a_cell_that_another_process_runs_is_left_alone(cli: Cli):
+    """A job of Slurm outlives the sweep that started it."""
+    assert cli("train", "-m", *TINY, "seed=0,1", "trainer.max_steps=1", "hydra.sweep.dir=s").code == 0
+    cell = RunDir("s/1")
+    cell.last.unlink()
+    cell.best.unlink()
+    cell.update(status="running")
+    before = {path: path.read_bytes() for path in Path("s/1").rglob("*") if path.is_file()}
+    with claim(Path("s/1/.hydra/lock"), "taken"):
+        before.pop(Path("s/1/.hydra/lock"))
+        answer = cli("train", "-m", *TINY, "seed=0,1", "trainer.max_steps=1", "hydra.sweep.dir=s")
+        assert statuses("s") == ["completed", "running"]
+    assert answer.code == 1
+    assert "s/1: another process is writing this run" in answer.err
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_folder_that_says_what_differs(cli: Cli):

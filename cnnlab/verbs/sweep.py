@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +24,7 @@ from cnnlab.hydra_private import BASIC_SWEEPER, Callbacks
 from cnnlab.interrupts import number_of
 from cnnlab.overrides import is_for_hydra
 from cnnlab.rundir import SCHEMA_VERSION, RunDir, claim, config_hash, write_json
+from cnnlab.stored import json_object
 from cnnlab.surroundings import torchrun
 from cnnlab.terminal import guarded, one_line, say
 from cnnlab.trust import targets_of
@@ -147,15 +146,16 @@ class SweepDir:
     def _recorded(self) -> list[tuple[list[str], str]] | None:
         """What `sweep.json` says was asked for; `None` where there is none to read."""
         try:
-            cells = json.loads(self.json.read_text())["cells"]
+            cells = json_object(self.json)["cells"]
             return [(cell["overrides"], cell["config_hash"]) for cell in cells]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (CheckpointError, KeyError, TypeError):
             return None
 
     def write(self, *, over: bool = False) -> list[dict[str, Any]]:
         """Writes `sweep.json` from the cells' own `run.json`, and returns its cells.
 
-        When the sweep is `over`, a cell that says it is running has lost its process.
+        When the sweep is `over`, a cell of which there is nothing has lost its process. One that another process
+        still runs (a job that outlived the sweep that started it) is told as running.
         """
         records = []
         for number, (cell, path) in enumerate(zip(self.cells, self.runs, strict=True)):
@@ -179,13 +179,16 @@ class SweepDir:
 
 
 def _outcome(run: RunDir, over: bool) -> dict[str, Any]:
-    """The cell's `run.json`."""
+    """The cell's `run.json`, and what else tells how it does."""
     try:
-        if over and run.read().get("status") in (None, "running"):
-            run.update(status="failed", reason="its process ended without a word")
-        return run.read()
+        status, record = run.status(), run.read()
     except CheckpointError as error:
         return {"status": "failed", "reason": str(error)}
+    if status is None and over:
+        return {"status": "failed", "reason": "its process ended without a word"}
+    if status == "killed":
+        return {"reason": "its process is gone; it had not begun", **record, "status": status}
+    return {**record, "status": status or "pending"}
 
 
 # ---- running the cells ----
@@ -262,14 +265,13 @@ def _run_cell(config: Any, config_dirs: Sequence[str], json_output: bool) -> Non
     composed = Composed(plain, folder, options_taken(hydra), tuple(hydra.overrides.task), tuple(config_dirs))
     label = f"cell {hydra.job.num}"
     run = RunDir(folder)
-    if run.read().get("status") in FINISHED:
-        say(f"\n{label}: done before", err=json_output)
-        return
-    if not run.last.exists() and run.read().get("status") is not None:
-        shutil.rmtree(folder)  # it ended before its first checkpoint: begin again
-    say(f"\n{label}: {one_line(' '.join(composed.overrides))}", err=json_output)
     try:
-        train(composed, run if run.last.exists() else None, json_output=json_output)
+        if run.status() in FINISHED:
+            say(f"\n{label}: done before", err=json_output)
+            return
+        say(f"\n{label}: {one_line(' '.join(composed.overrides))}", err=json_output)
+        # One that ended before its first checkpoint begins again, under its claim: nobody else's folder is touched.
+        train(composed, run if run.last.exists() else None, json_output=json_output, again=True)
     except InterruptedRun as error:  # a launcher keeps what is an Exception and goes on with the next cell
         number = error.exit_code - 128
         raise (KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)) from error

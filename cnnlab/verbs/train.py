@@ -61,8 +61,13 @@ def asked(open_composer: Composer, overrides: Sequence[str]) -> tuple[Composed, 
     return composed, None
 
 
-def train(composed: Composed, folder: RunDir | None = None, *, json_output: bool = False) -> dict[str, float]:
+def train(
+    composed: Composed, folder: RunDir | None = None, *, json_output: bool = False, again: bool = False
+) -> dict[str, float]:
     """Runs one checked experiment, in its own folder; `folder` is given when a run goes on.
+
+    Args:
+        again: see `RunDir.create`.
 
     Returns the final metrics. Raises what `build` and `fit` raise.
     """
@@ -72,12 +77,11 @@ def train(composed: Composed, folder: RunDir | None = None, *, json_output: bool
     ranks = join()
     going_on = folder is not None
     try:
-        if folder is None:
-            folder = RunDir(ranks.share(str(composed.run_dir)))
-            if ranks.is_main:
-                folder.create(composed.config, composed.overrides)
-            ranks.wait()
+        folder = folder or RunDir(ranks.share(str(composed.run_dir)))
         with folder.claimed() if ranks.is_main else nullcontext():
+            if not going_on and ranks.is_main:
+                folder.create(composed.config, composed.overrides, again=again)
+            ranks.wait()
             if ranks.is_main:
                 watcher.on_forced_end = folder.record_forced_end
             try:
@@ -110,6 +114,8 @@ def _started(composed: Composed, folder: RunDir, ranks: Any, going_on: bool, jso
     if not run.is_main:
         return run
     if going_on:
+        if folder.read().get("status") == "running":  # and yet the folder could be claimed
+            run.notices.insert(0, f"run: its process was killed; it goes on from its checkpoint of step {run.clock.step}")
         folder.write_config(composed.config, composed.overrides)
         folder.error.unlink(missing_ok=True)
     console = attach(run, folder, sys.stderr if json_output else sys.stdout)
