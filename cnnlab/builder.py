@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cnnlab import checkpoint, rng
+from cnnlab import rng
 from cnnlab.assemble import make_network, make_optimizer, make_pipeline, make_task
 from cnnlab.augment import Pipeline, fitted
 from cnnlab.check import bind_section, locate
@@ -30,14 +30,15 @@ from cnnlab.optim.traits import Traits, accelerated
 from cnnlab.parts import make
 from cnnlab.protocols import Batch, Data, DataSpec, Split, Task
 from cnnlab.ranks import Ranks
-from cnnlab.rundir import RunDir, config_hash
+from cnnlab.rundir import RunDir
 from cnnlab.schema import Groups, Layout, Loading, Regularization, Stats, StepKind, Trainer
 from cnnlab.stepping import StepMaker
 from cnnlab.tasks.classification import class_counts
-from cnnlab.train.checkpointer import Checkpointer
+from cnnlab.train.checkpointer import Checkpointer, Progress
+from cnnlab.train.origin import Origin, chosen, described, load_own
 from cnnlab.train.recorder import Evidence, Recorder
 from cnnlab.train.run import Run
-from cnnlab.train.state import Ema, Origin, Selection
+from cnnlab.train.state import Ema, Selection
 from cnnlab.train.step import Forward
 
 MIN_STATISTICS_BATCH = 2
@@ -45,13 +46,19 @@ MIN_STATISTICS_BATCH = 2
 
 
 def build(
-    composed: Composed, folder: RunDir | None = None, *, ranks: Ranks | None = None, resumed: bool = False
+    composed: Composed,
+    folder: RunDir | None = None,
+    *,
+    ranks: Ranks | None = None,
+    resumed: bool = False,
+    choices: Mapping[str, str] | None = None,
 ) -> Run:
     """Makes the run of a checked config: loads the data, initializes the network, chooses the step.
 
     Args:
         resumed: the run goes on from `folder`'s last checkpoint, with the choices recorded in it; without a
             folder, weights are about to be loaded, and what only prepares fresh ones is left out.
+        choices: those recorded in the checkpoint that they are loaded from.
 
     Raises:
         CheckpointError: there is none to go on from, or it is damaged or another run's.
@@ -61,22 +68,24 @@ def build(
     ranks = ranks or Ranks()
     state = None
     if resumed and folder is not None:
-        state = ranks.share(_last_checkpoint(folder) if ranks.is_main else None)
-    run = _Builder(composed.config, folder, ranks, resumed, state["origin"]["choices"] if state else {}).run()
+        state = ranks.share(_last_checkpoint(folder, composed.config) if ranks.is_main else None)
+        choices = state["origin"]["choices"] if state is not None else None
+    run = _Builder(composed.config, folder, ranks, resumed, choices or {}).run()
     if state is not None:
         run.restore(state)
     return run
 
 
-def _last_checkpoint(folder: RunDir) -> dict[str, Any]:
+def _last_checkpoint(folder: RunDir, config: Mapping[str, Any]) -> dict[str, Any]:
     if not folder.last.exists():
         raise CheckpointError(
             f"{folder.path} has no checkpoint to go on from (it ended before the first one, or ran with "
             f"trainer.checkpoint=false); start it again without resume=: {folder.begin_again()}"
         )
-    state = checkpoint.load(folder.last)
-    if "origin" not in state:
-        raise CheckpointError(f"{folder.last} is no checkpoint of a run: it does not say which run it belongs to")
+    state = load_own(folder, "last", config)
+    ahead = folder.best.exists() and load_own(folder, "best", config)["clock"]["step"] > state["clock"]["step"]
+    if not ahead:  # of a version that wrote the best one first: this run will come to it
+        chosen(folder, config, state["selection"], state)
     return state
 
 
@@ -347,8 +356,8 @@ class _Builder:
         own = run.folder if run.is_main else None
         recorder = Recorder(own)
         evidence = Evidence(own, len(run.loaders["train"].split), run.device, self.ranks)
-        fingerprints = " ".join(f"{name}:{loader.split.fingerprint}" for name, loader in run.loaders.items())
-        origin = Origin({"config": config_hash(self.config), "data": fingerprints}, self.chosen(run, placement))
+        origin = Origin(self.config, self.described(run), self.chosen(run, placement))
+        run.origin = origin
         parts: dict[str, Any] = {
             "origin": origin,
             "model": run.model,
@@ -371,6 +380,7 @@ class _Builder:
         run.listeners = [
             recorder,
             evidence,
+            Progress(),
             Checkpointer(enabled=self.trainer.checkpoint, minutes=self.trainer.checkpoint_minutes),
         ]
 
@@ -378,6 +388,21 @@ class _Builder:
             run.tell("on_stats", {**run.place(record["step"]), **record})
 
         run.observer.receive = receive if run.is_main else None
+
+    def described(self, run: Run) -> dict[str, Any]:
+        """What a checkpoint keeps of the data, for whoever opens the network again."""
+        spec, splits = run.spec, {name: loader.split for name, loader in run.loaders.items()}
+        counts = class_counts(splits["train"].labels, spec.num_classes)
+        return described(
+            {name: split.fingerprint for name, split in splits.items()},
+            {name: len(split) for name, split in splits.items()},
+            channels=spec.channels,
+            size=list(spec.size),
+            classes=list(spec.classes),
+            mask_classes=list(spec.mask_classes),
+            targets=sorted(spec.targets),
+            class_counts=None if counts is None else counts.tolist(),
+        )
 
     def chosen(self, run: Run, placement: Placement) -> dict[str, str]:
         """What a resumed run takes up unasked."""

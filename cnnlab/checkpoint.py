@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,18 +43,28 @@ class State:
         names = self._parts if only is None else only
         return {name: self._parts[name].state_dict() for name in names}
 
-    def load_state_dict(self, state: Mapping[str, Any], only: tuple[str, ...] | None = None) -> None:
-        """Loads every part (or those in `only`). Raises `CheckpointError` for one that does not fit."""
+    def load_state_dict(
+        self, state: Mapping[str, Any], only: tuple[str, ...] | None = None, path: Path | None = None
+    ) -> None:
+        """Loads every part (or those in `only`).
+
+        Args:
+            path: of the checkpoint, for the message.
+
+        Raises:
+            CheckpointError: for a part that does not fit.
+        """
+        where = "the checkpoint" if path is None else str(path)
         names = self._parts if only is None else only
         missing = [name for name in names if name not in state]
         if missing:
-            raise CheckpointError(f"the checkpoint has no {', '.join(missing)}: it is of another kind of run")
+            raise CheckpointError(f"{where} has no {', '.join(missing)}: it is of another kind of run")
         for name in names:
             try:
                 self._parts[name].load_state_dict(state[name])
             except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
                 reason = " ".join(str(error).split())[:400]
-                raise CheckpointError(f"the checkpoint's {name} does not fit this run: {reason}") from error
+                raise CheckpointError(f"{where}: its {name} does not fit this run: {reason}") from error
 
 
 def save(state: Mapping[str, Any], *paths: Path) -> None:
@@ -76,6 +87,8 @@ def save(state: Mapping[str, Any], *paths: Path) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Reads a checkpoint to the CPU. Raises `CheckpointError` when it is missing, cut short, altered or foreign."""
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} cannot be read: expected a file, found a folder, a device or a pipe")
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint") from error
@@ -88,10 +101,23 @@ def load(path: Path) -> dict[str, Any]:
     digest.update(b"\0\0")  # the length of the comment, as torch wrote it
     if digest.hexdigest().encode() != comment[len(_MARK) :]:
         raise CheckpointError(f"{path} is damaged: its checksum does not match its content")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return _unpacked(path, content)
 
 
-def remove_torn(path: Path) -> None:
-    """Removes what a process that was killed while it wrote `path`, or its neighbors, left behind."""
-    for torn in path.parent.glob(".*.tmp"):
-        torn.unlink(missing_ok=True)
+def _unpacked(path: Path, content: bytes) -> dict[str, Any]:
+    """The content of a whole file; what torch says of another one (to load it without care) is not passed on."""
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint of cnnlab: it holds more than tensors and plain values; nothing of it was run"
+        ) from error
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint of cnnlab: it cannot be read ({type(error).__name__})"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(
+            f"{path} is no checkpoint of cnnlab: expected parts by name, received {type(state).__name__}"
+        )
+    return state

@@ -118,9 +118,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
-    """Equal for runs that ask for the same numbers: what may change on a resume, and names, are left out."""
-    ignored = (*RESUMABLE, "name", "resume", "paths.outputs", "loading.path")
+def config_hash(config: Mapping[str, Any], besides: Sequence[str] = ()) -> str:
+    """Equal for runs that ask for the same numbers: what may change on a resume, and names, are left out.
+
+    Args:
+        besides: keys that are left out, too.
+    """
+    ignored = (*RESUMABLE, "name", "resume", "paths.outputs", "loading.path", *besides)
     flat = {key: value for key, value in flatten(config).items() if key not in ignored}
     return hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -215,8 +219,9 @@ class RunDir:
         measured = self.metrics.is_file() and self.metrics.stat().st_size > 0
         if over or (measured and not again):
             raise UsageError(
-                f"{self.path} already holds a run ({status}), without a checkpoint to go on with; begun again, it would "
-                f"lose its records. Type another hydra.run.dir, or take it away first: rm -r {shlex.quote(str(self.path))}"
+                f"{self.path} already holds a run ({status}), without a checkpoint to go on with; begun again, it "
+                "would lose its records. Type another hydra.run.dir, or take it away first: "
+                f"rm -r {shlex.quote(str(self.path))}"
             )
         for name in _PARTS:
             path = self.path / name
@@ -305,7 +310,7 @@ class RunDir:
         if not 1 <= version <= SCHEMA_VERSION:
             raise CheckpointError(
                 f"{self.run_json}: expected a schema_version of 1 to {SCHEMA_VERSION}, received {version}; the run was "
-                f"written by another cnnlab ({record.get('versions', {}).get('cnnlab', 'of unknown version')}), which reads it"
+                f"written by another cnnlab ({record.get('versions', {}).get('cnnlab', 'unknown')}), which reads it"
             )
         return record
 
@@ -315,13 +320,7 @@ class RunDir:
 
         Raises `CheckpointError` for one that only a newer cnnlab knows.
         """
-        found = self.read().get("schema_version", SCHEMA_VERSION)
-        if not isinstance(found, int) or not 1 <= found <= SCHEMA_VERSION:
-            raise CheckpointError(
-                f"{self.run_json}: expected a schema_version of 1 to {SCHEMA_VERSION}, received {found!r}; the run was "
-                "written by a newer cnnlab, which reads it"
-            )
-        return found
+        return int(self.read().get("schema_version", SCHEMA_VERSION))
 
     def update(self, **facts: Any) -> None:
         """Merges facts into `run.json`, atomically; on a full disk in the blocks that it has.
@@ -359,7 +358,7 @@ class RunDir:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keeps other processes from writing here meanwhile; makes the folder where there is none. Whoever has it already
+        """Keeps other processes from writing here meanwhile; makes the folder where there is none. Who has it already
         (this object) keeps it.
 
         Raises `UsageError` if another process writes here, or if nothing can be written.
@@ -389,8 +388,8 @@ class RunDir:
     def _unwritable(self, error: OSError) -> UsageError:
         if (self._hydra / "config.yaml").exists():
             return UsageError(
-                f"{self.path}: the run cannot be written ({error.strerror}), and so cannot go on there; make it writable, "
-                "or go on with a copy. cnnlab eval reads it as it is"
+                f"{self.path}: the run cannot be written ({error.strerror}), and so cannot go on there; make it "
+                "writable, or go on with a copy. cnnlab eval reads it as it is"
             )
         return UsageError(
             f"{self.path}: the run cannot be written there ({error.strerror}); type another "

@@ -258,9 +258,7 @@ def test_a_reader_does_not_keep_a_writer_out(tmp_path: Path):
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_a_folder_that_cannot_be_written_is_told_in_words(
-    tmp_path: Path, begun: bool, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_folder_that_cannot_be_written_is_told_in_words(tmp_path: Path, begun: bool, monkeypatch: pytest.MonkeyPatch):
     run = RunDir(tmp_path / "run")
     if begun:
         run.create(CONFIG, [])
@@ -277,7 +275,12 @@ def test_a_folder_that_cannot_be_written_is_told_in_words(
 def test_torn_files_of_a_killed_writer_are_swept(tmp_path: Path):
     run = RunDir(tmp_path)
     run.create(CONFIG, [])
-    torn = [".run.json.12.tmp", ".hydra/.config.yaml.12.tmp", "checkpoints/.last.pt.12.tmp", "evidence/.shape.json.1.tmp"]
+    torn = [
+        ".run.json.12.tmp",
+        ".hydra/.config.yaml.12.tmp",
+        "checkpoints/.last.pt.12.tmp",
+        "evidence/.shape.json.1.tmp",
+    ]
     kept = ["mine.tmp", ".hidden", "checkpoints/.keep.tmp"]
     for name in (*torn, *kept):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -351,7 +354,10 @@ def test_a_damaged_record_is_refused_by_name(tmp_path: Path, damage: str):
         ({"config_dirs": ["a", 1]}, "expected `config_dirs` to be a list of texts"),
         ({"classes": "ab"}, "expected `classes` to be a list of texts, received a text"),
         ({"choices": 1}, "expected `choices` to be an object"),
-        ({"schema_version": 99, "versions": {"cnnlab": "9.1"}}, r"received 99; the run was written by another cnnlab \(9\.1\)"),
+        (
+            {"schema_version": 99, "versions": {"cnnlab": "9.1"}},
+            r"received 99; the run was written by another cnnlab \(9\.1\)",
+        ),
     ],
 )
 def test_a_record_of_other_types_is_refused_by_name(tmp_path: Path, record: dict[str, object], words: str | None):

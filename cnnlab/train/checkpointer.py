@@ -6,17 +6,42 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
 from cnnlab import checkpoint
-from cnnlab.errors import InterruptedRun
+from cnnlab.errors import CheckpointError, InterruptedRun
 from cnnlab.protocols import Listener, StepResult
+from cnnlab.rundir import write_atomically
+from cnnlab.train.origin import chosen, is_chosen, load_own
 from cnnlab.train.run import Run
 
 _DUE = 1 << 10
 """A flag above every signal's number: a checkpoint is due, on all ranks at the same step."""
+_TELL_AT_LEAST, _TELL_AT_MOST = 1.0, 30.0
+"""Seconds from one progress note to the next."""
+
+
+class Progress(Listener):
+    """Keeps `steps` in `run.json` true while the run goes on, for whoever reads it, also after a kill.
+
+    What it says is half of what is done, at least, and at most half a minute old: the intervals grow with the run.
+    """
+
+    def __init__(self) -> None:
+        self._began = self._told_at = time.monotonic()
+
+    def on_start(self, run: Run) -> None:
+        self._began = self._told_at = time.monotonic()
+
+    def on_step(self, run: Run, result: StepResult) -> None:
+        now = time.monotonic()
+        if now - self._told_at >= min(_TELL_AT_MOST, max(_TELL_AT_LEAST, self._told_at - self._began)):
+            self._told_at = now
+            with suppress(OSError):  # a full disk: what must be written says so
+                run.record_progress()
 
 
 class Checkpointer(Listener):
@@ -35,10 +60,21 @@ class Checkpointer(Listener):
         self._vote: Callable[[], int] = lambda: 0
 
     def on_start(self, run: Run) -> None:
-        if run.folder is not None and run.is_main:
-            checkpoint.remove_torn(run.folder.last)
         if not run.resumed:
             self._save(run)
+        elif run.folder is not None and run.is_main and self.enabled:
+            self._complete(run)
+
+    def _complete(self, run: Run) -> None:
+        """Writes the best checkpoint of a run that was killed between its two files: the last one is the same."""
+        folder, selection = run.folder, run.selection
+        assert folder is not None
+        if selection.step != run.clock.step or not run.clock.closed:
+            return
+        with suppress(CheckpointError):
+            if is_chosen(load_own(folder, "best", run.config), selection.state_dict()):
+                return
+        write_atomically(folder.best, folder.last.read_bytes())
 
     def on_step(self, run: Run, result: StepResult) -> None:
         due = self.enabled and time.monotonic() - self._saved_at >= self._seconds
@@ -54,7 +90,7 @@ class Checkpointer(Listener):
         better = False
         if figures:
             value = figures[f"val/{run.selection.metric}"]
-            better = run.selection.offer(value, run.place()["epoch"])
+            better = run.selection.offer(value, **run.place())
             if hasattr(run.schedule, "observe"):
                 run.schedule.observe(value, run.selection.direction)
         self._save(run, best=better)
@@ -63,16 +99,19 @@ class Checkpointer(Listener):
     def on_trained(self, run: Run) -> None:
         """The test split is evaluated with the weights that val chose."""
         run.saved = True
-        chosen = run.ranks.share(self._chosen(run) if run.is_main else None)
-        if chosen is not None:
-            run.state.load_state_dict(chosen, only=_evaluated(run))
+        best = run.ranks.share(self._chosen(run) if run.is_main else None)
+        if best is not None:
+            run.state.load_state_dict(best, only=tuple(best))
 
     def _chosen(self, run: Run) -> dict[str, Any] | None:
-        """The best weights, from memory or from their file; `None` where no evaluation gave a best one."""
-        if self._best is not None or run.folder is None or not run.folder.best.exists():
+        """The best weights, from memory or from their file; `None` where no evaluation gave a best one.
+
+        Raises `CheckpointError` where the file is not that of the evaluation that chose it.
+        """
+        if self._best is not None or run.folder is None:
             return self._best
-        state = checkpoint.load(run.folder.best)
-        return {name: state[name] for name in _evaluated(run)}
+        state = chosen(run.folder, run.config, run.selection.state_dict(), None)
+        return None if state is None else {name: state[name] for name in ("origin", *_evaluated(run))}
 
     def _save(self, run: Run, *, best: bool = False) -> None:
         self._saved_at = time.monotonic()
@@ -86,7 +125,8 @@ class Checkpointer(Listener):
             return
         run.tell("on_save")
         if run.folder is not None and run.is_main:
-            paths = [run.folder.best, run.folder.last] if best else [run.folder.last]
+            # In this order: killed between the two, the last one stands in for the best (`_complete`).
+            paths = [run.folder.last, run.folder.best] if best else [run.folder.last]
             checkpoint.save(run.state.state_dict(), *paths)
         run.ranks.wait()
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from cnnlab.checkpoint import State
 from cnnlab.data.loader import Loader
-from cnnlab.errors import CnnlabError, DivergedError, InterruptedRun, UsageError
+from cnnlab.errors import CheckpointError, CnnlabError, DivergedError, InterruptedRun, UsageError
 from cnnlab.interrupts import answered_by, raises, watcher
 from cnnlab.observe.observer import Observer
 from cnnlab.protocols import Batch, DataSpec, Listener, Schedule, Task
@@ -59,6 +59,8 @@ class Run:
     clock: Clock = field(default_factory=Clock)
     metrics: dict[str, float] = field(default_factory=dict)
     resumed: bool = False
+    origin: Any = None
+    """What its checkpoints belong to (`cnnlab.train.origin.Origin`)."""
     interrupted_by: int = 0
     """The signal that asked the run to stop; 0 for none."""
     saved: bool = False
@@ -173,7 +175,8 @@ class Run:
             CheckpointError: the checkpoint is another run's.
             UsageError: it is further than this run is to go.
         """
-        self.state.load_state_dict(state)
+        self.state.load_state_dict(state, path=None if self.folder is None else self.folder.last)
+        self._require_place()
         self.notices += [line for listener in self.listeners for line in listener.restored()]
         if self.clock.step > self.total_steps:
             raise UsageError(
@@ -182,11 +185,25 @@ class Run:
                 "and trainer.max_steps=null"
             )
 
+    def _require_place(self) -> None:
+        """Raises `CheckpointError` for a clock that no run of this length of epochs has shown."""
+        clock = self.clock
+        if clock.step != clock.epoch * self.steps_per_epoch + clock.batch or clock.batch > self.steps_per_epoch:
+            raise CheckpointError(
+                f"the checkpoint stands at step {clock.step}, in batch {clock.batch} of epoch {clock.epoch}, and an "
+                f"epoch of this run has {self.steps_per_epoch} steps; it is another run's"
+            )
+
     # ---- the session around the loop ----
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """Signals are heard, the status is kept, and the listeners learn how it ended, whatever happens."""
+        with nullcontext() if self.folder is None or not self.is_main else self.folder.claimed(), self._told():
+            yield
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         self.clock.wall.start()
         self._record_status("running")
         error: BaseException | None = None
@@ -225,6 +242,10 @@ class Run:
             with suppress(OSError):  # shorter, it may still fit
                 self._record_status("failed", str(refused))
             raise refused
+
+    def record_progress(self) -> None:
+        """Tells `run.json` how far the run is."""
+        self._record_status("running")
 
     def _record_status(self, status: str, reason: str | None = None) -> None:
         if self.folder is None or not self.is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -78,8 +79,19 @@ class Clock:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in ("step", "epoch", "batch", "samples", "closed"):
-            setattr(self, name, state[name])
-        self.wall.seconds, self.training.seconds = state["wall"], state["training"]
+            value, kind = state[name], bool if name == "closed" else int
+            if type(value) is not kind or value < 0:
+                raise ValueError(
+                    f"expected {name} to be {'true or false' if kind is bool else '0 or more'}, received {value!r}"
+                )
+            setattr(self, name, value)
+        self.wall.seconds, self.training.seconds = (_seconds(name, state[name]) for name in ("wall", "training"))
+
+
+def _seconds(name: str, value: Any) -> float:
+    if type(value) not in (float, int) or not 0 <= value < math.inf:
+        raise ValueError(f"expected {name} to be seconds, received {value!r}")
+    return float(value)
 
 
 class Arriving:
@@ -172,8 +184,10 @@ class Selection:
     value: float | None = None
     epoch: int | None = None
     waited: int = 0
+    step: int | None = None
+    """Updates done when the best value was found: which weights those were."""
 
-    def offer(self, value: float, epoch: int) -> bool:
+    def offer(self, value: float, epoch: int, step: int | None = None) -> bool:
         """Whether `value` is the best so far (the first counts; a NaN never does).
 
         Of equal values the later one is kept: a small validation set gives many ties, and the network that has
@@ -183,7 +197,7 @@ class Selection:
         progress = value == value and (self.value is None or sign * value > sign * self.value)
         self.waited = 0 if progress else self.waited + 1
         if progress or value == self.value:
-            self.value, self.epoch = value, epoch
+            self.value, self.epoch, self.step = value, epoch, step
             return True
         return False
 
@@ -191,12 +205,26 @@ class Selection:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        require_selection(state)
         self.value, self.epoch, self.waited = state["value"], state["epoch"], state["waited"]
+        self.step = state.get("step")  # older versions keep none
 
     def as_record(self) -> dict[str, Any] | None:
         if self.value is None:
             return None
         return {"metric": f"val/{self.metric}", "value": self.value, "epoch": self.epoch}
+
+
+def require_selection(state: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for what no `Selection` has given."""
+    value, counts = state["value"], {name: state.get(name) for name in ("epoch", "waited", "step")}
+    for name, count in counts.items():
+        if count is not None and (type(count) is not int or count < 0):
+            raise ValueError(f"expected {name} to be 0 or more, received {count!r}")
+    if value is not None and (type(value) not in (float, int) or value != value):
+        raise ValueError(f"expected a number as the best value, received {value!r}")
+    if counts["waited"] is None or (value is None) != (counts["epoch"] is None):
+        raise ValueError("expected a best value, its epoch and the evaluations since, received a part of them")
 
 
 class Ema:
@@ -237,24 +265,3 @@ class Ema:
             raise ValueError("expected the averages of this network's weights, received those of another")
         self.updates = state["updates"]
         torch._foreach_copy_(self._average, [t.to(a.device) for t, a in zip(state["average"], self._average)])
-
-
-class Origin:
-    """What a checkpoint belongs to, and what was chosen for its run at run time.
-
-    Args:
-        identity: what must be equal where the checkpoint is loaded: the config's hash, the data's fingerprint.
-        choices: device, precision, step and layout. A resumed run is built with them (`device.as_recorded`).
-    """
-
-    def __init__(self, identity: Mapping[str, str], choices: Mapping[str, str]):
-        self.identity = dict(identity)
-        self.choices = dict(choices)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"identity": self.identity, "choices": self.choices}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, value in self.identity.items():
-            if state["identity"].get(name) != value:
-                raise ValueError(f"its {name} is {state['identity'].get(name)}, and that of this run {value}")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from cnnlab.errors import CheckpointError
+from cnnlab.config import composer
+from cnnlab.errors import CheckpointError, UsageError, short
+from cnnlab.overrides import is_plain, line
 from cnnlab.rundir import RunDir, jsonable
-from cnnlab.schema import DataPath, Device, StepKind
+from cnnlab.schema import Device, StepKind
 from cnnlab.terminal import one_line, say
 from cnnlab.trust import TYPED, Trust
 from cnnlab.verbs.arguments import TRUST, Parser
@@ -19,6 +22,7 @@ MOST_CLASSES = 20
 EXAMPLES = """examples:
   cnnlab eval outputs/digits-resnet/2026-11-22_10-00-00-1a2b
   cnnlab eval RUN --split val --checkpoint last
+  cnnlab eval RUN data.root=/new/place      the run's data, where it has moved; or other data, which is then said
   cnnlab eval RUN --json
 """
 
@@ -30,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         EXAMPLES,
     )
     parser.add_argument("run", help="a run folder")
+    parser.add_argument("data", nargs="*", metavar="data.KEY=VALUE", help="where the data is now, or other data")
     parser.add_argument("--split", choices=["train", "val", "test"], default="test")
     parser.add_argument("--checkpoint", choices=["best", "last"], default="best")
     parser.add_argument("--device", choices=[device.value for device in Device], help="as trainer.device")
@@ -39,14 +44,28 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_all(arguments)
     folder = RunDir(args.run)
     trust = Trust.of(args.trust, args.config_dir)
-    reopened(folder, trust)
-    which = available(folder, args.checkpoint)
-    figures, classes = measured(folder, args.split, which, args.device, trust)
+    found = opened(folder, args.split, args.checkpoint, args.device, args.data, trust)
+    status = folder.read().get("status")
     if args.json:
-        say(json.dumps(jsonable({**figures, "checkpoint": which, "classes": classes})))
-    else:
-        _show(folder, which, figures, classes)
+        about = {"checkpoint": found.checkpoint, "status": status, "data": found.data, "classes": found.classes}
+        say(json.dumps(jsonable({**found.figures, **about})))
+        return 0
+    if status == "killed":
+        say(f"{'run':<24} killed; cnnlab train resume={one_line(str(folder.path))} goes on with it")
+    if found.data != "as it was":
+        say(f"{'data':<24} other than the run had: {one_line(found.data)}")
+    _show(folder, found.checkpoint, found.figures, found.classes)
     return 0
+
+
+@dataclass
+class Found:
+    """What an evaluation found: the checkpoint taken, the data (`as it was`, or how it differs), the figures."""
+
+    checkpoint: str
+    data: str
+    figures: dict[str, float]
+    classes: list[dict[str, Any]]
 
 
 def _show(folder: RunDir, which: str, figures: Mapping[str, float], classes: Sequence[Mapping[str, Any]]) -> None:
@@ -67,61 +86,81 @@ def _show(folder: RunDir, which: str, figures: Mapping[str, float], classes: Seq
         say(f"{name:<24} {row['samples']:>9,} {recall:>7} {precision:>9} {iou:>7}  {taken_for}".rstrip())
 
 
-def available(folder: RunDir, wanted: str) -> str:
-    """The checkpoint to take: of a run that was never evaluated, and so has no best one, the last.
+def weights(folder: RunDir, wanted: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The checkpoint to take, by name, and its content: of a run that was never evaluated, and so has no best one,
+    the last.
 
-    Raises `CheckpointError` if the best one is gone.
+    Raises `CheckpointError` where it is missing, damaged, another run's, or not the one that val chose.
     """
-    if wanted != "best" or folder.best.exists():
-        return wanted
-    if (folder.read().get("best") or {}).get("epoch") is not None:
-        raise CheckpointError(f"{folder.best} is missing; type --checkpoint last for the one of the last epoch")
-    return "last"
+    from cnnlab.train.origin import chosen, load_own
+
+    if not folder.last.exists() and not folder.best.exists():
+        raise CheckpointError(f"{folder.path} has no checkpoint; to have one: {folder.begin_again()}")
+    if wanted == "best" and not folder.last.exists():  # a copy of what matters
+        return "best", load_own(folder, "best", config)
+    last = load_own(folder, "last", config)
+    best = chosen(folder, config, last["selection"], last) if wanted == "best" else None
+    return ("last", last) if best is None else ("best", best)
 
 
 def evaluate_run(folder: RunDir, split: str, which: str = "best", device: str | None = None) -> dict[str, float]:
-    """The metrics of `measured`, by themselves."""
-    return measured(folder, split, available(folder, which), device)[0]
+    """The metrics of `opened`, by themselves."""
+    return opened(folder, split, which, device).figures
 
 
-def measured(
-    folder: RunDir, split: str, which: str, device: str | None = None, trust: Trust = TYPED
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def opened(
+    folder: RunDir,
+    split: str,
+    which: str,
+    device: str | None = None,
+    data: Sequence[str] = (),
+    trust: Trust = TYPED,
+) -> Found:
     """The metrics of the checkpoint `which` of a run on `split`, named as in its `run.json`; and what became of each
     class (see `cnnlab.tasks.metrics.by_class`).
 
-    It computes as the run did (precision and layout), where it finds the kind of device that the run had.
+    It computes as the run did (precision, layout and decoder), where it finds the kind of device that the run had.
+
+    Args:
+        data: overrides of the data; without them, data that is not what the run had is refused.
 
     Raises:
-        UsageError: no run folder, or one that names code that nobody vouches for (see `cnnlab.trust`).
-        CheckpointError: its checkpoint is missing or damaged.
+        UsageError: no run folder, one that names code that nobody vouches for (see `cnnlab.trust`), or an override
+            of something else.
+        CheckpointError: its checkpoint is missing, damaged or another's, or its data has changed.
     """
-    from cnnlab import checkpoint
     from cnnlab.builder import build
-    from cnnlab.check import bind_section
     from cnnlab.data.loader import Loader
-    from cnnlab.device import as_recorded
-    from cnnlab.schema import Trainer
     from cnnlab.train.loop import measure
+    from cnnlab.train.origin import changes, recorded_data
     from cnnlab.train.run import describe_sums
     from cnnlab.validate import check
 
     composed = reopened(folder, trust)
     config = composed.config
-    state = checkpoint.load(folder.best if which == "best" else folder.last)
+    which, state = weights(folder, which, config)
+    origin = state["origin"]
+    _take(config, data)
     if device is not None:
         config["trainer"]["device"] = device
-    config["trainer"]["step"] = StepKind.eager.value  # no step is taken: none is tried, compiled or captured
+    choices = {**origin["choices"]}
+    if "step" in choices:  # no step is taken: none is tried, compiled or captured
+        config["trainer"]["step"] = choices["step"] = StepKind.eager.value
     check(composed)
-    choices = state.get("origin", {}).get("choices", {})
-    trainer = as_recorded(bind_section(Trainer, config["trainer"]), choices)
-    for name in ("device", "precision", "layout"):
-        config["trainer"][name] = getattr(trainer, name).value
-    if choices.get("data_path") == DataPath.stream.value:  # nobody waits for a cache to be built
-        config["loading"]["path"] = DataPath.stream.value
-    run = build(composed, resumed=True)
-    parts = ["model", "normalize", *(["ema"] if run.ema is not None else [])]
-    run.state.load_state_dict(state, only=tuple(parts))
+    run = build(composed, resumed=True, choices=choices)
+    before, now = recorded_data(origin), run.origin.data
+    found = changes(before, now)
+    if found and not data:
+        root = config["data"].get("root")
+        on_purpose = f"; to evaluate on it as it is now, type data.root={root}" if root is not None else ""
+        raise CheckpointError(
+            f"the data is not what this run had, so its test split may hold what it was trained on: {found}. "
+            f"Put it back, or say where it is: cnnlab eval {folder.path} data.root=FOLDER{on_purpose}"
+        )
+    _require_alike(before, now)
+    run.state.load_state_dict(
+        state, only=("model", "normalize", *(["ema"] if run.ema is not None else [])), path=folder.path
+    )
     run.listeners.clear()
     loader = run.loaders["val"]
     if split == "train":  # as the network is evaluated: neither augmented nor shuffled
@@ -132,4 +171,28 @@ def measured(
         loader = run.loaders["test"]
     sums = measure(run, loader)
     classes = run.task.by_class(sums) if hasattr(run.task, "by_class") else []
-    return {f"{split}/{metric}": value for metric, value in describe_sums(run.task, sums).items()}, classes
+    figures = {f"{split}/{metric}": value for metric, value in describe_sums(run.task, sums).items()}
+    return Found(which, found or "as it was", figures, classes)
+
+
+def _take(config: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Puts `data.KEY=VALUE` into the config. Raises `UsageError` for anything else."""
+    with composer() as open_composer:
+        parsed = open_composer.parse(list(overrides)) if overrides else []
+    for override in parsed:
+        group, _, name = override.key_or_group.partition(".")
+        if group != "data" or not is_plain(override) or name not in config["data"] or name.startswith("_"):
+            names = ", ".join(f"data.{key}" for key in config["data"] if not key.startswith("_"))
+            raise UsageError(f"`{line(override)}`: expected one of {names}; all else is the run's")
+        config["data"][name] = override.value()
+
+
+def _require_alike(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises `CheckpointError` for data whose classes or images the network was not made for."""
+    for name in ("classes", "mask_classes", "channels", "size"):
+        if name in before and before[name] != now[name]:
+            raise CheckpointError(
+                f"this network was trained for {name} {short(str(before[name]))}, and the data has "
+                f"{short(str(now[name]))}; lay it out alike (class folders of the same names), "
+                "and type data.size and data.channels of the run"
+            )

@@ -17,7 +17,7 @@ from cnnlab.config import Composed, Composer, composer
 from cnnlab.errors import ConfigError, UsageError, short
 from cnnlab.interrupts import watcher
 from cnnlab.overrides import is_plain, line, repeated, wrong_key
-from cnnlab.rundir import RESUMABLE, RunDir, config_hash, environment, flatten, jsonable
+from cnnlab.rundir import PLACES, RESUMABLE, RunDir, config_hash, environment, flatten, jsonable
 from cnnlab.terminal import say
 from cnnlab.verbs.arguments import answer, override_parser, parse
 from cnnlab.verbs.reopen import reopened
@@ -115,7 +115,9 @@ def _started(composed: Composed, folder: RunDir, ranks: Any, going_on: bool, jso
         return run
     if going_on:
         if folder.read().get("status") == "running":  # and yet the folder could be claimed
-            run.notices.insert(0, f"run: its process was killed; it goes on from its checkpoint of step {run.clock.step}")
+            run.notices.insert(
+                0, f"run: its process was killed; it goes on from its checkpoint of step {run.clock.step}"
+            )
         folder.write_config(composed.config, composed.overrides)
         folder.error.unlink(missing_ok=True)
     console = attach(run, folder, sys.stderr if json_output else sys.stdout)
@@ -163,12 +165,15 @@ def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> 
             continue
         if problem := _refusal(override, stored, open_composer.groups()):
             problems.append(problem)
-        elif override.key_or_group in RESUMABLE:
+        elif override.key_or_group in (*RESUMABLE, *PLACES):
             section, _, name = override.key_or_group.partition(".")
             stored.config[section][name] = override.value()
             added.append(line(override))
     if problems:
-        problems[-1] += f"\n    What may change: {', '.join(RESUMABLE)}; start another run for anything else"
+        problems[-1] += (
+            f"\n    What may change: {', '.join(RESUMABLE)}, and where the data is (data.root); "
+            "start another run for anything else"
+        )
         raise ConfigError(problems)
     return replace(stored, overrides=(*stored.overrides, *added)), folder
 
@@ -177,7 +182,8 @@ def _refusal(override: Override, stored: Composed, groups: Collection[str]) -> s
     """Why a run cannot go on with this override, or `None`."""
     key, config = override.key_or_group, stored.config
     has = stored.choices.get(key, flatten(config).get(key, config.get(key)))
-    if is_plain(override) and (key in RESUMABLE or (key in {*groups, *flatten(config)} and has == override.value())):
+    may = key in RESUMABLE or (key in PLACES and key in flatten(config))
+    if is_plain(override) and (may or (key in {*groups, *flatten(config)} and has == override.value())):
         return None
     if override.is_hydra_override():
         return f"`{short(line(override))}`: a run goes on in its own folder; leave this out"

@@ -1,0 +1,164 @@
+"""What a checkpoint belongs to: the run whose weights it holds, and the evaluation that chose them.
+
+Weights are never taken on trust: whose they are is looked at wherever they are read (on a resume, for the test at the
+end, by `cnnlab eval`), and the best ones are those of the step that the run's selection names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cnnlab import checkpoint
+from cnnlab.errors import CheckpointError
+from cnnlab.rundir import PLACES, RunDir, config_hash
+from cnnlab.train.state import Clock, require_selection
+
+SHOWN = 3
+"""Names in a message before it counts the rest."""
+
+
+def config_identity(config: Mapping[str, Any]) -> str:
+    """Equal for the sessions of one run: where its data lies is left out of it."""
+    return config_hash(config, PLACES)
+
+
+class Origin:
+    """What a checkpoint belongs to, and what was chosen for its run at run time.
+
+    Args:
+        config: the run's; its hash must be equal where the checkpoint is loaded.
+        data: what is known of the data (see `described`); its fingerprints and class names must be equal.
+        choices: device, precision, step and layout. A resumed run is built with them (`device.as_recorded`).
+    """
+
+    def __init__(self, config: Mapping[str, Any], data: Mapping[str, Any], choices: Mapping[str, str]):
+        self.config = config
+        self.data = dict(data)
+        self.choices = dict(choices)
+
+    def state_dict(self) -> dict[str, Any]:
+        fingerprints = " ".join(f"{name}:{value}" for name, value in self.data["fingerprints"].items())
+        identity = {"config": config_identity(self.config), "data": fingerprints}
+        return {"identity": identity, "choices": self.choices, "data": self.data}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes nothing over. Raises `ValueError` for the origin of another run's checkpoint."""
+        require_config(state, self.config)
+        if found := changes(recorded_data(state), self.data):
+            raise ValueError(
+                f"its data is not what this run finds: {found}. A run goes on with the data that it had: put it back, "
+                "or, where it lies elsewhere now, type data.root=FOLDER"
+            )
+
+
+def described(fingerprints: Mapping[str, str], samples: Mapping[str, int], **more: Any) -> dict[str, Any]:
+    """What a checkpoint keeps of the data: `fingerprints` and `samples` by split, and `more`: `classes`,
+    `mask_classes`, `targets`, `channels`, `size`, `class_counts`."""
+    return {"fingerprints": dict(fingerprints), "samples": dict(samples), **more}
+
+
+def recorded_data(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """`described`, as a checkpoint has it; one of an older version has the fingerprints alone.
+
+    Raises `ValueError`, `KeyError` or `TypeError` for what no run has written.
+    """
+    if "data" in origin:
+        data = origin["data"]
+        known = {"fingerprints": dict, "samples": dict, "classes": list, "mask_classes": list, "size": list}
+        for name, kind in known.items():
+            if not isinstance(data[name], kind):
+                raise ValueError(f"expected a {kind.__name__} as its {name}, received {data[name]!r}")
+        return dict(data)
+    pairs = [text.partition(":") for text in origin["identity"]["data"].split()]
+    return {"fingerprints": {name: value for name, _, value in pairs}}
+
+
+def require_config(origin: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raises `ValueError` where a checkpoint's origin is another run's than that of `config`."""
+    found, own = origin["identity"]["config"], config_identity(config)
+    if found not in (own, config_hash(config)):  # the second as older versions have it
+        raise ValueError(f"it is another run's: its config is {found}, and that of this run {own}")
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In words, how data differs from what it was; the empty text where it is the same."""
+    told = []
+    for name, words in (("classes", "classes"), ("mask_classes", "the masks' classes")):
+        if name in before and list(before[name]) != list(now[name]):
+            told.append(_of_names(words, before[name], now[name]))
+    if before["fingerprints"] == now["fingerprints"]:
+        return "; ".join(told)
+    was, has = before.get("samples", {}), now["samples"]
+    counts = [f"{name} {was[name]:,} -> {has[name]:,}" for name in has if name in was and was[name] != has[name]]
+    if counts:
+        told.append(f"samples: {', '.join(counts)}")
+    if not told:
+        other = [name for name, value in now["fingerprints"].items() if before["fingerprints"].get(name) != value]
+        told.append(f"as many samples, and others, or other splits of them ({', '.join(sorted(other))})")
+    return "; ".join(told)
+
+
+def _of_names(words: str, before: Sequence[str], now: Sequence[str]) -> str:
+    gone, new = [n for n in before if n not in now], [n for n in now if n not in before]
+    if not gone and not new:
+        return f"{words} in another order"
+    parts = [f"{len(names)} {word} ({first(names)})" for names, word in ((gone, "gone"), (new, "new")) if names]
+    return f"{words}: {', '.join(parts)}"
+
+
+def first(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown}, ..."
+
+
+# ---- the checkpoints of a folder ----
+
+
+def load_own(folder: RunDir, which: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint `which` (`last`, `best`) of the run of `config`.
+
+    Raises `CheckpointError` where it is missing, damaged, or another run's.
+    """
+    path = folder.best if which == "best" else folder.last
+    state = checkpoint.load(path)
+    try:
+        require_config(state["origin"], config)
+        recorded_data(state["origin"])
+        require_selection(state["selection"])
+        Clock().load_state_dict(state["clock"])
+    except KeyError as error:
+        raise CheckpointError(f"{path} is no checkpoint of a run: it has no {error}") from error
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise CheckpointError(f"{path}: {error}; put back the one of this run") from error
+    return state
+
+
+def is_chosen(state: Mapping[str, Any], selection: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of the run was saved when `selection` was made."""
+    own = state["selection"]
+    if own["value"] != selection["value"] or own["epoch"] != selection["epoch"]:
+        return False
+    return selection.get("step") is None or state["clock"]["step"] == selection["step"]  # older versions keep no step
+
+
+def chosen(
+    folder: RunDir, config: Mapping[str, Any], selection: Mapping[str, Any], last: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """The weights that `selection` chose: those of `best.pt`, or of `last`, where they are the same (a run that was
+    killed between the two files); `None` where nothing was chosen yet.
+
+    Raises `CheckpointError` where they are gone, or others in their place.
+    """
+    if selection["value"] is None:
+        return None
+    if last is not None and is_chosen(last, selection) and last["clock"]["step"] == selection.get("step"):
+        return dict(last)
+    wanted = f"this run's best weights are those of epoch {selection['epoch']}"
+    remedy = f"put that one back, or look at the last ones: cnnlab eval {folder.path} --checkpoint last"
+    if not folder.best.exists():
+        raise CheckpointError(f"{folder.best} is missing, and {wanted}; {remedy}")
+    state = load_own(folder, "best", config)
+    if not is_chosen(state, selection):
+        raise CheckpointError(f"{folder.best} is of epoch {state['selection']['epoch']}, and {wanted}; {remedy}")
+    return state

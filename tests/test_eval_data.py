@@ -1,0 +1,80 @@
+"""`cnnlab eval` and a resume on data that has moved, or has changed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_runs import TINY, Answer
+from PIL import Image
+
+Cli = Callable[..., Answer]
+
+
+def photo(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+
+
+@pytest.fixture
+def run(cli: Cli) -> Path:
+    """A run on `photos`, two classes of ten."""
+    for number in range(20):
+        photo(Path("photos") / "ab"[number % 2] / f"{number}.png", number)
+    answer = cli("train", *TINY[1:], "data=folder", "data.root=photos", "data.cache=cache", "hydra.run.dir=run")
+    assert answer.code == 0, answer.err
+    return Path("run")
+
+
+def add(root: Path) -> None:
+    photo(root / "a" / "new.png", 99)
+
+
+def remove(root: Path) -> None:
+    (root / "a" / "0.png").unlink()
+
+
+def replace(root: Path) -> None:
+    photo(root / "a" / "0.png", 99)
+
+
+def swap_labels(root: Path) -> None:
+    (root / "a").rename(root / "z")
+
+
+def rename_in_order(root: Path) -> None:
+    (root / "a").rename(root / "aa")
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize("change", [add, remove, replace, swap_labels, rename_in_order])
+def test_data_that_has_changed_is_refused_with_what_changed(cli: Cli, change: Callable[[Path], None]):
+    assert cli("eval", "run").code == 0
+    change(Path("photos"))
+    for command in (("eval", "run"), ("train", "resume=run", "trainer.epochs=2")):
+        answer = cli(*command)
+        assert answer.code == 5, answer.err
+        assert "data.root=FOLDER" in answer.err
+        assert ("classes: 1 gone (a), 1 new" in answer.err) is ("a" not in [p.name for p in Path("photos").iterdir()])
+    answer = cli("eval", "run", "data.root=photos")
+    renamed = "a" not in [path.name for path in Path("photos").iterdir()]
+    assert answer.code == (5 if renamed else 0), answer.err
+    assert renamed or "other than the run had" in answer.out
+
+
+@pytest.mark.usefixtures("run")
+def test_data_that_has_moved_is_the_same_data(cli: Cli):
+    before = cli("eval", "run").out
+    shutil.move("photos", "elsewhere")
+    assert cli("eval", "run").code == 3
+    answer = cli("eval", "run", "data.root=elsewhere")
+    assert (answer.code, answer.out) == (0, before)
+    answer = cli("train", "resume=run", "data.root=elsewhere", "trainer.epochs=2")
+    assert answer.code == 0, answer.err
+    assert cli("eval", "run").code == 0, "the run knows where its data is now"
+    refused = cli("eval", "run", "optim.lr=3")
+    assert refused.code == 2
+    assert "all else is the run's" in refused.err
