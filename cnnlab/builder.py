@@ -15,7 +15,6 @@ from cnnlab.assemble import make_network, make_optimizer, make_pipeline, make_ta
 from cnnlab.augment import Pipeline, fitted
 from cnnlab.check import bind_section, locate
 from cnnlab.config import Composed
-from cnnlab.data.cache import cache_folder
 from cnnlab.data.choice import loaded, with_decoder
 from cnnlab.data.found import Findings
 from cnnlab.data.loader import Loader
@@ -120,7 +119,7 @@ class _Builder:
         splits = self.splits(placement)
         pipeline = make_pipeline(self.config, spec, self.seed)
         # In turn: the others find in the cache what took rank 0 long.
-        self.ranks.in_turn(lambda: fitted.fit(pipeline, splits["train"], self.config, cache_folder(None)))
+        self.ranks.in_turn(lambda: fitted.fit(pipeline, splits["train"], self.config))
         counts = class_counts(splits["train"].labels, spec.num_classes)
         self.notices += unseen_classes(spec.classes, counts)
         task = make_task(self.config, spec, counts)

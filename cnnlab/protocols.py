@@ -264,6 +264,9 @@ class Listener:
     def on_epoch(self, run: Any, figures: dict[str, float]) -> None:
         """After an epoch and its evaluation, whose metrics are `figures` (empty when none was due)."""
 
+    def on_stop(self, run: Any) -> None:
+        """Between two updates, when the run is to stop and the next batch does not come."""
+
     def on_save(self, run: Any) -> None:
         """On every rank, before rank 0 writes a checkpoint: bring together what is spread over the ranks."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 import torch
@@ -18,12 +18,32 @@ _GRACE = 0.5
 """Seconds that a batch which is no longer wanted is waited for."""
 
 
-def ahead(begin: Callable[[Tensor], Callable[[], Fetched]], parts: Iterable[Tensor], count: int) -> Iterator[Fetched]:
+_LOOK = 0.1
+_LAST_CHANCE = 0.5
+"""Seconds that the next batch still has when nobody wants to wait for it any more."""
+
+
+class NotAwaited(Exception):
+    """The batch that is due has not come, and whoever iterates has asked not to wait for it."""
+
+
+def ahead(
+    begin: Callable[[Tensor], Callable[[], Fetched]],
+    parts: Iterable[Tensor],
+    count: int,
+    stopping: Callable[[], object] | None = None,
+) -> Iterator[Fetched]:
     """`begin(part)()` of each part, in order, at most `count` parts ahead of the one that the caller has.
 
     `begin` runs in the caller's thread and must not wait; what it returns runs in a thread of its own. When the
     caller stops early, what has not begun is dropped, and what has is waited for a moment, not longer: it may be at
     a disk that does not answer.
+
+    Args:
+        stopping: whether the caller would rather end than wait; looked at while it waits.
+
+    Raises:
+        NotAwaited: it would.
     """
     thread = Threads(1, "cnnlab-fetch")
     waiting: deque[Future[Fetched]] = deque()
@@ -31,13 +51,21 @@ def ahead(begin: Callable[[Tensor], Callable[[], Fetched]], parts: Iterable[Tens
         for part in parts:
             waiting.append(thread.submit(begin(part)))
             if len(waiting) > count:
-                yield waiting.popleft().result()
+                yield _awaited(waiting.popleft(), stopping)
         while waiting:
-            yield waiting.popleft().result()
+            yield _awaited(waiting.popleft(), stopping)
     finally:
         for future in waiting:
             future.cancel()
         thread.close(_GRACE)
+
+
+def _awaited(future: Future[Fetched], stopping: Callable[[], object] | None) -> Fetched:
+    while stopping is not None and not future.done():
+        wait([future], _LOOK)
+        if stopping() and not wait([future], _LAST_CHANCE).done:
+            raise NotAwaited
+    return future.result()
 
 
 class Copier:

@@ -38,13 +38,13 @@ from cnnlab.data.entries import (
     write_synced,
 )
 from cnnlab.data.pixels import SIXTEEN_BITS, Depth
-from cnnlab.data.pool import DecodingPool, cores
+from cnnlab.data.pool import PATIENCE, DecodingPool, cores
 from cnnlab.errors import DataError
 from cnnlab.rundir import write_atomically
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 """Part of every key: raised when decoding or the files below change their meaning."""
 _CHUNK_BYTES = 4 << 20
 _CHUNK_FILES = 256
@@ -115,13 +115,31 @@ def cache_folder(cache: str | None) -> Path:
         return _without_a_home()
 
 
+def known_cache() -> Path | None:
+    """`cache_folder(None)` to look something up in; `None`, without a word, for who has no home and no cache yet."""
+    try:
+        return Path(os.environ.get("CNNLAB_CACHE") or "~/.cache/cnnlab").expanduser()
+    except RuntimeError:
+        folder = _homeless()
+        return folder if folder.is_dir() and _is_ours(folder) else None
+
+
+def _homeless() -> Path:
+    return Path(tempfile.gettempdir()) / f"cnnlab-{os.getuid()}"
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody else writes there."""
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
 @cache_once
 def _without_a_home() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"cnnlab-{os.getuid()}"
+    folder = _homeless()
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        if not _is_ours(folder):
             folder = Path(tempfile.mkdtemp(prefix="cnnlab-"))  # somebody else's: compiled code lies in it, too
     except OSError as error:
         raise DataError(f"expected a home or a temporary folder for the cache, received: {error}") from error
@@ -183,7 +201,9 @@ def is_cached(listing: Listing, recipe: Recipe, cache: str | None) -> bool:
     return isinstance(opened_entry(entry, _shape(len(listing), recipe), check=False), Entry)
 
 
-def unreadable(sources: Sources, recipe: Recipe, *, cache: str | None, workers: int | None) -> list[tuple[int, str]]:
+def unreadable(
+    sources: Sources, recipe: Recipe, *, cache: str | None, workers: int | None, patience: float | None = PATIENCE
+) -> list[tuple[int, str]]:
     """Position and reason of the files that cannot be decoded, as `decoded` would list them.
 
     Reads each file whole once, and remembers in the cache which were broken, not the pixels.
@@ -195,20 +215,20 @@ def unreadable(sources: Sources, recipe: Recipe, *, cache: str | None, workers: 
     try:
         failures = [(int(row), str(reason)) for row, reason in unsealed(known)]
     except (OSError, ValueError, TypeError):
-        failures = _tried(sources, recipe, workers)
+        failures = _tried(sources, recipe, workers, patience)
         with suppress(OSError):
             write_atomically(known, sealed(failures))
     _tell_left_out(sources, failures)
     return failures
 
 
-def _tried(sources: Sources, recipe: Recipe, workers: int | None) -> list[tuple[int, str]]:
+def _tried(sources: Sources, recipe: Recipe, workers: int | None, patience: float | None) -> list[tuple[int, str]]:
     count = len(sources)
     chunks = [sources.items(range(start, min(start + 32, count))) for start in range(0, count, 32)]
     failures: list[tuple[int, str]] = []
     done = 0
     with _progress(count) as advance:
-        for chunk in _decoded_chunks(chunks, recipe, _useful(workers, count, sources.bytes)):
+        for chunk in _decoded_chunks(chunks, recipe, _useful(workers, count, sources.bytes), patience):
             failures += [(done + number, reason) for number, reason in chunk.failures]
             done += len(chunk.images)
             advance(len(chunk.images))
@@ -222,6 +242,7 @@ def decoded(
     on_error: Literal["raise", "skip"],
     cache: str | None,
     workers: int | None,
+    patience: float | None = PATIENCE,
 ) -> Store:
     """The files as the recipe has them, from the cache where they are in it.
 
@@ -235,6 +256,7 @@ def decoded(
             be remembered); `skip` lists them in the store's `failures`.
         cache: folder of the cache; see `cache_folder`.
         workers: decoding processes; 0 decodes in this one, `None` starts one a core where it pays.
+        patience: seconds that a process may take for a file.
 
     Raises:
         DataError: when files are unreadable or vanished.
@@ -251,13 +273,14 @@ def decoded(
             folder.mkdir(parents=True, exist_ok=True)
             _remove_stale(folder)
             _require_space(folder, shape)
-            found = _built(entry, listing, recipe, _useful(workers, len(listing), listing.bytes), on_error)
+            useful = _useful(workers, len(listing), listing.bytes)
+            found = _built(entry, listing, recipe, on_error, useful, patience)
         except OSError as error:
             raise UnwritableCache(_unwritable(folder, error)) from error
     content = found.content
     if content.failures and on_error == "raise":
         raise _broken(listing, content.failures)
-    _tell_depth(Depth(*content.deep), recipe)
+    tell_depth(Depth(*content.deep), recipe)
     _tell_left_out(listing, content.failures)
     return Store(found.images, found.sizes, content.failures, content.fingerprint)
 
@@ -284,12 +307,19 @@ def _unwritable(folder: Path, error: OSError) -> str:
     )
 
 
-def _built(entry: Path, listing: Listing, recipe: Recipe, workers: int, on_error: Literal["raise", "skip"]) -> Entry:
+def _built(
+    entry: Path,
+    listing: Listing,
+    recipe: Recipe,
+    on_error: Literal["raise", "skip"],
+    workers: int,
+    patience: float | None,
+) -> Entry:
     """Writes the entry beside its place, and moves it there. What it maps stays, whatever other builders do."""
     shape = _shape(len(listing), recipe)
     folder = temporary(entry)
     try:
-        failures = _write(folder, listing, recipe, workers)
+        failures = _write(folder, listing, recipe, workers, patience)
         if failures and on_error == "raise":
             raise _broken(listing, failures)
         built = opened_entry(folder, shape, check=False)
@@ -301,7 +331,9 @@ def _built(entry: Path, listing: Listing, recipe: Recipe, workers: int, on_error
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(folder: Path, listing: Listing, recipe: Recipe, workers: int) -> list[tuple[int, str]]:
+def _write(
+    folder: Path, listing: Listing, recipe: Recipe, workers: int, patience: float | None
+) -> list[tuple[int, str]]:
     """Writes the entry's files into `folder`; returns the failures."""
     shape = _shape(len(listing), recipe)
     per_chunk = max(1, min(_CHUNK_FILES, _CHUNK_BYTES // int(np.prod(shape[1:]))))
@@ -316,7 +348,7 @@ def _write(folder: Path, listing: Listing, recipe: Recipe, workers: int) -> list
     with (folder / "images.npy").open("wb") as out, _progress(len(listing)) as advance:
         out.write(header(shape, "|u1"))
         done = 0
-        for chunk in _decoded_chunks(chunks, recipe, workers):
+        for chunk in _decoded_chunks(chunks, recipe, workers, patience):
             out.write(chunk.images.data)
             hasher.update(chunk.images.data)
             blocks.append((len(chunk.images), zlib.crc32(chunk.images.data)))
@@ -336,7 +368,7 @@ def _write(folder: Path, listing: Listing, recipe: Recipe, workers: int) -> list
     return failures
 
 
-def _tell_depth(depth: Depth, recipe: Recipe) -> None:
+def tell_depth(depth: Depth, recipe: Recipe) -> None:
     """A word where images of more than 8 bits are nearly black: 12 bits in a file of 16, for instance."""
     if depth.images and recipe.value_range is None and not recipe.mask and depth.highest <= SIXTEEN_BITS // 2:
         _log.warning(
@@ -368,13 +400,15 @@ def _broken(sources: Sources, failures: Sequence[tuple[int, str]]) -> DataError:
     return DataError("\n".join([*lines, "repair or remove them, or type data.on_error=skip to leave them out"]))
 
 
-def _decoded_chunks(chunks: Sequence[Sequence[Item]], recipe: Recipe, workers: int) -> Iterator[Decoded]:
+def _decoded_chunks(
+    chunks: Sequence[Sequence[Item]], recipe: Recipe, workers: int, patience: float | None
+) -> Iterator[Decoded]:
     """The chunks' images, in order, decoded by `workers` processes; a few chunks ahead of the reader."""
     workers = min(workers, len(chunks))
     if workers == 0:
         yield from (decode_chunk(chunk, recipe) for chunk in chunks)
         return
-    with closing(DecodingPool(workers)) as pool:
+    with closing(DecodingPool(workers, patience)) as pool:
         pending: deque[Future[Decoded]] = deque()
         for chunk in chunks:
             pending.append(pool.ask(chunk, recipe))

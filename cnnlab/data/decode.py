@@ -24,8 +24,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from cnnlab.data.bounds import bounded, require_pixels
 from cnnlab.data.formats import opened, require_file
-from cnnlab.data.pixels import Depth, Recipe, class_numbers, converted, cropped, fitted, letterbox
+from cnnlab.data.pixels import TURNS, Depth, Pixels, Recipe, cropped, fitted, letterbox
 
 __all__ = ["Decoded", "Depth", "Item", "Recipe", "cropped", "decode", "decode_chunk", "letterbox"]
 
@@ -36,8 +37,7 @@ _SAYS_HOW_IT_LIES = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile 
 """Keys of Pillow's `info`, one of which is there where a file may say how it is to be turned."""
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PARENTS_SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number]
-_HALVED = 4
-"""Times `max_pixels` that a baseline JPEG may have."""
+_ORIENTATION = 0x0112
 
 
 @dataclass
@@ -112,14 +112,14 @@ def decode(source: str | BinaryIO, recipe: Recipe, depth: Depth | None = None) -
         Exception: what Pillow's parsers raise for a file that they cannot read.
     """
     with _open(source) as file, _held(file, recipe.max_pixels), _identified(file) as image:
-        own = _bounded(image, recipe.max_pixels)
+        own = bounded(image, recipe.max_pixels)
         image.load()
-        _turn(image)
-        if image.size[0] * image.size[1] > recipe.max_pixels:  # a container may hold another size than it says
-            raise _too_large(image.size, recipe.max_pixels)
-        size = image.size if own is None else own[:: -1 if _turned(own, image.size) else 1]
-        pixels = class_numbers(image) if recipe.mask else converted(image, recipe, depth)
+        require_pixels(image, recipe.max_pixels)  # a container may hold another size than it says
+        pixels = Pixels(image, recipe, _turning(image))
+        size = pixels.size if own is None else own[:: -1 if pixels.size != image.size else 1]
         array = np.asarray(fitted(pixels, recipe))
+        if depth is not None:
+            depth.add(pixels.depth)
     array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
     return array, (size[1], size[0])
 
@@ -145,45 +145,12 @@ def _identified(file: BinaryIO) -> Any:
         raise ValueError(f"expected fewer pixels, received: {error}; type data.max_pixels=NUMBER to take it") from error
 
 
-def _bounded(image: Any, max_pixels: int) -> tuple[int, int] | None:
-    """Sees to it that at most so many pixels are decoded; returns the (width, height) of what is decoded at half size.
-
-    Raises:
-        ValueError: it is too large.
-    """
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ValueError(f"expected an image of at least one pixel, received {width} x {height}")
-    if width * height <= max_pixels:
-        return None
-    # A progressive file's coefficients lie in memory at full size, whatever is decoded of them.
-    baseline = image.format in ("JPEG", "MPO") and not image.info.get("progressive")
-    if baseline and width * height <= _HALVED * max_pixels:
-        image.draft(None, (width // 2, height // 2))
-        if image.size[0] * image.size[1] <= max_pixels:
-            return width, height
-    raise _too_large((width, height), max_pixels)
-
-
-def _too_large(size: tuple[int, int], max_pixels: int) -> ValueError:
-    return ValueError(
-        f"expected at most {max_pixels:,} pixels, received {size[0]:,} x {size[1]:,}; type data.max_pixels="
-        f"{size[0] * size[1]} to take it"
-    )
-
-
-def _turn(image: Any) -> None:
-    """Turns the image as its EXIF or XMP says; whatever Pillow's own transposition honours."""
-    from PIL import ImageOps
-
+def _turning(image: Any) -> int | None:
+    """Pillow's transposition that turns the image as its EXIF or XMP says; whatever Pillow's own one honours."""
     # Asking for the EXIF of a file that has none takes as long as decoding a small JPEG.
     if image.format == "TIFF" or not _SAYS_HOW_IT_LIES.isdisjoint(image.info):
-        ImageOps.exif_transpose(image, in_place=True)
-
-
-def _turned(before: tuple[int, int], now: tuple[int, int]) -> bool:
-    """Whether an image that was decoded at half its size has been turned by 90 degrees."""
-    return (before[0] >= before[1]) != (now[0] >= now[1])
+        return TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    return None
 
 
 # ---- Pillow's settings and its libraries' noise, for the time of a decoding ----

@@ -10,6 +10,7 @@ system's file cache), of a larger entry as many, drawn anew each time.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from cnnlab.data.formats import require_file
 
+_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 CHECKED_BYTES = 1 << 30
 """Of an entry's images, whose checksums are compared when it is opened."""
 
@@ -195,8 +197,8 @@ def install(built: Path, entry: Path, shape: tuple[int, int, int, int]) -> None:
             built.rename(entry)
             sync_folder(entry.parent)
             return
-        except OSError:
-            if not os.path.lexists(entry):
+        except OSError as error:
+            if error.errno not in _IN_THE_WAY:  # what was there may be gone again: another builder moved it
                 raise
         if isinstance(opened_entry(entry, shape), Entry):
             return

@@ -58,7 +58,8 @@ class ImageFolder:
             due; to leave it out, all files are tried first, once.
         cache: folder of the decoded images; `None` takes `$CNNLAB_CACHE` or `~/.cache/cnnlab`.
         workers: processes that decode into the cache; `None` starts one a core where it pays, 0 none.
-        max_pixels: that an image may have (a baseline JPEG four times as many: it is decoded at half its size).
+        max_pixels: that an image may have, fewer where decoding its format takes more than 4 bytes of memory a pixel;
+            a JPEG or JPEG 2000 beyond it is decoded at half its size where that fits (see `cnnlab.data.bounds`).
         value_range: what becomes black and white of an image of more than 8 bits a pixel; `None`: 0 and 65,535.
         loading: the config's section; `None` takes its defaults.
     """
@@ -157,7 +158,14 @@ class ImageFolder:
         if streams(self.loading, needed, cache_folder(self.cache), cached=cached):
             return self._streamed(listing, recipe, labels, parts)
         try:
-            store = decoded(listing, recipe, on_error=self.on_error, cache=self.cache, workers=self.workers)
+            store = decoded(
+                listing,
+                recipe,
+                on_error=self.on_error,
+                cache=self.cache,
+                workers=self.workers,
+                patience=self.loading.patience,
+            )
         except UnwritableCache:
             if self.loading.path is not DataPath.auto:
                 raise
@@ -168,7 +176,9 @@ class ImageFolder:
 
     def _streamed(self, listing: Listing, recipe: Recipe, labels: Tensor, parts: dict[str, Tensor]) -> dict[str, Split]:
         if self.on_error == "skip":
-            failures = unreadable(listing, recipe, cache=self.cache, workers=self.workers)
+            failures = unreadable(
+                listing, recipe, cache=self.cache, workers=self.workers, patience=self.loading.patience
+            )
             self.findings.leave_out(listing, failures)
             parts = without(failures, parts)
         return streamed(StreamSplit, listing, recipe, labels, parts, self.loading)

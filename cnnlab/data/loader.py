@@ -139,10 +139,18 @@ class Loader:
             return self.split.order(self.seed, epoch)
         return rng.permutation(self.seed, epoch, self.length)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Batch, int]]:
+    def batches(
+        self, epoch: int, start: int = 0, stopping: Callable[[], object] | None = None
+    ) -> Iterator[tuple[Batch, int]]:
         """This rank's part of each batch of the epoch from batch `start` on, and the size of the whole batch.
 
         A part is empty where the last batch has fewer samples than there are ranks.
+
+        Args:
+            stopping: whether the caller would rather end than wait for a batch that does not come.
+
+        Raises:
+            NotAwaited: it would.
         """
         order = self.order(epoch)
         if self.resident and self.device.type == "cuda":
@@ -150,7 +158,7 @@ class Loader:
             order = order.pin_memory().to(self.device, non_blocking=True)
         whole = list(order.split(self.batch_size))[start : self.steps]
         parts, before = zip(*(self._part(indices) for indices in whole)) if whole else ((), ())
-        for batch, indices, foreign in zip(self._fetched(parts), whole, before):
+        for batch, indices, foreign in zip(self._fetched(parts, stopping), whole, before):
             batch = batch if self.transform is None else self.transform(batch, epoch)
             own = {name: tensor[foreign:] for name, tensor in batch.items()} if foreign else batch
             yield own, len(indices)
@@ -173,12 +181,13 @@ class Loader:
         positions = torch.arange(first - self.neighbours, last, device=indices.device) % len(indices)
         return indices[positions], self.neighbours
 
-    def _fetched(self, parts: Sequence[Tensor]) -> Iterator[Batch]:
+    def _fetched(self, parts: Sequence[Tensor], stopping: Callable[[], object] | None) -> Iterator[Batch]:
         """The samples of each part, on the device."""
         if not self._ahead:
             return (to_device(self.split.fetch(part), self.device) for part in parts)
         if self.device.type != "cuda":
-            return (to_device(batch, self.device) for batch in ahead(self._begin, parts, self.loading.ahead))
+            fetched = ahead(self._begin, parts, self.loading.ahead, stopping)
+            return (to_device(batch, self.device) for batch in fetched)
         if self._copier is None:  # one for all epochs: memory freed on a stream serves that stream
             self._copier = Copier(self.device)
         copier = self._copier
@@ -187,7 +196,7 @@ class Loader:
             fetch = self._begin(part)
             return lambda: copier.copy(fetch)
 
-        return map(copier.receive, ahead(begin, parts, self.loading.ahead))
+        return map(copier.receive, ahead(begin, parts, self.loading.ahead, stopping))
 
     def _begin(self, part: Tensor) -> Callable[[], Batch]:
         """Starts what needs no waiting, and returns the rest."""

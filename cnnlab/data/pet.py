@@ -12,6 +12,7 @@ from cnnlab.data.cache import Listing, decoded
 from cnnlab.data.decode import Recipe
 from cnnlab.data.fetch import from_torchvision, require_files
 from cnnlab.data.masks import decoded_pairs
+from cnnlab.data.pixels import MAX_PIXELS, checked_range
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned
 from cnnlab.errors import DataError
 from cnnlab.protocols import VOID, DataSpec, Split
@@ -47,6 +48,7 @@ class OxfordPet:
         limit, imbalance: thin the training split (see `cnnlab.data.splits`).
         on_error: whether an unreadable file ends the run or is left out.
         cache, workers: see `cnnlab.data.cache.decoded`.
+        max_pixels, value_range: see `cnnlab.data.folder.ImageFolder`.
     """
 
     def __init__(
@@ -63,10 +65,20 @@ class OxfordPet:
         on_error: Literal["raise", "skip"] = "raise",
         cache: str | None = None,
         workers: NonNegativeInt | None = None,
+        max_pixels: PositiveInt = MAX_PIXELS,
+        value_range: tuple[float, ...] | None = None,
     ) -> None:
         self.masks = masks
         self.root = Path(root).expanduser()
-        self.recipe = Recipe(3, size, size, fit, resize=size if fit == "crop" else 0)
+        self.recipe = Recipe(
+            3,
+            size,
+            size,
+            fit,
+            resize=size if fit == "crop" else 0,
+            value_range=checked_range(value_range),
+            max_pixels=max_pixels,
+        )
         self.download = download
         self.val = val
         self.split_seed = split_seed

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,10 +15,12 @@ if TYPE_CHECKING:
 MAX_PIXELS = 50_000_000
 """Of one image, unless told: 200 MB as Pillow holds them."""
 SIXTEEN_BITS = 65535
-_BAND = 1 << 22
-"""Pixels that are converted at a time: what a conversion needs besides its result does not grow with the image."""
+_BAND = 1 << 18
+"""Pixels that are turned and converted at a time; a larger image is never held twice."""
+_MANY = 1 << 22
+"""Pixels of what lies between the two passes of a resize, from where on they are made piece by piece."""
 _LONG = 16
-"""Where a crop would resize so many times what it keeps, and more than a band, only what is kept is resized."""
+"""Where a crop would resize so many times what it keeps, and more than `_MANY`, only what is kept is resized."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,7 @@ class Recipe:
 
     `value_range`: (low, high), the values of a pixel of more than 8 bits that become 0 and 255, others by the
     straight line between them, beyond it cut off; `None` takes 0 and 65,535, and refuses floats and what 16 bits do
-    not hold. `max_pixels`: that an image may have; a baseline JPEG may have four times as many, and is decoded at
-    half its size.
+    not hold. `max_pixels`: that an image may have; see `cnnlab.data.bounds`.
     """
 
     channels: int
@@ -79,23 +81,97 @@ def is_deep(image: Image) -> bool:
     return image.mode.startswith("I") or image.mode == "F"
 
 
-def converted(image: Image, recipe: Recipe, depth: Depth | None = None) -> Image:
-    """The image in mode L or RGB, from greyscale, palette, transparency (over white), CMYK and more than 8 bits.
+class Pixels:
+    """A decoded image's pixels as the recipe has them, a few rows at a time, turned as the file says.
+
+    From greyscale, palette, transparency (over white), CMYK and more than 8 bits to L or RGB; of a mask the class
+    numbers, as L.
 
     Args:
-        depth: is told of an image of more than 8 bits.
+        image: decoded.
+        method: Pillow's transposition that turns it; `None` for none.
+
+    Raises, as its methods do:
+        ValueError: values that the recipe gives no meaning to.
+    """
+
+    def __init__(self, image: Image, recipe: Recipe, method: Any = None) -> None:
+        self._image = image
+        self._recipe = recipe
+        self._method = method
+        width, height = image.size
+        self.size = (height, width) if method in _SWAP_SIDES else (width, height)
+        self.mode = "L" if recipe.channels == 1 or recipe.mask else "RGB"
+        self.depth = Depth()
+        if is_deep(image) and not recipe.mask:
+            self.depth = Depth(1, -np.inf)
+
+    @property
+    def ready(self) -> Image | None:
+        """The image, where neither turning nor conversion would make another one of it."""
+        as_is = self._image.mode == self.mode and "transparency" not in self._image.info
+        return self._image if as_is and self._method is None and not self._recipe.mask else None
+
+    def whole(self) -> Image:
+        return self.ready or self.rows(0, self.size[1])
+
+    def rows(self, top: int, bottom: int) -> Image:
+        """The rows from `top` until before `bottom` of the turned image."""
+        part = self._image
+        if (top, bottom) != (0, self.size[1]):
+            part = part.crop(_unturned((0, top, self.size[0], bottom), self._image.size, self._method))
+        if self._method is not None:
+            part = part.transpose(self._method)
+        return class_numbers(part) if self._recipe.mask else converted(part, self._recipe, self.depth)
+
+
+_FLIP_ACROSS, _FLIP_DOWN, _QUARTER, _HALF, _THREE_QUARTERS, _TRANSPOSE, _TRANSVERSE = range(7)
+"""Pillow's transpositions; its rotations are counterclockwise."""
+TURNS = {
+    2: _FLIP_ACROSS,
+    3: _HALF,
+    4: _FLIP_DOWN,
+    5: _TRANSPOSE,
+    6: _THREE_QUARTERS,
+    7: _TRANSVERSE,
+    8: _QUARTER,
+}
+"""What makes an image upright, by EXIF's orientation."""
+_SWAP_SIDES = (_QUARTER, _THREE_QUARTERS, _TRANSPOSE, _TRANSVERSE)
+_FROM_RIGHT = (_FLIP_ACROSS, _HALF, _QUARTER, _TRANSVERSE)
+"""Transpositions after which what was on the right comes first, along the axis where it then lies."""
+_FROM_BOTTOM = (_FLIP_DOWN, _HALF, _THREE_QUARTERS, _TRANSVERSE)
+
+
+def _unturned(box: tuple[int, int, int, int], size: tuple[int, int], method: int | None) -> tuple[int, int, int, int]:
+    """Where a (left, top, right, bottom) of the turned image lies in the (width, height) of the file's own."""
+    left, top, right, bottom = box
+    if method in _SWAP_SIDES:
+        left, top, right, bottom = top, left, bottom, right
+    if method in _FROM_RIGHT:
+        left, right = size[0] - right, size[0] - left
+    if method in _FROM_BOTTOM:
+        top, bottom = size[1] - bottom, size[1] - top
+    return left, top, right, bottom
+
+
+def converted(image: Image, recipe: Recipe, depth: Depth) -> Image:
+    """The image in mode L or RGB.
+
+    Args:
+        depth: is told the highest value of an image of more than 8 bits.
 
     Raises:
         ValueError: values that the recipe gives no meaning to.
     """
     mode = "L" if recipe.channels == 1 else "RGB"
     if is_deep(image):
-        return _from_deep(image, recipe.value_range, depth or Depth()).convert(mode)
+        return _from_deep(image, recipe.value_range, depth).convert(mode)
     if image.mode == mode and "transparency" not in image.info:
         return image
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        return _by_bands(image, mode, lambda band: _over_white(band).convert(mode))
-    return _by_bands(image, mode, lambda band: band.convert(mode))
+        image = _over_white(image)
+    return image.convert(mode)
 
 
 def _over_white(image: Image) -> Image:
@@ -114,21 +190,14 @@ def _from_deep(image: Image, value_range: tuple[float, float] | None, depth: Dep
             "expected integer pixels, received 32-bit floats; say by data.value_range=[LOW,HIGH] what is black and "
             "what is white"
         )
+    values = np.asarray(image)
+    finite = values[np.isfinite(values)] if image.mode == "F" else values
+    depth.highest = max(depth.highest, float(finite.max()) if finite.size else -np.inf)
+    grey = _straight(values) if value_range is None else _ranged(values, *value_range)
     see_through = image.info.get("transparency")
-    seen = Depth(1, -np.inf)
-
-    def eight_bits(band: Image) -> Image:
-        values = np.asarray(band)
-        finite = values[np.isfinite(values)] if band.mode == "F" else values
-        seen.highest = max(seen.highest, float(finite.max()) if finite.size else -np.inf)
-        grey = _straight(values) if value_range is None else _ranged(values, *value_range)
-        if isinstance(see_through, int):
-            grey = np.where(values == see_through, np.uint8(255), grey)
-        return pillow.fromarray(grey)
-
-    result = _by_bands(image, "L", eight_bits)
-    depth.add(seen)
-    return result
+    if isinstance(see_through, int):
+        grey = np.where(values == see_through, np.uint8(255), grey)
+    return pillow.fromarray(grey)
 
 
 def _straight(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -148,21 +217,6 @@ def _ranged(values: np.ndarray[Any, Any], low: float, high: float) -> np.ndarray
     return np.floor(np.nan_to_num(part, nan=0.0).clip(0, 255) + 0.5).astype(np.uint8)
 
 
-def _by_bands(image: Image, mode: str, convert: Callable[[Image], Image]) -> Image:
-    """`convert(image)`, of mode `mode`; where it looks at each pixel by itself: a large image a few rows at a time."""
-    from PIL import Image as pillow
-
-    width, height = image.size
-    if width * height <= _BAND:
-        return convert(image)
-    result = pillow.new(mode, image.size)
-    rows = max(1, _BAND // width)
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        result.paste(convert(image.crop((0, top, width, bottom))), (0, top))
-    return result
-
-
 def class_numbers(image: Image) -> Image:
     """The mask's values as mode L; a palette's indices are the values.
 
@@ -173,43 +227,83 @@ def class_numbers(image: Image) -> Image:
 
     if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
         raise ValueError(f"expected a greyscale or palette image of class numbers, received {image.mode}")
-
-    def numbers(band: Image) -> Image:
-        values = np.asarray(band)
-        if values.min() < 0 or values.max() > 255:
-            raise ValueError(f"expected class numbers 0..255, received {values.min()}..{values.max()}")
-        return pillow.fromarray(values.astype(np.uint8))
-
-    return _by_bands(image, "L", numbers)
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 255:
+        raise ValueError(f"expected class numbers 0..255, received {values.min()}..{values.max()}")
+    return pillow.fromarray(values.astype(np.uint8))
 
 
-def fitted(image: Image, recipe: Recipe) -> Image:
+def fitted(pixels: Pixels, recipe: Recipe) -> Image:
     """The image at the recipe's size."""
     from PIL import Image as pillow
 
-    how = pillow.Resampling.NEAREST if recipe.mask else pillow.Resampling.BILINEAR
     target = (recipe.width, recipe.height)
     if recipe.fit == "stretch":
-        return image if image.size == target else image.resize(target, how)
+        return _resized(pixels, target, recipe)
     if recipe.fit == "crop":
-        return _cut(image, recipe, how)
-    left, top, width, height = letterbox(image.size[1], image.size[0], recipe.height, recipe.width)
-    canvas = pillow.new(image.mode, target, 255 if recipe.mask else 0)
-    canvas.paste(image.resize((width, height), how), (left, top))
+        return _cut(pixels, target, recipe)
+    left, top, width, height = letterbox(pixels.size[1], pixels.size[0], recipe.height, recipe.width)
+    canvas = pillow.new(pixels.mode, target, 255 if recipe.mask else 0)
+    canvas.paste(_resized(pixels, (width, height), recipe), (left, top))
     return canvas
 
 
-def _cut(image: Image, recipe: Recipe, how: Any) -> Image:
+def _cut(pixels: Pixels, target: tuple[int, int], recipe: Recipe) -> Image:
     """The middle of the resized image. Of a long strip only that part is resized: the same but for rounding."""
-    target = (recipe.width, recipe.height)
-    scaled, left, top = cropped(image.size[0], image.size[1], recipe)
+    scaled, left, top = cropped(*pixels.size, recipe)
     right, bottom = left + recipe.width, top + recipe.height
-    if scaled[0] * scaled[1] > max(_BAND, _LONG * target[0] * target[1]):
-        across, down = image.size[0] / scaled[0], image.size[1] / scaled[1]
-        box = (left * across, top * down, min(right * across, image.size[0]), min(bottom * down, image.size[1]))
-        return image.resize(target, how, box=box)
-    image = image if image.size == scaled else image.resize(scaled, how)
+    if scaled[0] * scaled[1] > max(_MANY, _LONG * target[0] * target[1]):
+        across, down = pixels.size[0] / scaled[0], pixels.size[1] / scaled[1]
+        box = (left * across, top * down, min(right * across, pixels.size[0]), min(bottom * down, pixels.size[1]))
+        return _resized(pixels, target, recipe, box)
+    image = _resized(pixels, scaled, recipe)
     return image if scaled == target else image.crop((left, top, right, bottom))
+
+
+_Box = tuple[float, float, float, float]
+
+
+def _resized(pixels: Pixels, target: tuple[int, int], recipe: Recipe, box: _Box | None = None) -> Image:
+    """The part of the image in `box`, or all of it, at the size `target`.
+
+    Pillow resizes across, then down, with 8 bits between. So can rows be resized across as they are converted, to the
+    same pixels.
+    """
+    from PIL import Image as pillow
+
+    how = pillow.Resampling.NEAREST if recipe.mask else pillow.Resampling.BILINEAR
+    width, height = pixels.size
+    left, top, right, bottom = box or (0, 0, width, height)
+    if height > _LONG * width and target[0] * height > _MANY:
+        return _down_first(pixels, target, how, (left, top, right, bottom))
+    if pixels.ready is not None or width * height <= _BAND:
+        image = pixels.whole()
+        return image if box is None and image.size == target else image.resize(target, how, box=box)
+    between = pillow.new(pixels.mode, (target[0], height))
+    step = max(1, _BAND // width)
+    for first in range(0, height, step):
+        last = min(first + step, height)
+        band = pixels.rows(first, last)
+        between.paste(band.resize((target[0], last - first), how, box=(left, 0, right, last - first)), (0, first))
+    return between.resize(target, how, box=(0, top, target[0], bottom))
+
+
+def _down_first(pixels: Pixels, target: tuple[int, int], how: Any, box: _Box) -> Image:
+    """Of a tall image, whose rows resized across would be large: the same but for rounding."""
+    from PIL import Image as pillow
+
+    result = pillow.new(pixels.mode, target)
+    left, top, right, bottom = box
+    scale = (bottom - top) / target[1]
+    for row in range(target[1]):
+        begin, end = top + row * scale, min(top + (row + 1) * scale, bottom)
+        # A row is made of what lies up to its own height above and below it.
+        first = max(0, math.floor(begin - scale) - 1)
+        last = min(pixels.size[1], math.ceil(end + scale) + 1)
+        rows = (0, begin - first, pixels.size[0], end - first)
+        part = pixels.rows(first, last).resize((pixels.size[0], 1), how, box=rows)
+        result.paste(part.resize((target[0], 1), how, box=(left, 0, right, 1)), (0, row))
+    return result
 
 
 def cropped(width: int, height: int, recipe: Recipe) -> tuple[tuple[int, int], int, int]:

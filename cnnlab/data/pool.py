@@ -49,6 +49,8 @@ class DecodingPool:
     def __init__(self, workers: int, patience: float | None = PATIENCE) -> None:
         self.workers = workers
         self.patience = patience
+        self.said = False
+        """Whether its users have been told of dark images."""
         self._lock = threading.Lock()
         self._jobs: _Jobs = queue.SimpleQueue()
         self._decoders: list[_Decoder] = []

@@ -91,7 +91,7 @@ def indexed(shards: Sequence[Path], label: str, cache: str | None) -> ShardIndex
     """
     folder = cache_folder(cache) / "shards"
     columns: list[dict[str, Array]] = []
-    fresh = 0
+    fresh, writable = 0, True
     for path in shards:
         try:
             status = path.stat()
@@ -105,7 +105,7 @@ def indexed(shards: Sequence[Path], label: str, cache: str | None) -> ShardIndex
                 _log.info("indexing %d shards", len(shards))
             fresh += 1
             found = _scanned(path, label)
-            _store(stored, found)
+            writable = writable and _store(stored, found)
         columns.append(found)
     counts = [len(found["offset"]) for found in columns]
     names = [found["keys"].tobytes().decode(errors="surrogateescape") for found in columns]
@@ -129,7 +129,7 @@ def _stored(path: Path) -> dict[str, Array] | None:
     return found if len(found["offset"]) == len(found["size"]) == len(found["label"]) else None
 
 
-def _store(path: Path, columns: dict[str, Array]) -> None:
+def _store(path: Path, columns: dict[str, Array]) -> bool:
     """Beside its place, then renamed: of two that index at once the later one's stays, which is the same."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,11 +143,15 @@ def _store(path: Path, columns: dict[str, Array]) -> None:
             Path(name).replace(path)
         finally:
             Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"expected to write the shards' index to {path.parent}, received: {error}; "
-            f"set CNNLAB_CACHE or type data.cache=FOLDER to put it elsewhere"
-        ) from error
+        return True
+    except OSError as error:  # it costs time, no run
+        _log.warning(
+            "the shards' index cannot be written to %s (%s) and is read anew each time; set CNNLAB_CACHE or type "
+            "data.cache=FOLDER to put it elsewhere",
+            path.parent,
+            error,
+        )
+        return False
 
 
 def _scanned(path: Path, label: str) -> dict[str, Array]:

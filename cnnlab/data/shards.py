@@ -145,7 +145,13 @@ class WebDataset:
             seed=self.split_seed,
         )
         if self.on_error == "skip":
-            failures = unreadable(index, self.recipe, cache=self.cache, workers=self.loading.workers)
+            failures = unreadable(
+                index,
+                self.recipe,
+                cache=self.cache,
+                workers=self.loading.workers,
+                patience=self.loading.patience,
+            )
             parts = without(failures, parts)
         return streamed(ShardSplit, index, self.recipe, labels, parts, self.loading)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from cnnlab import rng
-from cnnlab.data.cache import Sources
-from cnnlab.data.decode import Decoded, Recipe
+from cnnlab.data.cache import Sources, tell_depth
+from cnnlab.data.decode import Decoded, Depth, Recipe
 from cnnlab.data.gpu_jpeg import GpuJpegs
 from cnnlab.data.pool import DecodingPool, cores
 from cnnlab.data.splits import digest, require_samples
@@ -110,7 +110,7 @@ class StreamSplit:
             asked = [self.pool.ask(items[at : at + size], self.recipe) for at in range(0, len(items), size)]
 
             def finish_images() -> tuple[Tensor, list[tuple[int, str]]]:
-                return _joined(asked, len(items), self.recipe, pin)
+                return _joined(asked, len(items), self.recipe, pin, self._saw)
 
         def finish() -> Batch:
             image, failures = finish_images()
@@ -119,6 +119,12 @@ class StreamSplit:
             return {"image": image, "index": index, "label": self._labels[index]}
 
         return finish
+
+    def _saw(self, depth: Depth) -> None:
+        """The first batch with images of more than 8 bits tells whether they are dark; the splits share the word."""
+        if depth.images and not self.pool.said:
+            self.pool.said = True
+            tell_depth(depth, self.recipe)
 
     def _broken(self, failures: Sequence[tuple[int, str]]) -> DataError:
         named = "\n".join(f"  {self.sources.name(row)}: {reason}" for row, reason in failures[:5])
@@ -129,7 +135,7 @@ class StreamSplit:
 
 
 def _joined(
-    asked: Sequence[Future[Decoded]], count: int, recipe: Recipe, pin: bool
+    asked: Sequence[Future[Decoded]], count: int, recipe: Recipe, pin: bool, saw: Callable[[Depth], None]
 ) -> tuple[Tensor, list[tuple[int, str]]]:
     """The chunks as images (count, C, H, W) uint8, and the position and reason of each that failed."""
     shape = (count, recipe.channels, recipe.height, recipe.width)
@@ -137,11 +143,14 @@ def _joined(
     # numpy copies in this one thread; torch would take the cores from the network's own threads.
     into, done = images.numpy(), 0
     failures: list[tuple[int, str]] = []
+    depth = Depth()
     for future in asked:
         chunk = future.result()
         np.copyto(into[done : done + len(chunk.images)], chunk.images)
         failures += [(done + number, reason) for number, reason in chunk.failures]
         done += len(chunk.images)
+        depth.add(chunk.depth)
+    saw(depth)
     return images, failures
 
 

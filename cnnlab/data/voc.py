@@ -13,6 +13,7 @@ from torch import Tensor
 from cnnlab.data.cache import Listing, decoded
 from cnnlab.data.decode import Recipe, letterbox
 from cnnlab.data.formats import EXTENSIONS
+from cnnlab.data.pixels import MAX_PIXELS, checked_range
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned, require_fractions
 from cnnlab.errors import DataError
 from cnnlab.protocols import DataSpec, Split
@@ -42,6 +43,7 @@ class VocBoxes:
         limit, imbalance: thin the training split (see `cnnlab.data.splits`).
         on_error: whether an unreadable image ends the run or is left out.
         cache, workers: see `cnnlab.data.cache.decoded`.
+        max_pixels, value_range: see `cnnlab.data.folder.ImageFolder`.
     """
 
     def __init__(
@@ -59,10 +61,12 @@ class VocBoxes:
         on_error: Literal["raise", "skip"] = "raise",
         cache: str | None = None,
         workers: NonNegativeInt | None = None,
+        max_pixels: PositiveInt = MAX_PIXELS,
+        value_range: tuple[float, ...] | None = None,
     ) -> None:
         require_fractions(val, test)
         self.root = Path(root).expanduser()
-        self.recipe = Recipe(3, size, size, fit)
+        self.recipe = Recipe(3, size, size, fit, value_range=checked_range(value_range), max_pixels=max_pixels)
         self.classes = classes
         self.val_as_test = val_as_test
         self.val = val

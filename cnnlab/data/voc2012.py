@@ -10,6 +10,7 @@ import torch
 from cnnlab.data.decode import Recipe
 from cnnlab.data.fetch import from_torchvision, require_files
 from cnnlab.data.masks import decoded_pairs
+from cnnlab.data.pixels import MAX_PIXELS, checked_range
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, partitioned
 from cnnlab.data.voc import VocBoxes
 from cnnlab.errors import DataError
@@ -41,6 +42,7 @@ class Voc2012:
         limit, imbalance: thin the training split (see `cnnlab.data.splits`).
         on_error: whether an unreadable file ends the run or is left out.
         cache, workers: see `cnnlab.data.cache.decoded`.
+        max_pixels, value_range: see `cnnlab.data.folder.ImageFolder`.
 
     Raises:
         ValueError: `imbalance` with masks, which have no label to count.
@@ -60,6 +62,8 @@ class Voc2012:
         on_error: Literal["raise", "skip"] = "raise",
         cache: str | None = None,
         workers: NonNegativeInt | None = None,
+        max_pixels: PositiveInt = MAX_PIXELS,
+        value_range: tuple[float, ...] | None = None,
     ) -> None:
         if target == "mask" and imbalance is not None:
             raise ValueError(
@@ -76,6 +80,8 @@ class Voc2012:
         self.limit = limit
         self.imbalance = imbalance
         self.decoding: dict[str, Any] = {"on_error": on_error, "cache": cache, "workers": workers}
+        self.max_pixels = max_pixels
+        self.value_range = checked_range(value_range)
 
     def spec(self) -> DataSpec:
         size = (self.size, self.size)
@@ -104,6 +110,8 @@ class Voc2012:
             split_seed=self.split_seed,
             limit=self.limit,
             imbalance=self.imbalance,
+            max_pixels=self.max_pixels,
+            value_range=self.value_range,
             **self.decoding,
         ).load()
 
@@ -133,7 +141,7 @@ class Voc2012:
             base,
             [f"JPEGImages/{name}" for name in images],
             [f"SegmentationClass/{name}" for name in masks],
-            Recipe(3, self.size, self.size, self.fit),
+            Recipe(3, self.size, self.size, self.fit, value_range=self.value_range, max_pixels=self.max_pixels),
             parts,
             {number: number for number in range(len(CLASSES) + 1)},
             **self.decoding,

@@ -86,6 +86,10 @@ class Checkpointer(Listener):
             self._save(run)
             self._stop_for(run, wish)
 
+    def on_stop(self, run: Run) -> None:
+        self._save(run)
+        self._stop_for(run, run.interrupted_by)
+
     def on_epoch(self, run: Run, figures: dict[str, float]) -> None:
         better = False
         if figures:

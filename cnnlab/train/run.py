@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cnnlab.checkpoint import State
+from cnnlab.data.ahead import NotAwaited
 from cnnlab.data.loader import Loader
 from cnnlab.errors import CheckpointError, CnnlabError, DivergedError, InterruptedRun, UsageError
 from cnnlab.interrupts import answered_by, raises, watcher
@@ -130,11 +131,15 @@ class Run:
         """The rest of this epoch from where the clock stands, with each batch's size over all ranks; the
         learning rate of the coming update is set on the way."""
         self.clock.training.start()
-        for batch, count in self.loaders["train"].batches(self.clock.epoch, start=self.clock.batch):
-            if self.finished():
-                break
-            self._set_lr()
-            yield batch, count
+        stopping = None if self.ranks.world > 1 else lambda: self.interrupted_by
+        try:
+            for batch, count in self.loaders["train"].batches(self.clock.epoch, self.clock.batch, stopping):
+                if self.finished():
+                    break
+                self._set_lr()
+                yield batch, count
+        except NotAwaited:
+            self.tell("on_stop")
         self.clock.training.stop()
         self.observer.pause()
 

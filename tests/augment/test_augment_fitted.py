@@ -96,6 +96,17 @@ def test_what_is_quick_leaves_no_file_and_neither_does_a_cache_that_cannot_be_wr
     assert made.state_dict()
 
 
+@pytest.mark.parametrize("content", [[1], {"normalize": 3}, {"normalize": {"other": torch.ones(1)}}, {"x": {}}])
+def test_an_entry_with_anything_else_in_it_is_made_again(content: Any, tmp_path: Path):
+    first = pipeline()
+    fitted.fit(first, split(), CONFIG, tmp_path, worth=0)
+    (entry,) = tmp_path.iterdir()
+    torch.save(content, entry)
+    again = pipeline()
+    fitted.fit(again, split(), CONFIG, tmp_path, worth=0)
+    assert str(again.state_dict()) == str(first.state_dict())
+
+
 def test_a_damaged_entry_is_made_again(tmp_path: Path):
     fitted.fit(pipeline(), split(), CONFIG, tmp_path, worth=0)
     (entry,) = tmp_path.iterdir()

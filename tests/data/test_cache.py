@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from image_files import GREEN, make_folder, save_plain
 from cnnlab.data import cache
 from cnnlab.data.cache import Listing, Store, cache_folder, decoded
 from cnnlab.data.decode import Recipe
+from cnnlab.data.pool import DecodingPool
 from cnnlab.errors import DataError
 
 RECIPE = Recipe(3, 8, 8, "crop", 8)
@@ -153,6 +156,53 @@ def test_builders_at_once_agree(root: Path) -> None:
     assert {store.fingerprint for store in stores} == {stores[0].fingerprint}
     assert all(torch.equal(store.images, stores[0].images) for store in stores)
     assert len(list((root.parent / "cache").iterdir())) == 1
+
+
+def test_builders_at_once_over_a_damaged_entry_agree(root: Path) -> None:
+    first = build(root)
+    (entry,) = (root.parent / "cache").iterdir()
+    for _ in range(4):
+        with (entry / "images.npy").open("r+b") as file:
+            file.truncate(200)
+        with ThreadPoolExecutor(3) as threads:
+            stores = list(threads.map(lambda _: build(root), range(3)))
+        assert all(torch.equal(store.images, first.images) for store in stores)
+        assert [path.name for path in entry.parent.iterdir()] == [entry.name]
+
+
+def test_a_build_gives_a_frozen_decoder_up(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = DecodingPool.ask
+
+    def frozen(pool: DecodingPool, *arguments: Any) -> Any:
+        future = ask(pool, *arguments)
+        os.kill(pool.pids[0], signal.SIGSTOP)
+        return future
+
+    monkeypatch.setattr(DecodingPool, "ask", frozen)
+    with pytest.raises(DataError, match=r"loading\.patience"):
+        listing = Listing(root, files(root))
+        decoded(listing, RECIPE, on_error="raise", cache=str(root.parent / "cache"), workers=1, patience=0.2)
+
+
+def test_without_a_home_the_cache_is_a_folder_of_ones_own_and_looking_makes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def nobody(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("CNNLAB_CACHE", raising=False)
+    cache._without_a_home.cache_clear()
+    assert cache.known_cache() is None and not list(tmp_path.iterdir()) and not caplog.records
+    folder = cache_folder(None)
+    assert folder == cache.known_cache() == cache_folder(None) and folder.stat().st_mode & 0o777 == 0o700
+    assert len(caplog.records) == 1
+    folder.chmod(0o777)  # anybody could put something there
+    cache._without_a_home.cache_clear()
+    assert cache.known_cache() is None and cache_folder(None) != folder
+    cache._without_a_home.cache_clear()
 
 
 def test_a_full_disk_is_refused_before_decoding(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

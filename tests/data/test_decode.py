@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from cnnlab.data.decode import Recipe, decode, decode_chunk
+from cnnlab.data import pixels
+from cnnlab.data.decode import Recipe, decode, decode_chunk, hush
 from cnnlab.data.gpu_jpeg import is_plain_jpeg
 from cnnlab.data.pixels import Depth, checked_range
 from cnnlab.data.pool import DecodingPool
@@ -87,6 +88,49 @@ def test_too_many_pixels_are_refused_by_name_and_a_large_jpeg_is_halved() -> Non
     assert size == (50, 60) and abs(int(array[2, 4, 4]) - 199) <= 3
     assert not is_plain_jpeg(file, 1000)
     assert Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS > 10**6, "Pillow's own bound is put back"
+
+
+def test_what_a_format_takes_in_memory_counts() -> None:
+    allowed = {"PNG": 1000, "GIF": 1000, "WEBP": 235, "JPEG2000": 200 * 4, "TIFF": 1000}
+    bound = Recipe(3, 8, 8, "crop", 8, max_pixels=1000)
+    hush()
+    for kind, most in allowed.items():
+        decode(io.BytesIO(saved(Image.new("RGB", (20, most // 20)), kind)), bound)
+        with pytest.raises(ValueError, match=r"data\.max_pixels=(\d+|NUMBER) to"):
+            decode(io.BytesIO(saved(Image.new("RGB", (20, most // 20 + 3)), kind)), bound)
+    one_strip = saved(Image.new("RGB", (20, 50)), "TIFF", compression="tiff_deflate", tiffinfo={278: 50})
+    with pytest.raises(ValueError, match=r"memory of 2,000; type data\.max_pixels=2000"):
+        decode(io.BytesIO(one_strip), bound)
+    assert decode(io.BytesIO(one_strip), Recipe(3, 8, 8, "crop", 8, max_pixels=2000))[1] == (50, 20)
+    with pytest.raises(ValueError, match="sides of at most"):
+        decode(io.BytesIO(saved(Image.new("1", ((1 << 20) + 1, 1)), "PNG")), WHOLE)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16"])
+def test_a_large_image_is_turned_and_converted_by_pieces_to_the_same_pixels(
+    orientation: int, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(0).integers(0, 255, (70, 90, 4), np.uint8)
+    image = Image.fromarray(values[..., 0].astype(np.uint16) * 250) if mode == "I;16" else Image.fromarray(values)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = saved(image if mode == "I;16" else image.convert(mode), "TIFF", exif=exif)
+    recipe = Recipe(3, 16, 16, "crop", 20)
+    whole, size = decode(io.BytesIO(file), recipe)
+    monkeypatch.setattr(pixels, "_BAND", 1000)
+    monkeypatch.setattr(pixels.Pixels, "whole", None)
+    pieces, again = decode(io.BytesIO(file), recipe)
+    assert size == again == ((90, 70) if orientation > 4 else (70, 90)) and np.array_equal(whole, pieces)
+
+
+def test_a_tall_strip_is_resized_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    strip = Image.fromarray((np.arange(4000) // 16).astype(np.uint8).reshape(2000, 2))
+    recipe = Recipe(1, 20, 30, "stretch")
+    whole, _ = decode(io.BytesIO(saved(strip, "PNG")), recipe)
+    monkeypatch.setattr(pixels, "_MANY", 1000)
+    rows, _ = decode(io.BytesIO(saved(strip, "PNG")), recipe)
+    assert np.abs(whole.astype(int) - rows).max() <= 1
 
 
 def test_of_a_long_strip_only_what_is_kept_is_resized(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from lab_runs import no_waiting
 from torch import Tensor
 
 from cnnlab import rng
-from cnnlab.data.ahead import ahead
+from cnnlab.data.ahead import NotAwaited, ahead
 from cnnlab.data.loader import Loader
 from cnnlab.data.splits import TensorSplit
 from cnnlab.errors import DataError, UsageError
@@ -127,6 +128,22 @@ def test_a_caller_that_stops_early_drops_what_was_asked_for() -> None:
     batches.close()  # type: ignore[attr-defined]
     assert begun == [0, 1, 2]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("cnnlab-fetch")]
+
+
+def test_who_wants_to_stop_does_not_wait_for_a_batch_that_does_not_come() -> None:
+    never, asked = threading.Event(), []
+
+    def begin(part: torch.Tensor) -> Callable[[], int]:
+        return (lambda: 1) if part == 0 else lambda: int(never.wait(30))
+
+    served = ahead(begin, torch.arange(2), 0, lambda: asked)
+    assert next(served) == 1, "what has come is served, whoever wants to stop"
+    asked.append("stop")
+    began = time.monotonic()
+    with pytest.raises(NotAwaited):
+        next(served)
+    assert time.monotonic() - began < 5
+    never.set()
 
 
 def test_describe_is_one_line() -> None:

@@ -142,6 +142,15 @@ def test_the_index_is_made_once_for_a_shard_as_it_is(tmp_path: Path, monkeypatch
         dataset(pattern, tmp_path).load()
 
 
+def test_an_index_that_cannot_be_written_is_read_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cache").write_text("a file in the way")
+    pattern = write(tmp_path / "shards")
+    for _ in range(2):
+        caplog.clear()
+        assert len(dataset(pattern, tmp_path, cache=str(tmp_path / "cache")).load()["train"]) > 0
+        assert sum("read anew" in record.message for record in caplog.records) == 1
+
+
 def test_a_broken_image_is_named_or_skipped(tmp_path: Path) -> None:
     pattern = write(tmp_path, count=2)
     with tarfile.open(tmp_path / "train-0000.tar", "a") as archive:

@@ -110,6 +110,18 @@ def test_a_broken_file_is_named_when_its_batch_is_due(tmp_path: Path) -> None:
         assert_equal(batches(stream[name]), batches(mapped[name]))
 
 
+def test_a_stream_tells_of_dark_images_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for n in range(12):
+        path = tmp_path / "data" / "ab"[n % 2] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 300 * n, np.uint16)).save(path)
+    split = splits_of(tmp_path / "data", "stream")["train"]
+    for _ in range(2):
+        batches(split)
+    told = [record.message for record in caplog.records if "value_range" in record.message]
+    assert len(told) == 1 and "data.value_range=[0,4095]" in told[0]
+
+
 def test_skipping_tries_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = photos(tmp_path / "data")
     first = splits_of(root, "stream", on_error="skip")
