@@ -99,7 +99,7 @@ class _Repeated:
         self.steps = loader.steps
         self.split = loader.split
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Batch, int]]:
+    def batches(self, epoch: int, start: int = 0, stopping: object = None) -> Iterator[tuple[Batch, int]]:
         for _ in range(start, self.steps):
             yield self.batch, self.count
 
