@@ -80,8 +80,8 @@ def opened(source: str | BinaryIO) -> Image:
 
 @cache
 def _all() -> tuple[str, ...]:
-    """Those formats that the installed Pillow has."""
+    """Those that the installed Pillow has, in its order: TGA has no signature, and takes other formats' files."""
     from PIL import Image
 
     Image.init()
-    return tuple(name for name in _SUFFIXES if name in Image.OPEN)
+    return tuple(name for name in Image.ID if name in _SUFFIXES)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from cnnlab.data import pixels
+from cnnlab.data import formats, pixels
 from cnnlab.data.decode import Recipe, decode, decode_chunk, hush
 from cnnlab.data.gpu_jpeg import is_plain_jpeg
 from cnnlab.data.pixels import Depth, checked_range
@@ -151,6 +151,13 @@ def test_a_pipe_is_neither_opened_nor_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     chunk = decode_chunk([str(tmp_path / "a.png"), "/dev/zero"], WHOLE)
     assert [number for number, _ in chunk.failures] == [0, 1] and "expected a file" in chunk.failures[0][1]
+
+
+@pytest.mark.parametrize("kind", ["ICO", "TIFF", "WEBP", "JPEG2000", "TGA", "PCX", "SGI", "DDS", "QOI"])
+def test_a_file_is_read_as_pillow_reads_it_under_any_name(kind: str) -> None:
+    file = saved(picture(32, 32).convert("RGBA" if kind == "ICO" else "RGB"), kind)
+    with formats.opened(io.BytesIO(file)) as image, Image.open(io.BytesIO(file)) as theirs:
+        assert image.format == theirs.format == kind and image.size == theirs.size
 
 
 def test_a_library_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
