@@ -165,6 +165,7 @@ def all_state(run: Run) -> dict[str, Any]:
     state = copy.deepcopy(run.state.state_dict())
     for name in ("wall", "training"):
         del state["clock"][name]
+    del state["observer"]["overhead"]["charged"]
     return state
 
 
