@@ -306,7 +306,7 @@ class _Builder:
         """Lets an init that looks at data (LSUV) see the first batch, whole; all ranks then begin with rank 0's
         weights."""
         if getattr(init, "needs_batch", False) and not self.resumed:
-            batch, _ = next(train.alone().batches(0))
+            batch, _ = train.alone().first()
             init.calibrate(model, batch["image"])
         self.ranks.share_([*model.parameters(), *model.buffers()])
 

@@ -93,7 +93,7 @@ class StepMaker:
         return replace(self, placement=replace(self.placement, step=kind)).make()
 
     def first_batch(self) -> tuple[Batch, int]:
-        return next(self.train.batches(0))
+        return self.train.first()
 
     def after_update(self, parameters: list[nn.Parameter]) -> list[Callable[[], None]]:
         """What follows each update: projections, then averages."""

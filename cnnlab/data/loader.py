@@ -94,6 +94,8 @@ class Loader:
         self.world = world
         self.transform = transform
         self.neighbours = neighbours
+        self._kept: list[Batch] = []
+        """The first batch, whole and untransformed, where somebody looked at it; shared with `alone`."""
 
     @property
     def resident(self) -> bool:
@@ -152,16 +154,33 @@ class Loader:
         Raises:
             NotAwaited: it would.
         """
+        kept = self._kept.pop() if self._kept and start == 0 and (epoch == 0 or not self.shuffle) else None
+        first = None if kept is None else self._seen(kept)
         order = self.order(epoch)
         if self.resident and self.device.type == "cuda":
             # One copy an epoch, from pinned memory: from pageable memory a copy waits for the device.
             order = order.pin_memory().to(self.device, non_blocking=True)
         whole = list(order.split(self.batch_size))[start : self.steps]
         parts, before = zip(*(self._part(indices) for indices in whole)) if whole else ((), ())
-        for batch, indices, foreign in zip(self._fetched(parts, stopping), whole, before):
+        for batch, indices, foreign in zip(self._fetched(parts, stopping, first), whole, before):
             batch = batch if self.transform is None else self.transform(batch, epoch)
             own = {name: tensor[foreign:] for name, tensor in batch.items()} if foreign else batch
             yield own, len(indices)
+
+    def first(self) -> tuple[Batch, int]:
+        """The first batch of epoch 0, as `batches` has it, for who looks at it before training begins: it is fetched
+        once and kept until `batches` serves it, and nothing is fetched ahead."""
+        indices = self.order(0)[: self.batch_size]
+        if not self._kept:
+            self._kept.append(to_device(self.split.fetch(indices), self.device))
+        batch, foreign = self._seen(self._kept[0]), self._part(indices)[1]
+        batch = batch if self.transform is None else self.transform(batch, 0)
+        return {name: tensor[foreign:] for name, tensor in batch.items()}, len(indices)
+
+    def _seen(self, whole: Batch) -> Batch:
+        """A copy of what this rank fetches of a global batch."""
+        positions, _ = self._part(torch.arange(len(whole["index"]), device=self.device))
+        return {name: tensor.index_select(0, positions) for name, tensor in whole.items()}
 
     def alone(self) -> Loader:
         """The same batches, whole: for what must not depend on the number of processes."""
@@ -181,19 +200,28 @@ class Loader:
         positions = torch.arange(first - self.neighbours, last, device=indices.device) % len(indices)
         return indices[positions], self.neighbours
 
-    def _fetched(self, parts: Sequence[Tensor], stopping: Callable[[], object] | None) -> Iterator[Batch]:
-        """The samples of each part, on the device."""
+    def _fetched(
+        self, parts: Sequence[Tensor], stopping: Callable[[], object] | None, first: Batch | None
+    ) -> Iterator[Batch]:
+        """The samples of each part, on the device; `first` are those of the first one, where they are there already."""
+        there = iter(() if first is None else (first,))
+
+        def start(part: Tensor) -> Callable[[], Batch]:
+            batch = next(there, None)
+            return self._begin(part) if batch is None else lambda: batch
+
         if not self._ahead:
-            return (to_device(self.split.fetch(part), self.device) for part in parts)
+            gathered = (batch if (batch := next(there, None)) is not None else self.split.fetch(part) for part in parts)
+            return (to_device(batch, self.device) for batch in gathered)
         if self.device.type != "cuda":
-            fetched = ahead(self._begin, parts, self.loading.ahead, stopping)
+            fetched = ahead(start, parts, self.loading.ahead, stopping)
             return (to_device(batch, self.device) for batch in fetched)
         if self._copier is None:  # one for all epochs: memory freed on a stream serves that stream
             self._copier = Copier(self.device)
         copier = self._copier
 
         def begin(part: Tensor) -> Callable[[], tuple[Batch, torch.cuda.Event]]:
-            fetch = self._begin(part)
+            fetch = start(part)
             return lambda: copier.copy(fetch)
 
         return map(copier.receive, ahead(begin, parts, self.loading.ahead, stopping))

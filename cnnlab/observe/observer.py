@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cnnlab.observe.overhead import Overhead, mark_for
+from cnnlab.observe.overhead import Aside, Overhead, mark_for
 from cnnlab.observe.taps import Taps
 from cnnlab.observe.view import View
 from cnnlab.protocols import Probe
@@ -61,41 +60,48 @@ class _SampledLook(Look):
         self._taps = observer.taps if self._needs & _TAPPED else None
         self._view = View(step, 0, observer.model, observer.tensors, observer.parameters)
         self._figures: dict[str, Tensor] = {}
+        self._aside = observer.aside
 
     def __enter__(self) -> Look:
         if self._taps is not None:
-            self._taps.start()
+            with self._aside():
+                self._taps.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.forward_done()
         if exception[0] is None:
-            self._observer.publish(self._view.step, self._figures)
+            with self._aside():
+                self._observer.publish(self._view.step, self._figures)
 
     def forward_done(self) -> None:
         if self._taps is not None:
-            self._taps.stop()
+            with self._aside():
+                self._taps.stop()
 
     @torch.no_grad()
     def gradients(self, count: int, scale: Tensor | float = 1.0) -> None:
         self._view.count = count
         self.forward_done()
         if self._taps is not None:  # the loss is the mean over the batch, so a sample's gradient is `count` times it
-            self._view.activity = self._taps.read(count / scale)
+            with self._aside():
+                self._view.activity = self._taps.read(count / scale)
         self._read(updates=False)
 
     def before_update(self) -> None:
         if "updates" in self._needs:
-            self._view.previous = [p.detach().clone() for p in self._observer.parameters]
+            with self._aside(self._observer.elements):
+                self._view.previous = [p.detach().clone() for p in self._observer.parameters]
 
     @torch.no_grad()
     def updated(self) -> None:
         self._read(updates=True)
 
     def _read(self, *, updates: bool) -> None:
-        for probe in self._due:
-            if ("updates" in probe.needs) is updates:
-                self._figures |= probe.read(self._view)
+        with self._aside(self._observer.elements):
+            for probe in self._due:
+                if ("updates" in probe.needs) is updates:
+                    self._figures |= probe.read(self._view)
 
 
 class Observer:
@@ -133,11 +139,14 @@ class Observer:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.tensors = tuple(name for name, _ in trained)
         self.parameters = [p for _, p in trained]
+        self.elements = sum(p.numel() for p in self.parameters)
         self._stated = every is not None
         every = every or max(1, min(MAX_EVERY, total_steps // MIN_SAMPLES))
         self.probes = [(probe, probe.every or every) for probe in probes]
         self.stretch = 1
-        self.overhead = Overhead(max_overhead, mark_for(device or torch.device("cpu")))
+        device = device or torch.device("cpu")
+        self.aside = Aside(device) if taps is None else taps.aside
+        self.overhead = Overhead(max_overhead, mark_for(device))
         self._total_steps = total_steps
         self._max_records = max_records
         self._records = 0
@@ -183,6 +192,8 @@ class Observer:
         """What was taken and what it cost: `samples`, `seconds`, `every` (steps), `overhead` (share of the time),
         `sample_in_steps` (a sample's cost as a multiple of a step); `None` for what is not known."""
         step, spent = self.overhead.step_seconds, self.overhead.spent(self._records)
+        if spent is None and self._records:  # nothing to compare with: what the host's clock says of it
+            spent = self.aside.seconds + self.overhead.charged
         ratio = None if not step or spent is None or not self._records else spent / self._records / step
         every = min((every for _, every in self.probes), default=None)
         return {
@@ -226,7 +237,10 @@ class Observer:
             return
         if event is not None:
             event.synchronize()
-        began = time.perf_counter()
+        with self.overhead.charging():
+            self.receive(self._record(step, shapes, packed))
+
+    def _record(self, step: int, shapes: Mapping[str, torch.Size], packed: Tensor) -> dict[str, Any]:
         record: dict[str, Any] = {"step": step}
         if self.taps is not None:
             record["layers"] = list(self.taps.names)
@@ -234,8 +248,7 @@ class Observer:
         parts = packed.cpu().split([shape.numel() for shape in shapes.values()])
         for (tag, shape), part in zip(shapes.items(), parts, strict=True):
             record[tag] = part.view(shape).tolist()
-        self.receive(record)
-        self.overhead.charge(time.perf_counter() - began)
+        return record
 
     def _keep_to_bounds(self, step: int, size: int) -> None:
         """Stretches the cadences until the records after update `step`, of `size` figures each, fit."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnlab.measure import merge_moments
+from cnnlab.observe.overhead import Aside
 from cnnlab.ranks import Ranks
 
 DEAD_AFTER = 4
@@ -58,16 +59,25 @@ class _GradientTap(torch.autograd.Function):
     """Identity; the gradient of `slot` is (Σg, Σg², count) over the first `samples` samples' gradient g."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slot: Tensor, samples: int) -> Tensor:
-        ctx.samples, ctx.dtype = samples, slot.dtype
+    def forward(ctx: Any, x: Tensor, slot: Tensor, samples: int, aside: Aside | None) -> Tensor:
+        ctx.samples, ctx.dtype, ctx.aside = samples, slot.dtype, aside
         return x.detach()  # not a view for autograd: foreign networks go on in place (Dropout(inplace=True))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (gradient,) = gradients
-        part = gradient[: ctx.samples].to(ctx.dtype)
-        count = torch.full((), float(part.numel()), dtype=ctx.dtype, device=part.device)
-        return gradient, torch.stack([part.sum(), torch.linalg.vector_norm(part).square(), count]), None
+        part = gradient[: ctx.samples]
+        if ctx.aside is None:
+            return gradient, _sums(part, ctx.dtype), None, None
+        with ctx.aside(part.numel()):
+            return gradient, _sums(part, ctx.dtype), None, None
+
+
+def _sums(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """(Σg, Σg², count) of a gradient."""
+    part = part.to(dtype)
+    count = torch.full((), float(part.numel()), dtype=dtype, device=part.device)
+    return torch.stack([part.sum(), torch.linalg.vector_norm(part).square(), count])
 
 
 def bounds_of(module: nn.Module) -> tuple[float, float] | None:
@@ -121,6 +131,7 @@ class Taps:
         self.ranks = ranks or Ranks()
         self.always = always
         self.open = always
+        self.aside = Aside(device)
         # Rank r has the samples r, r + world, ... of the batch.
         self.samples = len(range(self.ranks.rank, samples, self.ranks.world))
         layers = tapped_layers(model)
@@ -232,12 +243,20 @@ class _Tap:
         if not (taps.open and module.training):
             return None
         before = None if getattr(module, "inplace", False) or not inputs else inputs[0]
-        with torch.no_grad():
-            self._note_activity(output if isinstance(module, _NOT_NEGATIVE) else output.abs())
-            taps.bank[self.row].copy_(self._moments(before, output[: taps.samples].float()))
+        aside = None if torch.compiler.is_compiling() else taps.aside  # the compiler makes one loop of it all
+        if aside is None:
+            self._look(module, before, output)
+        else:
+            with aside(output.numel()):
+                self._look(module, before, output)
         if taps.slots and output.requires_grad:
-            return _GradientTap.apply(output, taps.slots[self.row], taps.samples)
+            return _GradientTap.apply(output, taps.slots[self.row], taps.samples, aside)
         return None
+
+    @torch.no_grad()
+    def _look(self, module: nn.Module, before: Tensor | None, output: Tensor) -> None:
+        self._note_activity(output if isinstance(module, _NOT_NEGATIVE) else output.abs())
+        self.taps.bank[self.row].copy_(self._moments(before, output[: self.taps.samples].float()))
 
     def _note_activity(self, size: Tensor) -> None:
         """Which channels are active, of all samples: a sum of numbers that are not negative is 0 only if each is. On a

@@ -17,5 +17,6 @@ class SamplePictures(Listener):
     def on_start(self, run: Any) -> None:
         if run.resumed:
             return
-        batch, _ = next(run.loaders["train"].batches(0))
-        self._board.pictures(run.task.pictures(batch, None))
+        with run.observer.overhead.charging():
+            batch, _ = run.loaders["train"].first()
+            self._board.pictures(run.task.pictures(batch, None))

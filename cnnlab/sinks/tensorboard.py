@@ -100,7 +100,7 @@ class TensorBoard(Listener):
             values.append(layout(_layout(quantities)))
         self._add(record["step"], values)
         self._collect(record["step"], quantities)
-        if self._taken >= self._next_picture and record["step"] < run.total_steps:  # the run's end draws the last one
+        if self._taken >= self._next_picture and not run.finished():  # the run's end draws the last one
             self._draw(record["step"])
 
     def on_end(self, run: Any, error: BaseException | None) -> None:

@@ -180,7 +180,7 @@ class Evidence(Listener):
             return
         moments = {}
         for name in ("train", "val"):
-            batch, _ = next(run.loaders[name].alone().batches(0))
+            batch, _ = run.loaders[name].alone().first()
             moments[name] = channel_moments(batch["image"])
         self._folder.update(inputs=moments)
         self._describe()

@@ -49,6 +49,38 @@ def test_a_resumed_epoch_serves_what_was_left() -> None:
         assert served(loader, 2, start) == served(loader, 2)[start:]
 
 
+@pytest.mark.parametrize("neighbours", [0, 1])
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (0, 2), (1, 2), (2, 3)])
+def test_the_first_batch_is_fetched_once_whoever_looks_at_it(rank: int, world: int, neighbours: int) -> None:
+    """Whole, and this rank's part of it, before training serves it; whatever they do to it, that one is unharmed."""
+
+    class Counted(TensorSplit):
+        fetched: list[int] = []
+
+        def fetch(self, index: Tensor) -> Batch:
+            self.fetched.append(len(index))
+            return super().fetch(index)
+
+    def loader(split: TensorSplit) -> Loader:
+        return Loader(split, 7, seed=1, shuffle=True, rank=rank, world=world, neighbours=neighbours)
+
+    plain = numbered(21)
+    split = Counted(plain.images, plain.targets, "counted")
+    Counted.fetched = []
+    expected, looked = list(loader(plain).batches(0)), loader(split)
+    whole, count = looked.alone().first()
+    own, _ = looked.first()
+    assert count == len(whole["label"]) == 7
+    assert own["label"].tolist() == expected[0][0]["label"].tolist()
+    for tensor in (*whole.values(), *own.values()):
+        tensor.zero_()
+    assert Counted.fetched == [7]
+    assert served(looked) == [batch["label"].tolist() for batch, _ in expected]
+    assert len(Counted.fetched) == 3, "and the two others"
+    assert served(looked) == [batch["label"].tolist() for batch, _ in expected], "it is not kept"
+    assert len(Counted.fetched) == 6
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_ranks_partition_every_batch(world: int) -> None:
     whole = served(Loader(numbered(21), 5, seed=1, shuffle=True))

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+import torch
 from lab_runs import fitted, make_run
 from torch import nn
 
 from cnnlab.observe.observer import IDLE, Observer
-from cnnlab.observe.overhead import Overhead
+from cnnlab.observe.overhead import ONE_THREAD, Aside, Overhead
+from cnnlab.protocols import Listener
 from cnnlab.rundir import RunDir
+from cnnlab.train import fit
 
 
 @dataclass
@@ -129,3 +132,66 @@ def test_the_cost_is_recorded_and_a_resumed_run_keeps_the_cadence(tmp_path):
     run.observer.overhead.slowdown = 8
     other.restore(run.state.state_dict())
     assert other.observer.cadence == 8
+
+
+class Dear:
+    """Takes .2 s of the clock."""
+
+    name, needs, every = "dear", frozenset(), None
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def read(self, view) -> dict[str, torch.Tensor]:
+        self.clock.now += 0.2
+        return {"dear": torch.zeros(())}
+
+
+class Turning(Listener):
+    """A step takes 1 s, and writing a sample .1 s."""
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+        self.sampled: list[int] = []
+
+    def on_step(self, run, result) -> None:
+        self.clock.now += 1
+
+    def on_stats(self, run, record) -> None:
+        self.clock.now += 0.1
+        self.sampled.append(record["step"])
+
+
+def test_a_short_run_begins_sparsely_and_keeps_to_its_second():
+    """Its first update; then, with five others to compare with, one more; then what is left of the second."""
+    run, clock = make_run("stats.every=null", "trainer.batch_size=2"), Clock()
+    turning = Turning(clock)
+    run.listeners.insert(0, turning)
+    run.observer.overhead = Overhead(0.01, clock.mark, lambda: clock.now)
+    run.observer.probes = [(Dear(clock), 2)]
+    fit(run)
+    assert turning.sampled == [1, 8, 64]
+    assert clock.now - 100 == pytest.approx(3 * 0.3)
+    assert run.observer.describe()["seconds"] == pytest.approx(3 * 0.3)
+
+
+def test_a_sample_of_each_step_has_a_cost_that_is_told(tmp_path):
+    fitted("stats.every=1", folder=tmp_path)
+    found = RunDir(tmp_path).read()["statistics"]
+    assert (found["samples"], found["every"]) == (8, 1)
+    assert 0 < found["seconds"] < RunDir(tmp_path).read()["seconds"]
+
+
+@pytest.mark.parametrize(("elements", "inside"), [(100, 1), (ONE_THREAD + 1, 2)])
+def test_what_is_small_is_looked_at_by_one_thread(elements: int, inside: int):
+    """Where other work has a core, each parallel operation waits for it."""
+    before, aside = torch.get_num_threads(), Aside(torch.device("cpu"))
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), aside(elements):
+            assert torch.get_num_threads() == inside
+            raise KeyError
+        assert torch.get_num_threads() == 2
+        assert aside.seconds > 0
+    finally:
+        torch.set_num_threads(before)

@@ -33,6 +33,7 @@ def fake_run(directory: Path | None = None, *, step: int = 0, resumed: bool = Fa
         is_main=True,
         clock=types.SimpleNamespace(step=step, epoch=step // 10),
         total_steps=30,
+        finished=lambda: run.clock.step >= run.total_steps,
         steps_per_epoch=10,
         epochs=3,
         batch_size=32,
