@@ -1,4 +1,4 @@
-"""The parts that a config names, put together for its data: network, task, input pipeline, optimizer."""
+"""The parts that a config names, put together for its data: task, network and head, input pipeline, optimizer."""
 
 from __future__ import annotations
 
@@ -16,52 +16,126 @@ from cnnlab.optim.decay import decouple_decay
 from cnnlab.optim.groups import parameter_groups
 from cnnlab.optim.traits import Traits, keep_kernels, place_rates
 from cnnlab.parts import make
-from cnnlab.protocols import ConvNet, DataSpec, Task
+from cnnlab.protocols import ConvNet, DataSpec, Head
 from cnnlab.schema import DropoutKind, Groups, Regularization
+from cnnlab.tasks import Task
+
+
+def task_class(config: Mapping[str, Any]) -> type[Task]:
+    """The class of the config's task. Raises `ValueError` for what is none."""
+    target = locate(config["task"]["_target_"])
+    if not (isinstance(target, type) and issubclass(target, Task)):
+        raise ValueError(f"{config['task']['_target_']} is no subclass of Task; see cnnlab.tasks.Task")
+    return target
+
+
+def spec_for_task(config: Mapping[str, Any], spec: DataSpec) -> DataSpec:
+    """The data's spec as its task sees it. Raises `ValueError` where the data lacks a target."""
+    task = task_class(config)
+    try:
+        return spec.only(task.needs)
+    except ValueError as error:
+        raise ValueError(f"{task.__name__} {error}") from error
+
+
+def make_task(config: Mapping[str, Any], spec: DataSpec, labels: torch.Tensor | None) -> Task:
+    """The task with its loss, for its own view of the data; `labels` (N,) are the training images'."""
+    kind = task_class(config)
+    counts = kind.class_counts(spec, labels)
+    loss = make(config["loss"], num_classes=len(kind.class_names(spec)), class_counts=counts)
+    return make(config["task"], loss=loss, spec=spec)
 
 
 def make_network(config: Mapping[str, Any], spec: DataSpec, task: Task, regularization: Regularization) -> nn.Module:
-    """The network of a config for such data, with the task's head in place. Raises `ValueError` if they do not
-    go together."""
+    """The network of a config for such data, with its head in place. Raises `ValueError` if they do not go together."""
     kind = regularization.dropout_kind
-    model = make(
-        config["model"],
-        num_classes=spec.num_classes,
-        in_channels=spec.channels,
-        image_size=spec.size,
-        activation=make(config["activation"]),
-        norm=make(config["norm"]),
-        dropout=0.0 if kind is DropoutKind.spatial else regularization.dropout,
-        stochastic_depth=regularization.stochastic_depth,
-    )
-    head = task.head(model)
-    if head is not None:
-        if not isinstance(model, ConvNet):
-            raise ValueError(f"this task replaces the head, which {type(model).__name__} does not let it")
-        had_dropout = has_dropout(model)
-        model.replace_head(head)
-        if regularization.dropout and had_dropout and not has_dropout(model) and kind is not DropoutKind.spatial:
-            raise ValueError(
-                f"`regularization.dropout={regularization.dropout:g}`: this task's head takes the place of the "
-                "classifier, and of the dropout in it; type regularization.dropout_kind=spatial, which acts before the "
-                "head, or regularization.dropout=null"
-            )
+    dropout = 0.0 if kind is DropoutKind.spatial else regularization.dropout
+    shared = {
+        "num_classes": spec.num_classes,
+        "image_size": spec.size,
+        "activation": make(config["activation"]),
+        "norm": make(config["norm"]),
+        "dropout": dropout,
+    }
+    model = make(config["model"], in_channels=spec.channels, stochastic_depth=regularization.stochastic_depth, **shared)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a torch.nn.Module, received {type(model).__name__}")
+    had_dropout = has_dropout(model)
+    put_head(config, model, task, mask_classes=len(spec.mask_classes), **shared)
+    if regularization.dropout and had_dropout and not has_dropout(model) and kind is not DropoutKind.spatial:
+        raise ValueError(
+            f"`regularization.dropout={regularization.dropout:g}`: this task's head takes the place of the "
+            "classifier, and of the dropout in it; type regularization.dropout_kind=spatial, which acts before the "
+            "head, or regularization.dropout=null"
+        )
     set_dropout_kind(model, kind, regularization.dropout)
     return model
 
 
-def make_task(config: Mapping[str, Any], spec: DataSpec, counts: torch.Tensor | None) -> Task:
-    """The task with its loss; `counts` (classes,) are those of the images' labels."""
-    if "mask" in getattr(locate(config["task"]["_target_"]), "needs", ()):
-        counts = None  # of pixels, nobody has counted them
-    loss = make(config["loss"], num_classes=target_classes(config, spec), class_counts=counts)
-    return make(config["task"], loss=loss, spec=spec)
+def put_head(config: Mapping[str, Any], model: nn.Module, task: Task, **wired: Any) -> None:
+    """Gives the network the head that the config names, or else the one that the task wants of it.
+
+    The network keeps its classifier beside the head where the task reads what only the classifier gives.
+
+    Raises:
+        ValueError: task, network and head do not fit each other.
+    """
+    node = config["head"]
+    gives = model.gives if isinstance(model, ConvNet) else ("logits",)
+    lacking = [output for output in task.reads if output not in gives]
+    if node.get("_target_") is None and lacking:
+        node = task.own_head(_with_stages(model))
+        if node is None:
+            raise ValueError(
+                f"`head`: {type(task).__name__} reads {', '.join(lacking)}, and {type(model).__name__} gives "
+                f"{', '.join(gives)}; type head=NAME of one that gives it"
+            )
+    if node.get("_target_") is None:
+        return
+    network = _with_stages(model)
+    head = _made_head(node, network, wired)
+    if not set(head.gives) & set(task.reads):
+        raise ValueError(
+            f"`head`: {type(task).__name__} reads {', '.join(task.reads)}, and {type(head).__name__} gives "
+            f"{', '.join(head.gives) or 'nothing'}; type head=auto"
+        )
+    own = [output for output in task.reads if output not in head.gives]
+    lacking = [output for output in own if output not in gives]
+    if lacking:
+        raise ValueError(
+            f"`head`: {type(task).__name__} reads {', '.join(lacking)}, too, and neither {type(network).__name__} nor "
+            f"{type(head).__name__} gives it; type head=auto"
+        )
+    if own:
+        network.add_head(head)
+    else:
+        network.replace_head(head)
 
 
-def target_classes(config: Mapping[str, Any], spec: DataSpec) -> int:
-    """How many classes the loss sees: those of the mask where the task reads one."""
-    needs = getattr(locate(config["task"]["_target_"]), "needs", ("label",))
-    return len(spec.mask_classes) if "mask" in needs else spec.num_classes
+def _with_stages(model: nn.Module) -> ConvNet:
+    if not isinstance(model, ConvNet):
+        raise ValueError(
+            "`head`: expected a network with feature stages (a cnnlab.protocols.ConvNet), received "
+            f"{type(model).__name__}; type model=vgg or model=resnet"
+        )
+    model.require_stages()
+    return model
+
+
+def _made_head(node: Mapping[str, Any], model: ConvNet, wired: Mapping[str, Any]) -> Head:
+    target = locate(str(node["_target_"]))
+    if not (isinstance(target, type) and issubclass(target, Head)):
+        raise ValueError(f"`head`: {node['_target_']} is no subclass of Head; see cnnlab.protocols.Head")
+    if target.needs_maps and not model.spatial:
+        raise ValueError(
+            f"`head`: expected a network with feature maps for {target.__name__}, received {type(model).__name__}, "
+            "whose layers have no places left; type model=cnn, vgg or resnet"
+        )
+    stages = {"stage_channels": model.stage_channels, "pool_channels": model.pool_channels}
+    try:
+        return make(node, **stages, **wired)
+    except ValueError as error:
+        raise ValueError(f"`head`: {error}") from error
 
 
 def make_pipeline(config: Mapping[str, Any], spec: DataSpec, seed: int) -> Pipeline:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cnnlab import rng
-from cnnlab.assemble import make_network, make_optimizer, make_pipeline, make_task
+from cnnlab.assemble import make_network, make_optimizer, make_pipeline, make_task, spec_for_task
 from cnnlab.augment import Pipeline, fitted
 from cnnlab.check import bind_section, locate
 from cnnlab.config import Composed
@@ -27,12 +27,12 @@ from cnnlab.observe.observer import Observer
 from cnnlab.observe.taps import Taps
 from cnnlab.optim.traits import Traits, accelerated
 from cnnlab.parts import make
-from cnnlab.protocols import Batch, Data, DataSpec, Split, Task
+from cnnlab.protocols import Batch, Data, DataSpec, Split
 from cnnlab.ranks import Ranks
 from cnnlab.rundir import RunDir
 from cnnlab.schema import Groups, Layout, Loading, Regularization, Stats, StepKind, Trainer
 from cnnlab.stepping import StepMaker
-from cnnlab.tasks.classification import class_counts
+from cnnlab.tasks import Task
 from cnnlab.train.checkpointer import Checkpointer, Progress
 from cnnlab.train.origin import Origin, chosen, described, load_own
 from cnnlab.train.recorder import Evidence, Recorder
@@ -115,17 +115,15 @@ class _Builder:
     def run(self) -> Run:
         placement = self.place()
         data = make(self.config["data"])
-        spec: DataSpec = data.spec()
+        spec = spec_for_task(self.config, data.spec())
         splits = self.splits(placement)
         pipeline = make_pipeline(self.config, spec, self.seed)
         # In turn: the others find in the cache what took rank 0 long.
         self.ranks.in_turn(lambda: fitted.fit(pipeline, splits["train"], self.config))
-        counts = class_counts(splits["train"].labels, spec.num_classes)
-        self.notices += unseen_classes(spec.classes, counts)
-        task = make_task(self.config, spec, counts)
-        criterion = getattr(task, "criterion", None)
-        if isinstance(criterion, nn.Module):  # its class weights
-            criterion.to(placement.device)
+        labels = splits["train"].labels
+        task = make_task(self.config, spec, labels)
+        task.to(placement.device)
+        self.notices += unseen_classes(task.class_names(spec), task.class_counts(spec, labels))
         model, init = self.network(spec, task, placement)
         loaders = self.loaders(splits, pipeline, task, placement, model)
         self.calibrate(model, init, loaders["train"])
@@ -248,6 +246,7 @@ class _Builder:
             "world": self.ranks.world,
             "device": placement.device,
             "loading": self.loading,
+            "targets": task.needs,
         }
         trainer = self.trainer
         drop_last = trainer.drop_last
@@ -312,8 +311,7 @@ class _Builder:
 
     def start_from_prior(self, model: nn.Module, task: Task, spec: DataSpec) -> None:
         """Sets the classifiers' biases to what the loss wants to start from (focal loss: its prior)."""
-        wanted = getattr(getattr(task, "criterion", None), "initial_bias", None)
-        bias = None if wanted is None else wanted(task.criterion.num_classes)  # type: ignore[attr-defined]
+        bias = task.initial_bias()
         if bias is not None and not start_from(model, bias, (spec.channels, *spec.size)):
             self.notices.append("loss: this network's logits do not end with a bias, so the loss's prior has no effect")
 
@@ -391,7 +389,7 @@ class _Builder:
     def described(self, run: Run) -> dict[str, Any]:
         """What a checkpoint keeps of the data, for whoever opens the network again."""
         spec, splits = run.spec, {name: loader.split for name, loader in run.loaders.items()}
-        counts = class_counts(splits["train"].labels, spec.num_classes)
+        counts = run.task.class_counts(spec, splits["train"].labels)
         return described(
             {name: split.fingerprint for name, split in splits.items()},
             {name: len(split) for name, split in splits.items()},

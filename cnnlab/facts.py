@@ -10,7 +10,6 @@ from torch import Tensor
 from cnnlab.augment import Pipeline
 from cnnlab.device import Placement
 from cnnlab.optim.traits import Traits
-from cnnlab.tasks.classification import class_counts
 from cnnlab.train.run import Run
 
 NAMED = 5
@@ -29,7 +28,9 @@ def facts(run: Run, placement: Placement, pipeline: Pipeline, traits: Traits) ->
     return {
         "model": "; ".join([f"{_part(run, 'model')}, {parameters:,} parameters", *getattr(run.model, "notes", [])]),
         "data": f"{_part(run, 'data')}, {pixels}: {sizes}",
-        "classes": classes_in_words(run.spec.classes, class_counts(splits["train"].labels, run.spec.num_classes)),
+        "classes": classes_in_words(
+            run.task.class_names(run.spec), run.task.class_counts(run.spec, splits["train"].labels)
+        ),
         "data path": run.loaders["train"].route(),
         "input": pipeline.describe(),
         "device": f"{_device_name(placement.device)}{ranks}",

@@ -13,6 +13,7 @@ import yaml
 from hydra.core.override_parser.types import Override
 
 from cnnlab.errors import closest, did_you_mean, listing, short
+from cnnlab.groups import GROUPS
 
 ALIASES = {
     "activation": {"swish": "silu"},
@@ -25,7 +26,7 @@ ALIASES = {
     "stats": {"none": "off"},
 }
 """Other names of options, for the message that they are none here."""
-LISTS = ("augment", "probe", "regularization")
+LISTS = (*(name for name, group in GROUPS.items() if group.named), "regularization")
 """Groups that take several options at once, `augment=[crop,flip]`."""
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ Batch = dict[str, Tensor]
 `box` (N, 4) float, (x1, y1, x2, y2) in [0, 1] of width and height."""
 
 Outputs = Mapping[str, Tensor]
-"""What a network returns: `logits` (N, classes) or (N, classes, H, W), and optionally `aux`, `box`."""
+"""What a network returns, by name: `logits` (N, classes) of the image, and in training `aux` of a second classifier;
+`mask` (N, mask classes, H, W), the logits of each pixel; whatever else a head gives."""
 
 VOID = 255
 """The mask value that counts in no loss and no metric."""
@@ -40,6 +41,18 @@ class DataSpec:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    def only(self, targets: Collection[str]) -> DataSpec:
+        """The spec of the same data for who reads these targets alone: those that nobody reads hinder nobody.
+
+        Raises:
+            ValueError: the data lacks one of them.
+        """
+        missing = [target for target in targets if target not in self.targets]
+        if missing:
+            has = ", ".join(sorted(self.targets)) or "no targets"
+            raise ValueError(f"needs {', '.join(missing)}, and this data has only {has}")
+        return replace(self, targets=frozenset(targets))
 
 
 class Split(Protocol):
@@ -83,14 +96,34 @@ class Features:
     sizes: tuple[tuple[int, int], ...] = ()
 
 
+class Head(nn.Module):
+    """Base of the heads: from a backbone's features to named outputs.
+
+    A subclass states `gives` and implements `forward`. Its constructor takes whichever of these it needs, by name:
+    `stage_channels` and `pool_channels` (the backbone's, see `ConvNet`), `image_size` (height, width), `num_classes`,
+    `mask_classes` (their number), `norm` and `activation` (the experiment's factories; `None` leaves them to the head)
+    and `dropout` (a rate or `None`).
+    """
+
+    gives: tuple[str, ...] = ()
+    """Its outputs (see `Outputs`)."""
+    needs_maps: bool = True
+    """Whether it needs maps over the image, rather than a single position that sees all of it."""
+
+    def forward(self, features: Features) -> dict[str, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} implements forward")
+
+
 class ConvNet(nn.Module):
-    """Base of the laboratory's own networks: a backbone with stages, and a classifier that a task may replace.
+    """Base of the laboratory's own networks: a backbone with stages, a classifier, and a head beside it or instead.
 
     A subclass implements `features` and `classify` and states `stage_channels` (one a stage) and
     `classifier_modules` (the names of the submodules that `classify` owns).
     """
 
-    stage_channels: tuple[int, ...]
+    gives: tuple[str, ...] = ("logits",)
+    """What `classify` gives in every mode."""
+    stage_channels: tuple[int, ...] = ()
     pool_channels: tuple[int, ...] = ()
     """Channels of the map that each entry of `Features.indices` was pooled from."""
     classifier_modules: tuple[str, ...] = ()
@@ -100,6 +133,8 @@ class ConvNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.head: nn.Module | None = None
+        self.classifies = True
+        """Whether the network's own classifier is there."""
         self.channel_dropout: nn.Module | None = None
 
     def features(self, x: Tensor) -> Features:
@@ -109,9 +144,11 @@ class ConvNet(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} implements classify")
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(N, C, H, W) -> a mapping with `logits` (and `aux` where there is a second output in training)."""
+        """(N, C, H, W) -> what the classifier gives, `logits` (and `aux` where there is a second one in training), and
+        what the head gives."""
         features = self.regularized(self.features(x))
-        return self.classify(features) if self.head is None else self.head(features)
+        given = self.classify(features) if self.classifies else {}
+        return given if self.head is None else {**given, **self.head(features)}
 
     def regularized(self, features: Features) -> Features:
         """The features with channels of the last stage dropped, in training and where that was asked for."""
@@ -133,54 +170,32 @@ class ConvNet(nn.Module):
             )
         self.channel_dropout = nn.Dropout2d(rate)
 
+    def require_stages(self) -> None:
+        """Raises `ValueError` where there are no feature stages that a head could read."""
+        if not self.stage_channels:
+            raise ValueError(
+                f"expected a network with known feature stages for a head, received a {type(self).__name__} that only "
+                "classifies; model=resnet18, vgg16 and the laboratory's other networks have them"
+            )
+
+    def add_head(self, head: nn.Module) -> None:
+        """Puts a head beside the classifier. Raises `ValueError` without feature stages."""
+        self.require_stages()
+        self.head = head
+
     def replace_head(self, head: nn.Module) -> None:
-        """Puts a task's head in the place of the classifier, whose parameters go."""
+        """Puts a head in the place of the classifier, whose parameters go. Raises `ValueError` without feature
+        stages."""
+        self.require_stages()
         for name in self.classifier_modules:
             setattr(self, name, None)
+        self.classifies = False
         self.head = head
 
 
 def as_outputs(returned: Any) -> Outputs:
     """A plain module's tensor as a mapping; a mapping stays what it is."""
     return {"logits": returned} if isinstance(returned, Tensor) else returned
-
-
-@runtime_checkable
-class Task(Protocol):
-    """What is learned: which targets, which head, which loss, which metrics.
-
-    A task may have `by_class(sums)`, as `cnnlab.tasks.metrics.by_class` describes it: `cnnlab eval` then tells what
-    became of each class.
-    """
-
-    needs: tuple[str, ...]
-    """The targets that the data must have."""
-    monitor: tuple[str, Literal["max", "min"]]
-    """The metric (as named by `metrics`, or `loss`) that chooses the best checkpoint, and its direction."""
-
-    def head(self, model: nn.Module) -> nn.Module | None:
-        """The head that replaces the model's classifier; `None` keeps it."""
-        ...
-
-    def prepare(self, batch: Batch) -> Batch:
-        """The batch with the targets in the form that `loss` reads."""
-        ...
-
-    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """`loss` (N,), one a sample, and any named parts of it (N,)."""
-        ...
-
-    def measure(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Tensors that add up over batches and ranks (counts, sums, confusion matrices)."""
-        ...
-
-    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """The metrics of the summed measures; rates in [0, 1]."""
-        ...
-
-    def pictures(self, batch: Batch, outputs: Outputs | None) -> dict[str, Tensor]:
-        """Pictures (3, H, W) uint8 by name, of a batch as the network gets it."""
-        ...
 
 
 class Loss(Protocol):
@@ -230,8 +245,8 @@ class Probe(Protocol):
 class StepResult:
     """What one update leaves behind: tensors on the device; whoever reads them synchronizes.
 
-    `sums` adds up over steps: `count` (samples), `data_loss` (sum over samples), `penalty` (times samples),
-    and whatever the task measures.
+    `sums` adds up over steps: `count` (samples), `data_loss` (sum over samples), where a task has several losses
+    `data_loss/NAME` of each (before its weight), `penalty` (times samples), and whatever the task measures.
     """
 
     sums: dict[str, Tensor]
@@ -256,7 +271,8 @@ class Listener:
         """After each update. Must not synchronize with the device on every call."""
 
     def on_record(self, run: Any, record: dict[str, Any]) -> None:
-        """A record for `metrics.jsonl`: `step`, `epoch`, `split`, `loss`, `data_loss`, `penalty`, `lr`, metrics."""
+        """A record for `metrics.jsonl`: `step`, `epoch`, `split`, `loss`, `data_loss` and its parts `data_loss/NAME`,
+        `penalty`, `lr`, metrics."""
 
     def on_stats(self, run: Any, record: dict[str, Any]) -> None:
         """A record for `stats.jsonl`: `step`, `epoch` and the probes' tags."""

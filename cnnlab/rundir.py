@@ -78,6 +78,10 @@ _PARTS = ("run.json", "metrics.jsonl", "stats.jsonl", "error.txt", "evidence", "
 _TORN = re.compile(r"\..+\.\d+\.tmp")
 
 
+UNSAID = (("head._target_", None),)
+"""Keys that came later, with the value that means what runs without them did: their hashes stay."""
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """The whole content or none: written beside `path`, synced to disk, then renamed over it.
 
@@ -125,7 +129,7 @@ def config_hash(config: Mapping[str, Any], besides: Sequence[str] = ()) -> str:
         besides: keys that are left out, too.
     """
     ignored = (*RESUMABLE, "name", "resume", "paths.outputs", "loading.path", *besides)
-    flat = {key: value for key, value in flatten(config).items() if key not in ignored}
+    flat = {k: v for k, v in flatten(config).items() if k not in ignored and (k, v) not in UNSAID}
     return hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -242,7 +246,7 @@ class RunDir:
         path, loaded = self._hydra / "config.yaml", self._read_yaml("config.yaml")
         if not isinstance(loaded, dict) or not loaded or not all(isinstance(key, str) for key in loaded):
             raise stored.damaged(path, "expected the config of a run")
-        return loaded
+        return _up_to_date(loaded)
 
     def overrides(self) -> list[str]:
         """The command line's part of it."""
@@ -403,6 +407,16 @@ class RunDir:
                 torn = [path for path in folder.iterdir() if _TORN.fullmatch(path.name)]
                 for path in torn:
                     path.unlink(missing_ok=True)
+
+
+def _up_to_date(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of an earlier version in today's words: the decoder was once a setting of the task."""
+    task = config.get("task")
+    if isinstance(task, dict) and "head" not in config:
+        asked = str(task.pop("upsample", None))
+        heads = {"unpool": "cnnlab.heads.UnpoolDecoder", "nearest": "cnnlab.heads.NearestDecoder"}
+        config["head"] = {"_target_": heads.get(asked)}
+    return config
 
 
 def environment() -> dict[str, Any]:

@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnnlab.assemble import make_network, make_optimizer, make_pipeline, target_classes
+from cnnlab.assemble import make_network, make_optimizer, make_pipeline, spec_for_task, task_class
 from cnnlab.augment import Barrier, Colour, Geometric, Normalize
 from cnnlab.check import accepts, bind_section, check_part, check_section, check_value, locate
 from cnnlab.config import Composed, Composer
 from cnnlab.device import place
 from cnnlab.errors import ConfigError, DataError, UsageError, did_you_mean, short
+from cnnlab.groups import GROUPS
 from cnnlab.kinds import is_part, public_name
 from cnnlab.optim.traits import Traits
 from cnnlab.parts import make
-from cnnlab.protocols import Data, DataSpec, Init, Loss, Probe, Schedule, Task
+from cnnlab.protocols import ConvNet, Data, DataSpec, Head, Init, Loss, Probe, Schedule
 from cnnlab.schema import DataPath, Decoder, DropoutKind, Groups, Loading, Regularization, Stats, Trainer
+from cnnlab.tasks import Task
 from cnnlab.trust import Trust
 
 
@@ -45,38 +47,17 @@ SECTIONS = {
 }
 VALUES: dict[str, Any] = {"seed": int, "name": str, "resume": str | None}
 
-WIRED = {
-    "data": ("loading",),
-    "task": ("loss", "spec"),
-    "model": (
-        "num_classes",
-        "in_channels",
-        "image_size",
-        "activation",
-        "norm",
-        "dropout",
-        "stochastic_depth",
-    ),
-    "loss": ("num_classes", "class_counts"),
-}
-"""Parameters that the builder passes by name to whichever part takes them."""
-
 MAX_NAME = 255
 """Bytes of a file's name that the usual file systems take."""
 MAX_PATH = 2000
 """Bytes of an experiment's name: with the folders around it, a path has 4,096."""
-
-GROUPS = ("data", "task", "model", "activation", "norm", "init", "loss", "optim", "schedule", "normalize")
-FACTORIES = ("activation", "norm")
-"""Groups whose part the network makes anew at each place; null leaves it to the network."""
-MAPPINGS = ("augment", "probe")
-"""Groups whose node maps names to parts, in order."""
 
 FACTORY = Callable[..., nn.Module]
 KINDS: dict[str, tuple[Any, ...]] = {
     "data": (Data,),
     "task": (Task,),
     "model": (nn.Module,),
+    "head": (Head,),
     "activation": (FACTORY,),
     "norm": (FACTORY,),
     "init": (Init,),
@@ -88,16 +69,6 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "probe": (Probe,),
 }
 """What a part of each group is, which its class or its annotations say before it is made."""
-
-PROTOCOLS = {
-    "data": ("spec", "load"),
-    "task": ("needs", "monitor", "head", "prepare", "loss", "measure", "metrics", "pictures"),
-    "init": ("__call__",),
-    "loss": ("__call__",),
-    "schedule": ("factor",),
-    "probe": ("name", "every", "needs", "supports", "read"),
-}
-"""What a part of each group must have (see `cnnlab.protocols`)."""
 
 
 def checked(composer: Composer, overrides: Sequence[str], number: int | None = None) -> Composed:
@@ -146,11 +117,9 @@ def _static(config: Mapping[str, Any], trust: Trust) -> Iterator[list[str]]:
         yield empty or check_value(config.get(name), hint, name)
     if isinstance(config.get("name"), str):
         yield _check_name(config["name"])
-    for group in GROUPS:
-        yield _check_group(group, config.get(group), trust)
-    for group in MAPPINGS:
-        yield _check_mapping(group, config.get(group), trust)
-    known = [*SECTIONS, *VALUES, *GROUPS, *MAPPINGS]
+    for name, group in GROUPS.items():
+        yield (_check_mapping if group.named else _check_group)(name, config.get(name), trust)
+    known = [*SECTIONS, *VALUES, *GROUPS]
     for key in config:
         if key not in known and not key.startswith("_"):
             hint = did_you_mean(key, known) or "; a name of your own, for interpolations, starts with _"
@@ -172,25 +141,26 @@ def _check_name(name: str) -> list[str]:
     return [] if reason is None else [f"`name={short(name)}`: {reason}"]
 
 
-def _check_group(group: str, node: Any, trust: Trust) -> list[str]:
+def _check_group(name: str, node: Any, trust: Trust) -> list[str]:
+    group = GROUPS[name]
     if node is None or (is_part(node) and node["_target_"] is None):
-        optional = node is not None and group in FACTORIES
-        return [] if optional else [f"`{group}`: expected a part, received none; type {group}=OPTION"]
-    if group in FACTORIES and is_part(node) and node.get("_partial_") is not True:
-        return [f"`{group}`: expected `_partial_: true` in its YAML; the network makes a new one at each place"]
-    return check_part(node, group, _wired(group, node, trust), KINDS[group], trust)
+        optional = node is not None and group.optional
+        return [] if optional else [f"`{name}`: expected a part, received none; type {name}=OPTION"]
+    if group.factory and is_part(node) and node.get("_partial_") is not True:
+        return [f"`{name}`: expected `_partial_: true` in its YAML; the network makes a new one at each place"]
+    return check_part(node, name, _wired(name, node, trust), KINDS[name], trust)
 
 
-def _check_mapping(group: str, node: Any, trust: Trust) -> list[str]:
+def _check_mapping(name: str, node: Any, trust: Trust) -> list[str]:
     if not isinstance(node, Mapping) or is_part(node):
-        return [f"`{group}`: expected parts by name, as in `{{my_part: {{_target_: package.module.Name}}}}`"]
-    kinds = KINDS[group]
-    return [found for name, part in node.items() for found in check_part(part, f"{group}.{name}", (), kinds, trust)]
+        return [f"`{name}`: expected parts by name, as in `{{my_part: {{_target_: package.module.Name}}}}`"]
+    kinds = KINDS[name]
+    return [found for own, part in node.items() for found in check_part(part, f"{name}.{own}", (), kinds, trust)]
 
 
-def _wired(group: str, node: Any, trust: Trust) -> tuple[str, ...]:
-    if group != "optim" or not is_part(node) or trust.refuses_name(str(node["_target_"])):
-        return WIRED.get(group, ())
+def _wired(name: str, node: Any, trust: Trust) -> tuple[str, ...]:
+    if name != "optim" or not is_part(node) or trust.refuses_name(str(node["_target_"])):
+        return GROUPS[name].wired
     try:
         return tuple(list(inspect.signature(locate(str(node["_target_"]))).parameters)[:1])
     except (ValueError, TypeError):
@@ -209,7 +179,7 @@ class _Trial:
     def run(self) -> None:
         for group in ("schedule", "init", "normalize"):
             self.attempt(group, partial(self.part, group, self.config.get(group)), group)
-        for group in filter(self.sound, MAPPINGS):
+        for group in (name for name in GROUPS if GROUPS[name].named and self.sound(name)):
             for name, node in self.config[group].items():
                 self.attempt(f"{group}.{name}", partial(self.part, group, node), group)
         optimizer = self.attempt("optim", self.dry_optimizer, "optim")
@@ -243,12 +213,12 @@ class _Trial:
         return None
 
     def part(self, group: str, node: Any, **wired: Any) -> Any:
-        """The part, which has what its group's protocol asks for."""
+        """The part, which has what its group asks for."""
         made = make(node, **wired)
-        lacking = [name for name in PROTOCOLS.get(group, ()) if made is not None and not hasattr(made, name)]
+        lacking = [name for name in GROUPS[group].has if made is not None and not hasattr(made, name)]
         if lacking:
             names = ", ".join(f"`{name}`" for name in lacking)
-            raise ValueError(f"{node['_target_']} has no {names}; see cnnlab.protocols.{group.capitalize()}")
+            raise ValueError(f"{node['_target_']} has no {names}; see {GROUPS[group].described}")
         return made
 
     # ---- each part by itself ----
@@ -313,27 +283,23 @@ class _Trial:
 
     # ---- what only the parts together can tell: targets, sizes, heads, parameter names ----
 
-    def together(self, spec: DataSpec, optimizer: bool) -> None:
+    def together(self, whole: DataSpec, optimizer: bool) -> None:
+        spec: DataSpec | None = self.attempt("task", lambda: spec_for_task(self.config, whole), "task")
+        if spec is None:
+            return
         self.attempt("augment", lambda: make_pipeline(self.config, spec, 0), "augment", "normalize")
-        self.attempt("task", lambda: self.targets(spec), "task")
-        counts = torch.ones(spec.num_classes, dtype=torch.int64)
-        loss = self.attempt("loss", lambda: self.loss(spec, counts), "loss", "task")
+        loss = self.attempt("loss", lambda: self.loss(spec), "loss", "task")
         task = self.attempt(
             "task", lambda: self.part("task", self.config["task"], loss=loss, spec=spec), "task", "loss"
         )
-        if task is not None and self.sound("model", "activation", "norm", "regularization"):
+        if task is not None and self.sound("model", "activation", "norm", "regularization", "head"):
             self.network(spec, task, optimizer)
 
-    def targets(self, spec: DataSpec) -> None:
-        task = locate(self.config["task"]["_target_"])
-        missing = [target for target in getattr(task, "needs", ()) if target not in spec.targets]
-        if missing:
-            has = ", ".join(sorted(spec.targets))
-            raise ValueError(f"{task.__name__} needs {', '.join(missing)}, and this data has only {has}")
-
-    def loss(self, spec: DataSpec, counts: torch.Tensor) -> Any:
-        classes = target_classes(self.config, spec)
-        return self.part("loss", self.config["loss"], num_classes=classes, class_counts=counts)
+    def loss(self, spec: DataSpec) -> Any:
+        """Made for a training set with an image of each class."""
+        task = task_class(self.config)
+        counts = task.class_counts(spec, torch.arange(spec.num_classes))
+        return self.part("loss", self.config["loss"], num_classes=len(task.class_names(spec)), class_counts=counts)
 
     def network(self, spec: DataSpec, task: Any, optimizer: bool) -> None:
         regularization: Regularization = bind_section(Regularization, self.config["regularization"])
@@ -343,6 +309,7 @@ class _Trial:
         )
         if model is None:
             return
+        self.attempt("head", lambda: headed(model, spec), "head")
         if self.sound("init"):
             validate = getattr(make(self.config["init"]), "validate", None)
             self.attempt("init", lambda: validate and validate(model), "init")
@@ -358,7 +325,7 @@ class _Trial:
                 continue  # acts between the network's features and what reads them
             if getattr(regularization, name) is not None and not accepts(target, name):
                 self.refuse(f"`regularization.{name}`: {target.__name__} has none; type regularization.{name}=null")
-        for group in FACTORIES:
+        for group in (name for name in GROUPS if GROUPS[name].factory):
             if self.config[group].get("_target_") is not None and not accepts(target, group):
                 self.refuse(f"`{group}`: {target.__name__} does not let its {group} be chosen; type {group}=auto")
 
@@ -377,6 +344,24 @@ def on_meta(make_model: Callable[[], nn.Module]) -> nn.Module:
             raise
         with torch.random.fork_rng(devices=[]):
             model = make_model()
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"expected a torch.nn.Module, received {type(model).__name__}")
     return model
+
+
+def headed(model: nn.Module, spec: DataSpec) -> None:
+    """Lets shapes run through a network whose head was made apart from it: a norm layer may refuse a map of one pixel.
+
+    What reads values, and cannot run so, is left to the first batch. Raises `ValueError` with the reason.
+    """
+    first = next(model.parameters(), None)
+    if not isinstance(model, ConvNet) or model.head is None or first is None or not first.is_meta:
+        return
+    try:
+        model.train()(torch.empty(2, spec.channels, *spec.size, device="meta"))
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
+            return
+        raise ValueError(
+            f"{type(model.head).__name__} cannot read what {type(model).__name__} gives for images of "
+            f"{spec.size[0]}x{spec.size[1]} ({str(error).splitlines()[0]}); type another head, norm or model, or "
+            "larger images"
+        ) from error

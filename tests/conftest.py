@@ -29,6 +29,12 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
+@pytest.fixture
+def outside_folder() -> str:
+    """The folder of a user's own parts."""
+    return str(OUTSIDE)
+
+
 @pytest.fixture(scope="session")
 def shared_composer() -> Iterator[Composer]:
     """A composer over the shipped configs."""

@@ -205,7 +205,7 @@ def test_a_traceback_only_when_asked_for(cli: Cli, monkeypatch: pytest.MonkeyPat
     answer = cli("train", "optim.lr=abc")
     assert answer.code == 2
     assert "Traceback" in answer.err
-    assert answer.err.endswith("cnnlab: `optim.lr='abc'`: expected a number, received 'abc'\n")
+    assert answer.err.endswith("cnnlab: `optim.lr='abc'`: expected a number >= 0, received 'abc'\n")
 
 
 # ---- exit codes ----

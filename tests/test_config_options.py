@@ -13,7 +13,8 @@ from PIL import Image
 from cnnlab.check import is_part, locate, parameters_of
 from cnnlab.config import Composer, config_root
 from cnnlab.errors import CnnlabError
-from cnnlab.validate import WIRED, checked
+from cnnlab.groups import GROUPS
+from cnnlab.validate import checked
 
 ROOT = config_root()
 OPTIONS = sorted(
@@ -30,6 +31,8 @@ LARGE = ("data=shapes", "data.size=224")
 BASES = (LARGE, (), ("data=cifar10",), (*LARGE, "model=resnet18"), ("data=cifar10", "model=speednet"))
 COMPANY = {
     "task=segmentation": ("data=shapes", "loss=dice"),
+    "head=nearest": ("data=shapes", "task=segmentation"),
+    "head=unpool": ("data=shapes", "task=segmentation", "model=vgg"),
     "model=torchvision": ("model.name=resnet18", *LARGE),
 }
 """What an option cannot do without."""
@@ -155,6 +158,6 @@ def test_file_lists_every_knob(name: str):
             continue
         parameters, _ = parameters_of(locate(target))
         first = {next(iter(parameters), "")} if group in ("optim", "norm") else set()  # parameters, channels
-        wired = {*WIRED.get(group, ()), *first}
+        wired = {*(GROUPS[group].wired if group in GROUPS else ()), *first}
         named = {key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         assert named - wired - set(node) == set(), target

@@ -23,6 +23,7 @@ CHEAP = {
     "activation": ("relu", "prelu"),
     "augment": ("[standard]", "[mixup]"),
     "data": ("shapes", "folder"),
+    "head": ("nearest", "linear"),
     "init": ("lsuv",),
     "loss": ("focal", "dice"),
     "model": ("cnn", "mlp"),

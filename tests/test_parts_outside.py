@@ -135,7 +135,7 @@ def test_every_knob_is_listed():
         ("init", "class P:\n  pass", "mine.P has no `__call__`; see cnnlab.protocols.Init"),
         ("loss", "class P:\n  pass", "mine.P has no `__call__`; see cnnlab.protocols.Loss"),
         ("data", "class P:\n  def spec(self): ...", "mine.P has no `load`; see cnnlab.protocols.Data"),
-        ("task", "class P:\n  needs = ()", "see cnnlab.protocols.Task"),
+        ("task", "class P:\n  needs = ()", "expected a cnnlab.tasks.Task, received P"),
         ("model", "class P:\n  pass", "expected a torch.nn.Module, received P"),
         (
             "optim",

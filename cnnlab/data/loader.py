@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import copy
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class Loader:
         transform: applied to each batch on the device.
         neighbours: samples before its own that the transform's result for a sample depends on.
         loading: the config's section; `None` takes its defaults.
+        targets: those that the batches hold; `None` for all that there are.
 
     Raises:
         DataError: without a single batch to serve.
@@ -71,6 +72,7 @@ class Loader:
         transform: Transform | None = None,
         neighbours: int = 0,
         loading: Loading | None = None,
+        targets: Collection[str] | None = None,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world:
             raise ValueError(f"expected batch_size >= 1 and 0 <= rank < world, received {batch_size}, {rank}, {world}")
@@ -96,6 +98,7 @@ class Loader:
         self.neighbours = neighbours
         self._kept: list[Batch] = []
         """The first batch, whole and untransformed, where somebody looked at it; shared with `alone`."""
+        self._wanted = None if targets is None else {"image", "index", *targets}
 
     @property
     def resident(self) -> bool:
@@ -172,7 +175,7 @@ class Loader:
         once and kept until `batches` serves it, and nothing is fetched ahead."""
         indices = self.order(0)[: self.batch_size]
         if not self._kept:
-            self._kept.append(to_device(self.split.fetch(indices), self.device))
+            self._kept.append(to_device(self._only_wanted(self.split.fetch(indices)), self.device))
         batch, foreign = self._seen(self._kept[0]), self._part(indices)[1]
         batch = batch if self.transform is None else self.transform(batch, 0)
         return {name: tensor[foreign:] for name, tensor in batch.items()}, len(indices)
@@ -212,7 +215,7 @@ class Loader:
 
         if not self._ahead:
             gathered = (batch if (batch := next(there, None)) is not None else self.split.fetch(part) for part in parts)
-            return (to_device(batch, self.device) for batch in gathered)
+            return (to_device(self._only_wanted(batch), self.device) for batch in gathered)
         if self.device.type != "cuda":
             fetched = ahead(start, parts, self.loading.ahead, stopping)
             return (to_device(batch, self.device) for batch in fetched)
@@ -229,8 +232,19 @@ class Loader:
     def _begin(self, part: Tensor) -> Callable[[], Batch]:
         """Starts what needs no waiting, and returns the rest."""
         if isinstance(self.split, StreamSplit | TensorSplit):
-            return self.split.begin(part, pin=self.device.type == "cuda")
-        return lambda: self.split.fetch(part)
+            gather = self.split.begin(part, pin=self.device.type == "cuda")
+            return lambda: self._only_wanted(gather())
+        return lambda: self._only_wanted(self.split.fetch(part))
+
+    def _only_wanted(self, batch: Batch) -> Batch:
+        """The batch without targets that nobody reads: neither copied to the device nor augmented."""
+        return batch if self._wanted is None else {name: batch[name] for name in batch if name in self._wanted}
+
+    def some(self, count: int) -> Batch:
+        """`count` samples (or all of fewer) from all over the split, in its order, as batches have them."""
+        index = torch.linspace(0, self.length - 1, min(count, self.length)).round().long()
+        batch = to_device(self._only_wanted(self.split.fetch(index)), self.device)
+        return batch if self.transform is None else self.transform(batch, 0)
 
 
 def _path(split: Split, device: torch.device, loading: Loading) -> DataPath:

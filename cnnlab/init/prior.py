@@ -12,8 +12,8 @@ from cnnlab import rng
 from cnnlab.init.data_driven import training_without_noise
 from cnnlab.protocols import as_outputs
 
-CLASSIFIED = ("logits", "aux")
-"""The outputs that are logits of classes."""
+CLASSIFIED = ("logits", "aux", "mask")
+"""The outputs that are logits of classes, of the image or of each pixel."""
 
 
 def start_from(model: nn.Module, prior: Tensor, image_shape: Sequence[int]) -> list[str]:

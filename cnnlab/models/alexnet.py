@@ -9,10 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cnnlab.models.norm import NormFactory, local_response
+from cnnlab.blocks import ActivationFactory, DropRate, NormFactory
+from cnnlab.models.norm import local_response
 from cnnlab.models.parts import (
-    ActivationFactory,
-    DropRate,
     FeatureModule,
     Pool,
     Stem,

@@ -5,16 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cnnlab.models.norm import NormFactory, batch
-from cnnlab.models.parts import (
-    ActivationFactory,
-    DropRate,
-    Pool,
-    conv_norm,
-    downsampler,
-    require_size,
-    require_spatial,
-)
+from cnnlab.blocks import ActivationFactory, DropRate, NormFactory, conv_norm
+from cnnlab.models.norm import batch
+from cnnlab.models.parts import Pool, downsampler, require_size, require_spatial
 from cnnlab.protocols import ConvNet, Features
 from cnnlab.schema import PositiveInt
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cnnlab.blocks import ActivationFactory, DropRate, NormFactory
 from cnnlab.errors import did_you_mean
-from cnnlab.models.norm import NormFactory
-from cnnlab.models.parts import ActivationFactory, DropRate
 from cnnlab.protocols import ConvNet, Features
 
 
@@ -55,6 +54,12 @@ class _External(ConvNet):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return as_mapping(self.network(x)) if self.head is None else self.head(self.regularized(self.features(x)))
 
+    def add_head(self, head: nn.Module) -> None:
+        raise ValueError(
+            "expected a head in the classifier's place for a network that is built elsewhere, which classifies inside "
+            "itself, received one that stands beside it; model=resnet18, vgg16, inception_v3 and the like take it"
+        )
+
     def drop_channels(self, rate: float) -> None:
         if self.head is None:
             raise ValueError(
@@ -65,19 +70,6 @@ class _External(ConvNet):
 
     def classify(self, features: Features) -> dict[str, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} classifies in its own network, see `forward`")
-
-    def replace_head(self, head: nn.Module) -> None:
-        """Puts a task's head on the feature stages.
-
-        Raises:
-            ValueError: the stages of this network are not known.
-        """
-        if not self.stage_channels:
-            raise ValueError(
-                "expected a network with known feature stages for this task's head, received one that only "
-                "classifies; model=resnet18, vgg16 and the laboratory's other networks have them"
-            )
-        super().replace_head(head)
 
 
 def _maps(trunk: list[nn.Module], x: Tensor) -> list[Tensor]:

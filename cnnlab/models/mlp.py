@@ -8,8 +8,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from cnnlab.models.norm import NormFactory, no_norm
-from cnnlab.models.parts import ActivationFactory, DropRate, require_spatial
+from cnnlab.blocks import ActivationFactory, DropRate, NormFactory
+from cnnlab.models.norm import no_norm
+from cnnlab.models.parts import require_spatial
 from cnnlab.protocols import ConvNet, Features
 from cnnlab.schema import PositiveInt
 

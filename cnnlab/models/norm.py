@@ -5,14 +5,11 @@ Where a network is handed `None` it takes its own norm layer; `no_norm` is the r
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated
 
 from torch import nn
 
 from cnnlab.schema import NonNegative, Positive, PositiveInt, Range
-
-NormFactory = Callable[[int], nn.Module]
 
 
 def no_norm(channels: int) -> nn.Module:

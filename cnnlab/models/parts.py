@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from cnnlab.models.norm import NormFactory
+from cnnlab.blocks import DropRate, NormFactory
 from cnnlab.protocols import ConvNet, Features
-from cnnlab.schema import Range
 
-ActivationFactory = Callable[[], nn.Module]
 Stem = Literal["auto", "imagenet", "small"]
 Pool = Literal["max", "avg", "conv"]
-DropRate = Annotated[float, Range(low=0, below=1)]
 
 
 def choose_stem(stem: Stem, image_size: tuple[int, int], *, imagenet_from: int = 64) -> Literal["imagenet", "small"]:
@@ -68,15 +65,6 @@ def divided(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
 def scaled(channels: int, width: float) -> int:
     """`channels` times the width multiplier, at least 1."""
     return max(1, round(channels * width))
-
-
-def conv_norm(
-    norm: NormFactory, in_channels: int, out_channels: int, kernel: int | tuple[int, int], **options: Any
-) -> tuple[nn.Conv2d, nn.Module]:
-    """A convolution and its norm layer; the convolution has a bias exactly where the norm layer adds none."""
-    normalizer = norm(out_channels)
-    bias = getattr(normalizer, "bias", None) is None
-    return nn.Conv2d(in_channels, out_channels, kernel, bias=bias, **options), normalizer
 
 
 def downsampler(pool: Pool, channels: int, kernel: int, stride: int, padding: int = 0, **max_options: Any) -> nn.Module:

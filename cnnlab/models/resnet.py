@@ -9,15 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnnlab.models.norm import NormFactory, batch
+from cnnlab.blocks import ActivationFactory, DropRate, NormFactory, conv_norm
+from cnnlab.models.norm import batch
 from cnnlab.models.parts import (
-    ActivationFactory,
-    DropRate,
     Pool,
     Stem,
     StochasticDepth,
     choose_stem,
-    conv_norm,
     divided,
     downsampler,
     linear_decay,

@@ -8,8 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from cnnlab.models.norm import NormFactory, batch
-from cnnlab.models.parts import ActivationFactory, conv_norm, require_size, require_spatial
+from cnnlab.blocks import ActivationFactory, NormFactory, conv_norm
+from cnnlab.models.norm import batch
+from cnnlab.models.parts import require_size, require_spatial
 from cnnlab.protocols import ConvNet, Features
 from cnnlab.schema import Positive, PositiveInt
 

@@ -7,10 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cnnlab.models.norm import NormFactory, no_norm
+from cnnlab.blocks import ActivationFactory, DropRate, NormFactory
+from cnnlab.models.norm import no_norm
 from cnnlab.models.parts import (
-    ActivationFactory,
-    DropRate,
     FeatureModule,
     Pool,
     Stem,

@@ -177,11 +177,9 @@ def _lists_in_lists(module: nn.Module) -> int:
 
 
 def head_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters of the task's head, or else of the model's own classifier (empty if
+    """Names of the parameters of the network's head and of its own classifier, where it has them (empty if
     unknown)."""
-    modules = [getattr(model, "head", None)]
-    if not isinstance(modules[0], nn.Module):
-        modules = [_submodule(model, name) for name in getattr(model, "classifier_modules", ())]
+    modules = [_submodule(model, name) for name in ("head", *getattr(model, "classifier_modules", ()))]
     own = {id(p) for module in modules if isinstance(module, nn.Module) for p in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 

@@ -16,7 +16,7 @@ from cnnlab.errors import DivergedError, InterruptedRun
 from cnnlab.protocols import Listener
 from cnnlab.sinks.health import Strip, Verdict, health
 from cnnlab.sinks.jsonl import read_records
-from cnnlab.sinks.records import LOSS_PARTS, figures
+from cnnlab.sinks.records import figures, is_loss_part
 from cnnlab.surroundings import shown_path
 from cnnlab.terminal import one_line
 
@@ -186,7 +186,7 @@ class Console(Listener):
         words = [
             self._where(run, record["step"]),
             f"{record['split']:<5}",
-            *(f"{name} {value:.4g}" for name, value in found.items() if name not in LOSS_PARTS),
+            *(f"{name} {value:.4g}" for name, value in found.items() if not is_loss_part(name)),
         ]
         if record["split"] == "train":
             if record.get("lr") is not None:
@@ -209,7 +209,7 @@ class Console(Listener):
         if best is not None:
             lines.append(f"  best   {best['metric']} {best['value']:.4g} in epoch {best['epoch']}")
         if self._tested:
-            kept = {name: value for name, value in self._tested.items() if name not in LOSS_PARTS}
+            kept = {name: value for name, value in self._tested.items() if not is_loss_part(name)}
             lines.append("  test   " + "  ".join(f"{name} {value:.4g}" for name, value in kept.items()))
         for strip in self._shown.health:
             if strip.verdict is Verdict.BAD:

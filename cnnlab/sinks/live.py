@@ -13,7 +13,7 @@ from rich.text import Text
 
 from cnnlab.drawing import Drawing, plain
 from cnnlab.sinks.health import COLUMNS, Cell, Strip, Verdict
-from cnnlab.sinks.records import LOSS_PARTS
+from cnnlab.sinks.records import is_loss_part
 from cnnlab.terminal import one_line
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _progress(shown: Snapshot) -> RenderableType:
 
 
 def _metrics(shown: Snapshot) -> RenderableType:
-    names = [name for found in shown.splits.values() for name in found if name not in LOSS_PARTS]
+    names = [name for found in shown.splits.values() for name in found if not is_loss_part(name)]
     names = list(dict.fromkeys(names))[:MAX_METRICS]
     table = Table(box=None, header_style="bright_black", pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("")

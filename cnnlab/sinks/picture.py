@@ -136,10 +136,10 @@ def depth_picture(title: str, history: History, *, bounds: tuple[float, float] |
     canvas[top : top + bar_height, bar_left : bar_left + 12] = bar
     middle = (scale.low * scale.high) ** 0.5 if log else (scale.low + scale.high) / 2
     below = top + heat.shape[0] + 4
-    return _with_text(
+    return with_text(
         canvas,
         [
-            (left, 5, f"{title}: {_short(history.names[0])} (top) to {_short(history.names[-1])} (bottom)"),
+            (left, 5, f"{title}: {shortened(history.names[0])} (top) to {shortened(history.names[-1])} (bottom)"),
             (left, below, f"step {history.steps[0]:,} to {history.steps[-1]:,}, left to right"),
             (left, below + 14, ("black: 0   " if log else "") + "red: infinite   gray: unknown"),
             (bar_left + 18, top - 4, f"{scale.high:.2g}"),
@@ -149,11 +149,13 @@ def depth_picture(title: str, history: History, *, bounds: tuple[float, float] |
     )
 
 
-def _short(name: str, most: int = 24) -> str:
+def shortened(name: str, most: int = 24) -> str:
+    """The name, or the end of it."""
     return name if len(name) <= most else f"...{name[-most + 3 :]}"
 
 
-def _with_text(canvas: np.ndarray, words: Sequence[tuple[int, int, str]]) -> np.ndarray:
+def with_text(canvas: np.ndarray, words: Sequence[tuple[int, int, str]]) -> np.ndarray:
+    """The canvas (H, W, 3) uint8 with each `(x, y, text)` on it, in dark letters of 11 pixels."""
     from PIL import Image, ImageDraw, ImageFont
 
     image = Image.fromarray(canvas)

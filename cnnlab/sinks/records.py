@@ -16,8 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 _BOOKKEEPING = frozenset({"step", "epoch", "split", "lr"})
-LOSS_PARTS = ("data_loss", "penalty")
-"""The named parts of `loss`, which the console leaves to the files."""
+_LOSS_PARTS = frozenset({"data_loss", "penalty"})
+
+
+def is_loss_part(name: str) -> bool:
+    """Whether a figure, `val/data_loss` or `data_loss/aux`, is a part of a `loss`; the console leaves these to the
+    files."""
+    return not _LOSS_PARTS.isdisjoint(name.split("/"))
 
 
 def current(records: Iterable[Mapping[str, Any]], schema: int) -> Iterator[dict[str, Any]]:

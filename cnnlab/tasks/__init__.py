@@ -1,1 +1,5 @@
-"""What is learned: the targets, the head, the loss and the metrics of each kind of problem."""
+"""What is learned: the targets, the losses, the metrics and the pictures of each kind of problem."""
+
+from cnnlab.tasks.base import Task
+
+__all__ = ["Task"]

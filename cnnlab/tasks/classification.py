@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from cnnlab.protocols import Batch, DataSpec, Loss, Outputs
 from cnnlab.schema import NonNegative
-from cnnlab.tasks.metrics import by_class, confusion, picture_grid
+from cnnlab.tasks.base import Task
+from cnnlab.tasks.metrics import by_class, confusion
+from cnnlab.tasks.pictures import RIGHT, WRONG, captioned, framed, grid, stretched
 
 
-class Classification:
-    """Minimizes `loss(logits, label)`, plus `aux_weight` times that of a second output where there is one.
+class Classification(Task):
+    """Minimizes `loss(logits, label)`, plus `aux_weight` times that of a second output where there is one, as `aux`
+    beside `main`.
 
     `aux_weight` follows Szegedy et al. 2015 (0.4 in the reference implementation of Inception v3; the earlier
     GoogLeNet used 0.3).
@@ -25,7 +27,8 @@ class Classification:
     pixel up-left and down-right, reflected at the border (Jordan 2024, arXiv 2404.00498, section 3.5).
     """
 
-    needs: tuple[str, ...] = ("label",)
+    needs = ("label",)
+    reads = ("logits",)
     monitor: tuple[str, Literal["max", "min"]] = ("accuracy", "max")
 
     def __init__(
@@ -35,16 +38,10 @@ class Classification:
         aux_weight: NonNegative = 0.4,
         views: Literal["none", "mirror", "mirror_translate"] = "none",
     ):
-        self.criterion = loss
-        self.spec = spec
-        self.aux_weight = aux_weight
+        super().__init__(loss, spec, {"aux": aux_weight})
         self._views = views
 
-    def head(self, model: nn.Module) -> nn.Module | None:
-        return None
-
     def views(self, image: Tensor) -> list[tuple[float, Tensor]]:
-        """The views (N, C, H, W) of a batch of images to evaluate, each with its weight; the weights sum to 1."""
         if self._views == "none":
             return [(1.0, image)]
         pair = [image, image.flip(-1)]
@@ -56,20 +53,12 @@ class Classification:
         moved = [view for shift in shifted for view in (shift, shift.flip(-1))]
         return [(0.25, view) for view in pair] + [(0.125, view) for view in moved]
 
-    def prepare(self, batch: Batch) -> Batch:
-        return batch
-
-    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        main = self.criterion(outputs["logits"], batch["label"])
-        if "aux" not in outputs:
-            return {"loss": main}
-        aux = self.criterion(outputs["aux"], batch["label"])
-        return {"loss": main + self.aux_weight * aux, "main": main, "aux": aux}
+    def losses(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        main = {"main": self.criterion(outputs["logits"], batch["label"])}
+        return main | ({"aux": self.criterion(outputs["aux"], batch["label"])} if "aux" in outputs else {})
 
     def measure(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        label = batch["label"]
-        target = label if label.ndim == 1 else label.argmax(1)  # a mixed label counts as its larger share
-        return {"confusion": confusion(outputs["logits"].argmax(1), target, self.spec.num_classes)}
+        return {"confusion": confusion(outputs["logits"].argmax(1), _hard(batch["label"]), self.spec.num_classes)}
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """`accuracy`, and `balanced_accuracy`: the mean recall of the classes that occur."""
@@ -84,10 +73,18 @@ class Classification:
     def by_class(self, sums: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         return by_class(sums["confusion"], self.spec.classes)
 
-    def pictures(self, batch: Batch, outputs: Outputs | None) -> dict[str, Tensor]:
-        return {"inputs": picture_grid(batch["image"])}
+    def pictures(self, batch: Batch, outputs: Outputs | None = None) -> dict[str, Tensor]:
+        """`inputs`; with outputs, `predictions`: below each image its class, the predicted one and its probability."""
+        if outputs is None:
+            return super().pictures(batch)
+        predicted = self.predictions(outputs)
+        truth, guess = _hard(batch["label"]).tolist(), predicted["label"].tolist()
+        names, sure = self.spec.classes, predicted["probability"].tolist()
+        frames = [RIGHT if right == told else WRONG for right, told in zip(truth, guess, strict=True)]
+        captions = [(names[t], f"{p:.2f} {names[g]}") for t, g, p in zip(truth, guess, sure, strict=True)]
+        return {"predictions": grid(captioned(framed(stretched(batch["image"], 96), frames), captions), 8)}
 
 
-def class_counts(labels: Tensor | None, classes: int) -> Tensor | None:
-    """How many samples of each class there are: (classes,) int64."""
-    return None if labels is None else torch.bincount(labels, minlength=classes)
+def _hard(label: Tensor) -> Tensor:
+    """(N,) int64; a mixed label (N, classes) counts as its larger share."""
+    return label if label.ndim == 1 else label.argmax(1)

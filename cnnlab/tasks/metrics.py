@@ -1,4 +1,4 @@
-"""Measures that add up over batches and ranks, and pictures of what the network gets."""
+"""Measures that add up over batches and ranks."""
 
 from __future__ import annotations
 
@@ -48,28 +48,3 @@ def by_class(counts: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
         }
         for row, name in enumerate(names)
     ]
-
-
-def picture_grid(images: Tensor, columns: int = 8, rows: int = 2, gap: int = 1) -> Tensor:
-    """The first images of a batch side by side: (3, H', W') uint8.
-
-    Each image (C, H, W) of any range is stretched to its own 1st to 99th percentile, because the network gets
-    normalized values; a channel count other than 1 or 3 shows the first.
-    """
-    shown = images[: columns * rows].detach().float().cpu()
-    if shown.shape[1] != 3:
-        shown = shown[:, :1].expand(-1, 3, -1, -1)
-    count, _, height, width = shown.shape
-    flat = shown.flatten(1)
-    low, high = torch.quantile(flat, torch.tensor([0.01, 0.99]), dim=1)
-    span = (high - low).clamp_min(1e-6)
-    scaled = ((flat - low[:, None]) / span[:, None]).clamp(0, 1).view(shown.shape)
-    factor = max(1, 64 // max(height, width))
-    scaled = scaled.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    height, width = height * factor, width * factor
-    used = (count + columns - 1) // columns
-    grid = torch.ones(3, used * (height + gap) - gap, columns * (width + gap) - gap)
-    for i in range(count):
-        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
-        grid[:, top : top + height, left : left + width] = scaled[i]
-    return (grid * 255).round().to(torch.uint8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from cnnlab.data.loader import Loader
@@ -63,17 +62,13 @@ def evaluate(run: Run, name: str) -> dict[str, float]:
     return {f"{name}/{metric}": value for metric, value in figures.items()}
 
 
-@torch.no_grad()
 def measure(run: Run, loader: Loader) -> dict[str, Tensor]:
     """The task's measures, summed over a split and over all ranks, and the penalty of the weights; the network as it is
     evaluated."""
     totals = Totals(run.ranks, run.device)
-    run.model.eval()
-    with run.averaged():
+    with run.evaluating():
         run.share_buffers()
         for batch, _ in loader.batches(0):
             if len(batch["index"]):
                 totals.add(run.forward(batch)[1])
-        sums = run.with_penalty(totals.take())
-    run.model.train()
-    return sums
+        return run.with_penalty(totals.take())

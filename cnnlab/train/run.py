@@ -18,10 +18,11 @@ from cnnlab.data.loader import Loader
 from cnnlab.errors import CheckpointError, CnnlabError, DivergedError, InterruptedRun, UsageError
 from cnnlab.interrupts import answered_by, raises, watcher
 from cnnlab.observe.observer import Observer
-from cnnlab.protocols import Batch, DataSpec, Listener, Schedule, Task
+from cnnlab.protocols import Batch, DataSpec, Listener, Schedule
 from cnnlab.ranks import Ranks
 from cnnlab.rundir import RunDir
 from cnnlab.schema import Precision, Trainer
+from cnnlab.tasks import Task
 from cnnlab.train.state import Clock, Ema, Selection, Totals
 from cnnlab.train.step import EagerStep, Forward
 
@@ -167,6 +168,16 @@ class Run:
             return sums
         return {**sums, "penalty": self.step.penalty().detach().cpu() * sums["count"]}
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The network as it is evaluated, for the block."""
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.averaged():
+                yield
+        finally:
+            self.model.train()
+
     def share_buffers(self) -> None:
         """Rank 0's buffers on every rank: each has seen other samples, and one network is evaluated."""
         self.ranks.share_(list(self.model.buffers()))
@@ -299,9 +310,10 @@ def _status_of(error: BaseException | None) -> tuple[str, str | None]:
 
 
 def describe_sums(task: Task, sums: dict[str, Any]) -> dict[str, float]:
-    """A record's figures from summed measures: `loss`, `data_loss`, `penalty` and the task's metrics."""
+    """A record's figures from summed measures: `loss`, `data_loss` and its parts, `penalty` and the task's metrics."""
     count = sums.pop("count").item()
     data_loss = (sums.pop("data_loss") / count).item()
+    parts = {name: (sums.pop(name) / count).item() for name in list(sums) if name.startswith("data_loss/")}
     penalty = (sums.pop("penalty") / count).item() if "penalty" in sums else 0.0
-    figures = {"loss": data_loss + penalty, "data_loss": data_loss, "penalty": penalty}
+    figures = {"loss": data_loss + penalty, "data_loss": data_loss, **parts, "penalty": penalty}
     return {**figures, **task.metrics(sums)}

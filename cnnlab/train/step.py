@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from cnnlab import rng
 from cnnlab.errors import DivergedError, UsageError
 from cnnlab.observe.observer import Look
-from cnnlab.protocols import Batch, Outputs, StepResult, Task, as_outputs
+from cnnlab.protocols import Batch, Outputs, StepResult, as_outputs
 from cnnlab.ranks import Ranks
+from cnnlab.tasks import Task
 
 CAPTURE_MODE = "thread_local"
 """What a capture forbids, it forbids in its own thread: the fetching thread may go on to allocate and copy batches."""
@@ -24,8 +25,8 @@ CAPTURE_MODE = "thread_local"
 class Forward:
     """A micro-batch through network, loss and measures; the part that is compiled.
 
-    Returns the samples' losses (N,) with their graph, and the sums `count`, `data_loss` and the task's measures.
-    Half-precision outputs become float32 first, so the loss is always computed there.
+    Returns the samples' losses (N,) with their graph, and the sums `count`, `data_loss` and its parts and the task's
+    measures. Half-precision outputs become float32 first, so the loss is always computed there.
     """
 
     def __init__(self, model: nn.Module, task: Task, device: torch.device, dtype: torch.dtype):
@@ -38,28 +39,24 @@ class Forward:
         return nullcontext() if self._dtype is torch.float32 else torch.autocast(self.device.type, self._dtype)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        with self.autocast():
-            returned = self._outputs(batch["image"])
-        outputs = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in returned.items()}
-        losses = self.task.loss(outputs, batch)["loss"]
+        outputs = self.outputs(batch["image"])
+        parts = dict(self.task.loss(outputs, batch))
+        losses = parts.pop("loss")
         with torch.no_grad():
             sums = {
                 "count": torch.full((), float(len(losses)), device=losses.device),
                 "data_loss": losses.detach().sum(),
+                **{f"data_loss/{name}": part.detach().sum() for name, part in parts.items()},
                 **self.task.measure({name: t.detach() for name, t in outputs.items()}, batch),
             }
         return losses, sums
 
-    def _outputs(self, image: Tensor) -> Outputs:
-        """The network's outputs; in evaluation their mean over the views that the task wants of each image."""
-        views: list[tuple[float, Tensor]] = [(1.0, image)]
-        if hasattr(self.task, "views") and not self.model.training:
-            views = self.task.views(image)
-        parts = [(weight, as_outputs(self.model(view))) for weight, view in views]
-        if len(parts) == 1:
-            return parts[0][1]
-        named = {name: [weight * part[name].float() for weight, part in parts] for name in parts[0][1]}
-        return {name: torch.stack(weighted).sum(0) for name, weighted in named.items()}
+    def outputs(self, image: Tensor) -> Outputs:
+        """What the task reads of the network, float32; in evaluation of the views that it wants of each image."""
+        with self.autocast():
+            views = [(1.0, image)] if self.model.training else self.task.views(image)
+            merged = self.task.merge([(weight, as_outputs(self.model(view))) for weight, view in views])
+        return {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in merged.items()}
 
 
 Update = Callable[[], None]

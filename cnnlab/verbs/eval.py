@@ -170,7 +170,7 @@ def opened(
     elif split == "test":
         loader = run.loaders["test"]
     sums = measure(run, loader)
-    classes = run.task.by_class(sums) if hasattr(run.task, "by_class") else []
+    classes = run.task.by_class(sums)
     figures = {f"{split}/{metric}": value for metric, value in describe_sums(run.task, sums).items()}
     return Found(which, found or "as it was", figures, classes)
 

@@ -60,15 +60,15 @@ def main(arguments: Sequence[str]) -> int:
 def _describe(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from cnnlab.assemble import make_network, make_optimizer, make_task
+    from cnnlab.assemble import make_network, make_optimizer, make_task, spec_for_task
     from cnnlab.check import bind_section
     from cnnlab.parts import make
     from cnnlab.schema import Groups, Regularization
     from cnnlab.summarize import summarize
     from cnnlab.validate import on_meta
 
-    spec = make(config["data"]).spec()
-    task = make_task(config, spec, torch.ones(spec.num_classes, dtype=torch.int64))
+    spec = spec_for_task(config, make(config["data"]).spec())
+    task = make_task(config, spec, torch.arange(spec.num_classes))
     model = on_meta(lambda: make_network(config, spec, task, bind_section(Regularization, config["regularization"])))
     optimizer = make_optimizer(config, model, bind_section(Groups, config["groups"]))
     groups = [

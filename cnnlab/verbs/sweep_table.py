@@ -23,14 +23,14 @@ def report(records: Sequence[Mapping[str, Any]], folder: Path, seconds: float, *
     from rich.table import Table
 
     from cnnlab.drawing import Drawing
-    from cnnlab.sinks.records import LOSS_PARTS
+    from cnnlab.sinks.records import is_loss_part
 
     console = Drawing(sys.stdout, elsewhere=200)
     console.print(f"\n{len(records)} cells in {seconds:.0f} s: {one_line(folder)}", soft_wrap=True)
     table = Table()
     varied = _varied(records)
     measured = dict.fromkeys(name for record in records for name in record["metrics"])
-    names = [name for name in measured if name.rpartition("/")[2] not in LOSS_PARTS]
+    names = [name for name in measured if not is_loss_part(name)]
     for heading in ("cell", *varied, "status", *names, "seconds"):
         table.add_column(
             console.plain(heading), justify="right" if heading in (*names, "seconds") else "left", overflow="fold"

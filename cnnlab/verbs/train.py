@@ -135,7 +135,7 @@ def _opening(composed: Composed, run: Any) -> dict[str, Any]:
         "config_hash": config_hash(composed.config),
         "choices": composed.choices,
         "config_dirs": list(composed.config_dirs),
-        "classes": list(run.spec.classes),
+        "classes": list(run.task.class_names(run.spec)),
         "samples": {name: len(loader.split) for name, loader in run.loaders.items()},
         "left_out": [{"file": name, "reason": reason} for name, reason in run.left_out],
         "data_fingerprint": {name: loader.split.fingerprint for name, loader in run.loaders.items()},

@@ -121,7 +121,7 @@ def test_a_decoder_gets_features_without_the_dropped_channels():
     shapes = []
     run.model.channel_dropout.register_forward_hook(lambda m, inputs, output: shapes.append(output.shape))
     batch, _ = next(run.batches())
-    assert run.model.train()(batch["image"])["logits"].shape == (16, 7, 16, 16)
+    assert run.model.train()(batch["image"])["mask"].shape == (16, 7, 16, 16)
     assert len(shapes) == 1
 
 

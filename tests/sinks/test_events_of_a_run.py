@@ -19,7 +19,7 @@ from cnnlab.sinks.jsonl import read_records
 from cnnlab.sinks.picture import enlarged
 from cnnlab.sinks.samples import SamplePictures
 from cnnlab.sinks.tensorboard import TensorBoard
-from cnnlab.tasks.metrics import picture_grid
+from cnnlab.tasks.pictures import picture_grid
 from cnnlab.train import fit
 
 

@@ -8,8 +8,8 @@ from lab_runs import fitted, make_run, watched
 from torch.nn import functional
 
 from cnnlab.errors import ConfigError
+from cnnlab.heads import NearestDecoder, UnpoolDecoder
 from cnnlab.protocols import VOID, Features
-from cnnlab.tasks.segmentation import NearestDecoder, UnpoolDecoder
 from cnnlab.validate import check
 
 SCENES = (
@@ -30,7 +30,7 @@ def test_each_backbone_gets_the_head_that_it_can_feed(backbone: str, head: type)
     run = make_run(*SCENES, *BACKBONES[backbone])
     assert type(run.model.head) is head
     batch, _ = next(run.batches())
-    logits = run.model(batch["image"])["logits"]
+    logits = run.model(batch["image"])["mask"]
     assert logits.shape == (16, 7, 16, 16)
     assert not any(name.startswith(("classifier", "fc")) for name, _ in run.model.named_parameters())
 
@@ -57,8 +57,8 @@ def test_unpooling_is_asked_for_where_there_is_nothing_to_unpool():
     from lab_runs import composed
 
     with pytest.raises(ConfigError, match="no max-pooling indices"):
-        check(composed(*SCENES, *BACKBONES["resnet"], "task.upsample=unpool"))
-    run = make_run(*SCENES, *BACKBONES["vgg"], "task.upsample=nearest")
+        check(composed(*SCENES, *BACKBONES["resnet"], "head=unpool"))
+    run = make_run(*SCENES, *BACKBONES["vgg"], "head=nearest")
     assert type(run.model.head) is NearestDecoder
 
 
@@ -81,10 +81,10 @@ def test_the_unpooling_decoder_puts_each_value_back_where_its_maximum_stood():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 7, 6, generator=generator)
     pooled, indices = functional.max_pool2d(x, 2, return_indices=True)
-    decoder = UnpoolDecoder(3, (3,), 5)
+    decoder = UnpoolDecoder((3, 3), (3,), 5)
     seen = []
     decoder.blocks[0].register_forward_hook(lambda m, inputs, output: seen.append(inputs[0]))
-    logits = decoder(Features((x, pooled), (indices,), ((7, 6),)))["logits"]
+    logits = decoder(Features((x, pooled), (indices,), ((7, 6),)))["mask"]
     assert logits.shape == (2, 5, 7, 6)
     (restored,) = seen
     assert torch.equal(restored, functional.max_unpool2d(pooled, indices, 2, output_size=(7, 6)))

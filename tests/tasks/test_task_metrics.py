@@ -10,8 +10,9 @@ import torch
 from sklearn import metrics as sk
 
 from cnnlab.protocols import VOID, DataSpec
-from cnnlab.tasks.classification import Classification, class_counts
-from cnnlab.tasks.metrics import by_class, confusion, picture_grid
+from cnnlab.tasks.classification import Classification
+from cnnlab.tasks.metrics import by_class, confusion
+from cnnlab.tasks.pictures import coloured, picture_grid
 from cnnlab.tasks.segmentation import Segmentation
 
 RANDOM = np.random.default_rng(0)
@@ -101,7 +102,7 @@ def test_segmentation_metrics_are_scikit_learns_without_void(classes: int):
     target = np.where(RANDOM.random(target.shape) < 0.2, VOID, target)
     logits = one_hot(predicted, classes).movedim(-1, 1)
     task = segmentation(classes)
-    sums = task.measure({"logits": logits}, {"mask": torch.from_numpy(target)})
+    sums = task.measure({"mask": logits}, {"mask": torch.from_numpy(target)})
     figures = task.metrics(sums)
     known = target != VOID
     assert figures["pixel_accuracy"] == pytest.approx(sk.accuracy_score(target[known], predicted[known]))
@@ -112,7 +113,7 @@ def test_a_class_that_neither_occurs_nor_is_predicted_has_no_iou():
     mask = torch.tensor([[[0, 0], [1, 1]]])
     logits = one_hot(np.array([[[0, 0], [1, 0]]]), 5).movedim(-1, 1)
     task = segmentation(5)
-    figures = task.metrics(task.measure({"logits": logits}, {"mask": mask}))
+    figures = task.metrics(task.measure({"mask": logits}, {"mask": mask}))
     assert figures["mean_iou"] == pytest.approx((2 / 3 + 1 / 2) / 2)
 
 
@@ -126,8 +127,10 @@ def test_the_auxiliary_output_counts_by_its_weight():
 
 
 def test_class_counts():
-    assert class_counts(torch.tensor([0, 2, 2]), 4).tolist() == [1, 0, 2, 0]
-    assert class_counts(None, 4) is None
+    spec = DataSpec(3, (8, 8), tuple("abcd"))
+    assert Classification.class_counts(spec, torch.tensor([0, 2, 2])).tolist() == [1, 0, 2, 0]
+    assert Classification.class_counts(spec, None) is None
+    assert Segmentation.class_counts(spec, torch.tensor([0, 2, 2])) is None, "of pixels, nobody has counted them"
 
 
 @pytest.mark.parametrize(("count", "channels", "side"), [(1, 1, 8), (5, 3, 32), (20, 4, 70)])
@@ -141,10 +144,6 @@ def test_pictures_are_grids_of_bytes(count: int, channels: int, side: int):
 
 
 def test_void_is_black_and_classes_are_not():
-    task = segmentation(4)
-    mask = torch.tensor([[[0, 1], [3, VOID]]])
-    colours = task._coloured(mask)[0].flatten(1).T
+    colours = coloured(torch.tensor([[[0, 1], [3, VOID]]]), 4)[0].flatten(1).T
     assert colours[3].tolist() == [0, 0, 0]
     assert len({tuple(c.tolist()) for c in colours}) == 4
-    pictures = task.pictures({"image": torch.randn(1, 3, 2, 2), "mask": mask}, {"logits": torch.randn(1, 4, 2, 2)})
-    assert set(pictures) == {"inputs", "masks", "predictions"}
