@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from cnnlab.assemble import make_network, make_optimizer, make_pipeline, make_ta
 from cnnlab.augment import Pipeline, fitted
 from cnnlab.check import bind_section, locate
 from cnnlab.config import Composed
+from cnnlab.data.cache import cache_folder, known_cache
 from cnnlab.data.choice import loaded, with_decoder
 from cnnlab.data.found import Findings
 from cnnlab.data.loader import Loader
@@ -119,7 +121,9 @@ class _Builder:
         splits = self.splits(placement)
         pipeline = make_pipeline(self.config, spec, self.seed)
         # In turn: the others find in the cache what took rank 0 long.
-        self.ranks.in_turn(lambda: fitted.fit(pipeline, splits["train"], self.config))
+        self.ranks.in_turn(
+            lambda: fitted.fit(pipeline, splits["train"], self.config, known_cache(), made=partial(cache_folder, None))
+        )
         labels = splits["train"].labels
         task = make_task(self.config, spec, labels)
         task.to(placement.device)

@@ -82,6 +82,10 @@ UNSAID = (("head._target_", None),)
 """Keys that came later, with the value that means what runs without them did: their hashes stay."""
 
 
+EARLIER_HASH = "_earlier_hash"
+"""Where a config of an earlier version keeps the hash that its checkpoints know it by."""
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """The whole content or none: written beside `path`, synced to disk, then renamed over it.
 
@@ -129,7 +133,7 @@ def config_hash(config: Mapping[str, Any], besides: Sequence[str] = ()) -> str:
         besides: keys that are left out, too.
     """
     ignored = (*RESUMABLE, "name", "resume", "paths.outputs", "loading.path", *besides)
-    flat = {k: v for k, v in flatten(config).items() if k not in ignored and (k, v) not in UNSAID}
+    flat = {k: v for k, v in flatten(config).items() if k not in (*ignored, EARLIER_HASH) and (k, v) not in UNSAID}
     return hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -413,6 +417,7 @@ def _up_to_date(config: dict[str, Any]) -> dict[str, Any]:
     """A config of an earlier version in today's words: the decoder was once a setting of the task."""
     task = config.get("task")
     if isinstance(task, dict) and "head" not in config:
+        config[EARLIER_HASH] = config_hash(config)
         asked = str(task.pop("upsample", None))
         heads = {"unpool": "cnnlab.heads.UnpoolDecoder", "nearest": "cnnlab.heads.NearestDecoder"}
         config["head"] = {"_target_": heads.get(asked)}

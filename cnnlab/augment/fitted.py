@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -18,8 +18,6 @@ from cnnlab.augment.moments import MAX_IMAGES
 from cnnlab.augment.normalize import Normalize
 from cnnlab.augment.parts import Part
 from cnnlab.augment.pipeline import Pipeline
-from cnnlab.data.cache import cache_folder, known_cache
-from cnnlab.data.formats import require_file
 from cnnlab.protocols import Split
 from cnnlab.rundir import write_atomically
 
@@ -37,8 +35,9 @@ def fit(
     pipeline: Pipeline,
     split: Split,
     config: Mapping[str, Any],
-    folder: Path | None = None,
+    folder: Path | None,
     *,
+    made: Callable[[], Path] | None = None,
     worth: float = WORTH_SECONDS,
 ) -> None:
     """`pipeline.fit(split)`, from the cache where it is in it.
@@ -48,31 +47,34 @@ def fit(
 
     Args:
         config: has the nodes `augment` and `normalize` that the pipeline was made of.
-        folder: of the cache; `None` takes the usual one, where anything is to be kept.
+        folder: of the cache, where there is one.
+        made: gives the folder that is written to, which may be made for it; `folder` where this is not given.
         worth: seconds of computation from which the result is kept.
     """
     ours = all(type(part).__module__.startswith("cnnlab.") for part in (*pipeline.parts.values(), pipeline.normalize))
     name = f"{_key(pipeline, split, config)}.fitted.pt"
-    there = folder or known_cache()
-    if ours and there is not None:
+    if ours and folder is not None:
         try:
-            pipeline.load_state_dict(_read(there / name))
+            pipeline.load_state_dict(_read(folder / name))
             return
         except Exception as error:  # a damaged file raises what torch stumbles on; fitting replaces what was taken
             if not isinstance(error, FileNotFoundError):
-                _log.warning("the cache's %s is damaged and is computed again", there / name)
+                _log.warning("the cache's %s is damaged and is computed again", folder / name)
     began = time.perf_counter()
     pipeline.fit(split)
     if ours and time.perf_counter() - began >= worth:
         content = io.BytesIO()
         torch.save(pipeline.state_dict(), content)
         with suppress(OSError):  # a cache that cannot be written costs time, no run
-            write_atomically((folder or cache_folder(None)) / name, _checksum(content.getvalue()) + content.getvalue())
+            place = folder if made is None else made()
+            if place is not None:
+                write_atomically(place / name, _checksum(content.getvalue()) + content.getvalue())
 
 
 def _read(path: Path) -> Any:
     """Raises `FileNotFoundError` where there is none, and whatever else where it is damaged."""
-    require_file(str(path))
+    if path.exists() and not path.is_file():  # a pipe is not waited for
+        raise OSError(f"{path}: expected a file")
     data = path.read_bytes()
     checksum, content = data[:_CHECKSUM], data[_CHECKSUM:]
     if checksum != _checksum(content):

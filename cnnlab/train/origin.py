@@ -11,7 +11,7 @@ from typing import Any
 
 from cnnlab import checkpoint
 from cnnlab.errors import CheckpointError
-from cnnlab.rundir import PLACES, RunDir, config_hash
+from cnnlab.rundir import EARLIER_HASH, PLACES, RunDir, config_hash
 from cnnlab.train.state import Clock, require_selection
 
 SHOWN = 3
@@ -77,7 +77,7 @@ def recorded_data(origin: Mapping[str, Any]) -> dict[str, Any]:
 def require_config(origin: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Raises `ValueError` where a checkpoint's origin is another run's than that of `config`."""
     found, own = origin["identity"]["config"], config_identity(config)
-    if found not in (own, config_hash(config)):  # the second as older versions have it
+    if found not in (own, config_hash(config), config.get(EARLIER_HASH)):  # the second as older versions have it
         raise ValueError(f"it is another run's: its config is {found}, and that of this run {own}")
 
 

@@ -13,6 +13,7 @@ from lab_runs import all_state, composed, differences, fitted, make_run, watched
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from cnnlab import checkpoint
 from cnnlab.protocols import VOID, Batch, DataSpec, Outputs
 from cnnlab.rundir import RunDir, config_hash, write_yaml
 from cnnlab.sinks.samples import SamplePictures
@@ -214,6 +215,10 @@ def test_the_decoder_was_once_a_setting_of_the_task(cli: Callable[..., Answer]):
     del config["head"], config["task"]["views"]
     config["task"]["upsample"] = "nearest"
     write_yaml(Path("old/.hydra/config.yaml"), config)
+    for path in Path("old/checkpoints").glob("*.pt"):
+        state = checkpoint.load(path)
+        state["origin"]["identity"]["config"] = config_hash(config)
+        checkpoint.save(state, path)
     answer = cli("eval", "old", "--json")
     assert answer.code == 0, answer.err
     assert (
