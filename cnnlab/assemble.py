@@ -11,14 +11,16 @@ from torch import nn
 
 from cnnlab.augment import Pipeline
 from cnnlab.check import bind_section, locate
+from cnnlab.interventions import Ema, Freeze, MaxNorm
 from cnnlab.models.dropout import has_dropout, set_dropout_kind
 from cnnlab.optim.decay import decouple_decay
 from cnnlab.optim.groups import parameter_groups
 from cnnlab.optim.traits import Traits, keep_kernels, place_rates
 from cnnlab.parts import make
-from cnnlab.protocols import ConvNet, DataSpec, Head
+from cnnlab.protocols import ConvNet, DataSpec, Head, Intervention
 from cnnlab.schema import DropoutKind, Groups, Regularization
 from cnnlab.tasks import Task
+from cnnlab.train.interventions import Interventions
 
 
 def task_class(config: Mapping[str, Any]) -> type[Task]:
@@ -141,6 +143,21 @@ def _made_head(node: Mapping[str, Any], model: ConvNet, wired: Mapping[str, Any]
 def make_pipeline(config: Mapping[str, Any], spec: DataSpec, seed: int) -> Pipeline:
     parts = {name: make(node) for name, node in config["augment"].items() if node is not None}
     return Pipeline(parts, make(config["normalize"]), spec=spec, seed=seed)
+
+
+def make_interventions(config: Mapping[str, Any], regularization: Regularization, groups: Groups) -> Interventions:
+    """What the config lets change the run: projections first, averages last, of what the weights have become."""
+    found: dict[str, Intervention] = {}
+    if groups.freeze:
+        found["freeze"] = Freeze(groups.freeze)
+    if regularization.max_norm is not None:
+        found["max_norm"] = MaxNorm(regularization.max_norm)
+    for name, node in config.get("intervention", {}).items():
+        if node is not None:
+            found[f"intervention.{name}"] = make(node)
+    if regularization.ema:
+        found["ema"] = Ema(regularization.ema)
+    return Interventions(found)
 
 
 def make_optimizer(config: Mapping[str, Any], model: nn.Module, groups: Groups, **fast: Any) -> torch.optim.Optimizer:

@@ -12,7 +12,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cnnlab import rng
-from cnnlab.assemble import make_network, make_optimizer, make_pipeline, make_task, spec_for_task
+from cnnlab.assemble import (
+    make_interventions,
+    make_network,
+    make_optimizer,
+    make_pipeline,
+    make_task,
+    spec_for_task,
+)
 from cnnlab.augment import Pipeline, fitted
 from cnnlab.check import bind_section, locate
 from cnnlab.config import Composed
@@ -39,7 +46,7 @@ from cnnlab.train.checkpointer import Checkpointer, Progress
 from cnnlab.train.origin import Origin, chosen, described, load_own
 from cnnlab.train.recorder import Evidence, Recorder
 from cnnlab.train.run import Run
-from cnnlab.train.state import Ema, Selection
+from cnnlab.train.state import Selection
 from cnnlab.train.step import Forward
 
 MIN_STATISTICS_BATCH = 2
@@ -134,8 +141,9 @@ class _Builder:
         total_steps = self.trainer.epochs * loaders["train"].steps
         if self.trainer.max_steps is not None:
             total_steps = min(total_steps, self.trainer.max_steps)
-        ema = Ema(model, self.regularization.ema) if self.regularization.ema else None
         optimizer = self.optimizer(model, placement)
+        interventions = make_interventions(self.config, self.regularization, self.groups)
+        interventions.attach(model, self.seed)
         schedule = make(self.config["schedule"])
         if hasattr(schedule, "resolve"):
             schedule.resolve(loaders["train"].steps, total_steps, self.trainer.batch_size)
@@ -151,7 +159,7 @@ class _Builder:
             placement,
             self.trainer,
             self.regularization,
-            ema,
+            interventions,
             self.ranks,
             self.seed,
             loaders["train"],
@@ -178,7 +186,7 @@ class _Builder:
             ranks=self.ranks,
             selection=Selection(*task.monitor),
             total_steps=total_steps,
-            ema=ema,
+            interventions=interventions,
             patience=self.regularization.patience,
             resumed=self.resumed,
             left_out=self.findings.left_out,
@@ -365,7 +373,7 @@ class _Builder:
             "optimizer": run.optimizer,
             "schedule": run.schedule,
             "scaler": run.step.scaler,
-            "ema": run.ema,
+            **run.interventions.stateful(),
             "clock": run.clock,
             "totals": run.totals,
             "selection": run.selection,

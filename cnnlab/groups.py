@@ -63,5 +63,10 @@ GROUPS: Mapping[str, Group] = {
     "schedule": Group(has=("factor",), described="cnnlab.protocols.Schedule"),
     "normalize": Group(),
     "augment": Group(named=True),
+    "intervention": Group(
+        has=("attach", "batch", "gradients", "weights", "mode", "evaluated", "state_dict", "load_state_dict"),
+        described="cnnlab.protocols.Intervention",
+        named=True,
+    ),
     "probe": Group(has=("name", "every", "needs", "supports", "read"), described="cnnlab.protocols.Probe", named=True),
 }

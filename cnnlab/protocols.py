@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -255,6 +256,41 @@ class StepResult:
     index: Tensor
     """(N,) their positions in the split."""
     extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Intervention:
+    """What may change a run: part of its identity (it stands in the config) and, if it has a state, of its State.
+
+    Each phase does nothing here; a subclass overrides those that it acts in. All run on every rank, in the order of
+    the config, and none may wait for the device. Random numbers come from streams of their own (`cnnlab.rng`).
+    """
+
+    def attach(self, model: nn.Module, seed: int) -> None:
+        """Once, before the first update: the network with its initial weights, on its device."""
+
+    def batch(self, batch: Batch, step: int) -> Batch:
+        """This rank's part of the batch of update `step` (from 0), prepared for the network."""
+        return batch
+
+    def gradients(self, parameters: Sequence[nn.Parameter], step: int) -> None:
+        """Changes `.grad` in place: unscaled, those of the whole batch on every rank, not yet clipped."""
+
+    def weights(self, step: int) -> None:
+        """After the optimizer's update."""
+
+    def mode(self, model: nn.Module, epoch: int) -> None:
+        """Whenever the network has been put into training mode: what trains, and which layers do not."""
+
+    def evaluated(self) -> AbstractContextManager[None]:
+        """The network as it is evaluated, for the block."""
+        return nullcontext()
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What a resumed run needs; overridden together with `load_state_dict`."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises `ValueError` where the state is that of another network."""
 
 
 class Listener:

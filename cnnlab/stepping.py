@@ -14,14 +14,14 @@ from cnnlab.data.cache import cache_folder
 from cnnlab.data.loader import Loader
 from cnnlab.device import Placement, has_compiler
 from cnnlab.errors import UsageError
-from cnnlab.losses.penalty import l1, l2, max_norm_
+from cnnlab.losses.penalty import l1, l2
 from cnnlab.observe.taps import Taps
 from cnnlab.optim.traits import Traits
 from cnnlab.protocols import Batch
 from cnnlab.ranks import Ranks
 from cnnlab.schema import Precision, Regularization, StepKind, Trainer
 from cnnlab.train import trial
-from cnnlab.train.state import Ema
+from cnnlab.train.interventions import Interventions
 from cnnlab.train.step import CapturedStep, ClosureStep, CompiledStep, EagerStep, Forward, GraphClosureStep
 
 
@@ -35,7 +35,7 @@ class StepMaker:
     placement: Placement
     trainer: Trainer
     regularization: Regularization
-    ema: Ema | None
+    interventions: Interventions
     ranks: Ranks
     seed: int
     train: Loader
@@ -48,7 +48,7 @@ class StepMaker:
             "seed": self.seed,
             "ranks": self.ranks,
             "penalty": penalty(parameters, self.regularization),
-            "after_update": self.after_update(parameters),
+            "interventions": self.interventions,
             "scaler": torch.amp.GradScaler(self.placement.device.type) if half else None,
             "accumulate": self.trainer.accumulate,
             "clip_norm": self.trainer.clip_norm,
@@ -94,12 +94,6 @@ class StepMaker:
 
     def first_batch(self) -> tuple[Batch, int]:
         return self.train.first()
-
-    def after_update(self, parameters: list[nn.Parameter]) -> list[Callable[[], None]]:
-        """What follows each update: projections, then averages."""
-        limit = self.regularization.max_norm
-        projections = [] if limit is None else [lambda: max_norm_(parameters, limit)]
-        return [*projections, *([] if self.ema is None else [self.ema.update])]
 
 
 def penalty(parameters: list[nn.Parameter], regularization: Regularization) -> Callable[[], torch.Tensor] | None:

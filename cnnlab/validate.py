@@ -24,7 +24,7 @@ from cnnlab.groups import GROUPS
 from cnnlab.kinds import is_part, public_name
 from cnnlab.optim.traits import Traits
 from cnnlab.parts import make
-from cnnlab.protocols import ConvNet, Data, DataSpec, Head, Init, Loss, Probe, Schedule
+from cnnlab.protocols import ConvNet, Data, DataSpec, Head, Init, Intervention, Loss, Probe, Schedule
 from cnnlab.schema import DataPath, Decoder, DropoutKind, Groups, Loading, Regularization, Stats, Trainer
 from cnnlab.tasks import Task
 from cnnlab.trust import Trust
@@ -47,6 +47,8 @@ SECTIONS = {
 }
 VALUES: dict[str, Any] = {"seed": int, "name": str, "resume": str | None}
 
+LATER = ("intervention",)
+"""Groups that a stored run may be older than; it had none of their parts."""
 MAX_NAME = 255
 """Bytes of a file's name that the usual file systems take."""
 MAX_PATH = 2000
@@ -67,6 +69,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "normalize": (Normalize,),
     "augment": (Geometric, Colour, Barrier),
     "probe": (Probe,),
+    "intervention": (Intervention,),
 }
 """What a part of each group is, which its class or its annotations say before it is made."""
 
@@ -118,7 +121,9 @@ def _static(config: Mapping[str, Any], trust: Trust) -> Iterator[list[str]]:
     if isinstance(config.get("name"), str):
         yield _check_name(config["name"])
     for name, group in GROUPS.items():
-        yield (_check_mapping if group.named else _check_group)(name, config.get(name), trust)
+        yield (_check_mapping if group.named else _check_group)(
+            name, config.get(name, {} if name in LATER else None), trust
+        )
     known = [*SECTIONS, *VALUES, *GROUPS]
     for key in config:
         if key not in known and not key.startswith("_"):
@@ -180,7 +185,7 @@ class _Trial:
         for group in ("schedule", "init", "normalize"):
             self.attempt(group, partial(self.part, group, self.config.get(group)), group)
         for group in (name for name in GROUPS if GROUPS[name].named and self.sound(name)):
-            for name, node in self.config[group].items():
+            for name, node in self.config.get(group, {}).items():
                 self.attempt(f"{group}.{name}", partial(self.part, group, node), group)
         optimizer = self.attempt("optim", self.dry_optimizer, "optim")
         self.placement()
@@ -280,6 +285,19 @@ class _Trial:
                 f"`trainer.clip_norm={trainer.clip_norm:g}`: this optimizer searches along the loss's own slope, and "
                 "takes no clipped gradients; type trainer.clip_norm=null"
             )
+        if (traits.closure or traits.create_graph) and self.sound("intervention"):
+            self.searched_gradients()
+
+    def searched_gradients(self) -> None:
+        """An optimizer that searches along the loss's own slope takes no other gradients."""
+        for name, node in self.config.get("intervention", {}).items():
+            target = None if node is None else locate(node["_target_"])
+            if target is not None and getattr(target, "gradients", None) is not Intervention.gradients:
+                self.refuse(
+                    f"`intervention.{name}`: this optimizer searches along the loss's own slope, and takes no changed "
+                    "gradients; type another optim, or intervention=none",
+                    "intervention",
+                )
 
     # ---- what only the parts together can tell: targets, sizes, heads, parameter names ----
 

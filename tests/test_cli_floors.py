@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
     {"check", "overrides", "rundir", "protocols", "rng", "measure", "blocks"},
     {"hydra_private"},
     {"config", "parts", "device", "ranks", "sinks", "receptive_field", "flops"},
-    {"data", "models", "heads", "init", "optim", "losses", "augment"},
+    {"data", "models", "heads", "init", "optim", "losses", "augment", "interventions"},
     {"tasks", "observe", "checkpoint", "summarize"},
     {"train"},
     {"assemble", "stepping", "facts"},

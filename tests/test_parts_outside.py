@@ -10,6 +10,7 @@ import pytest
 import yaml
 from cli_runs import Answer, record_of
 
+from cnnlab import checkpoint
 from cnnlab.config import Composer, composer
 from cnnlab.errors import ConfigError
 from cnnlab.validate import checked
@@ -18,7 +19,7 @@ Cli = Callable[..., Answer]
 
 OUTSIDE = Path(__file__).parent / "outside"
 GROUPS = ("model", "optim", "loss", "init", "augment", "task")
-ALL = (*(f"{group}=outside" for group in GROUPS), "probe=[outside,gradients]")
+ALL = (*(f"{group}=outside" for group in GROUPS), "probe=[outside,gradients]", "intervention=outside")
 FEW_STEPS = (
     "data.limit=64",
     "trainer.batch_size=32",
@@ -30,12 +31,12 @@ FEW_STEPS = (
 
 
 def test_one_file_and_one_yaml_each():
-    for group in (*GROUPS, "probe"):
+    for group in (*GROUPS, "probe", "intervention"):
         assert (OUTSIDE / f"outside_{group}.py").is_file()
         assert (OUTSIDE / group / "outside.yaml").is_file()
 
 
-def test_all_seven_train_together(cli: Cli):
+def test_all_of_them_train_together(cli: Cli):
     answer = cli("train", "--config-dir", str(OUTSIDE), *ALL, *FEW_STEPS, "hydra.run.dir=here")
     assert answer.code == 0, answer.err
     record = record_of(Path("here"))
@@ -47,6 +48,8 @@ def test_all_seven_train_together(cli: Cli):
     assert statistics[0]["weight/near_zero"][0] == 0
     assert "gradient/norm" in statistics[0]
     assert "invert" in answer.out
+    state = checkpoint.load(Path("here/checkpoints/last.pt"))
+    assert state["intervention.outside"]["updates"] == record["steps"] > 0
 
     # The run says where its parts are, and they run only where the command line vouches for them.
     for again in (("eval", "here"), ("train", "resume=here")):

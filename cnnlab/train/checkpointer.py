@@ -145,7 +145,7 @@ class Checkpointer(Listener):
 
 def _evaluated(run: Run) -> tuple[str, ...]:
     """The parts of the State that make the network as it is evaluated."""
-    return ("model",) if run.ema is None else ("model", "ema")
+    return ("model", *run.interventions.of_evaluation())
 
 
 def _on_cpu(value: Any) -> Any:

@@ -38,7 +38,7 @@ def train_epoch(run: Run) -> None:
 
 def updates(run: Run) -> Iterator[Look]:
     """The updates of `train_epoch` one by one, for who wants to do something in between; each with its look."""
-    run.model.train()
+    run.train_mode()
     for batch, count in run.batches():
         with run.observer(run.clock.step) as look:
             result = run.step(batch, count, run.clock.step, look)

@@ -23,7 +23,8 @@ from cnnlab.ranks import Ranks
 from cnnlab.rundir import RunDir
 from cnnlab.schema import Precision, Trainer
 from cnnlab.tasks import Task
-from cnnlab.train.state import Clock, Ema, Selection, Totals
+from cnnlab.train.interventions import Interventions
+from cnnlab.train.state import Clock, Selection, Totals
 from cnnlab.train.step import EagerStep, Forward
 
 _log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Run:
     ranks: Ranks
     selection: Selection
     total_steps: int
-    ema: Ema | None = None
+    interventions: Interventions = field(default_factory=Interventions)
     patience: int | None = None
     listeners: list[Listener] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
@@ -160,7 +161,11 @@ class Run:
 
     def averaged(self) -> AbstractContextManager[None]:
         """The network as it is evaluated: with the moving averages where there are any."""
-        return nullcontext() if self.ema is None else self.ema.applied()
+        return self.interventions.evaluated()
+
+    def train_mode(self) -> None:
+        """The network as it trains."""
+        self.interventions.train(self.model, self.clock.epoch)
 
     def with_penalty(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The sums of an evaluation, on the CPU, with the penalty of the weights at hand, where the loss has one."""
@@ -176,7 +181,7 @@ class Run:
             with torch.no_grad(), self.averaged():
                 yield
         finally:
-            self.model.train()
+            self.train_mode()
 
     def share_buffers(self) -> None:
         """Rank 0's buffers on every rank: each has seen other samples, and one network is evaluated."""

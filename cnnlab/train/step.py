@@ -17,6 +17,7 @@ from cnnlab.observe.observer import Look
 from cnnlab.protocols import Batch, Outputs, StepResult, as_outputs
 from cnnlab.ranks import Ranks
 from cnnlab.tasks import Task
+from cnnlab.train.interventions import Interventions
 
 CAPTURE_MODE = "thread_local"
 """What a capture forbids, it forbids in its own thread: the fetching thread may go on to allocate and copy batches."""
@@ -59,9 +60,6 @@ class Forward:
         return {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in merged.items()}
 
 
-Update = Callable[[], None]
-
-
 class EagerStep:
     """The phases one after the other. The other steps replace how a phase runs, not what it does.
 
@@ -72,7 +70,7 @@ class EagerStep:
         seed: of the dropout stream.
         ranks: the processes that share each batch.
         penalty: a term of the loss that depends on the weights alone, or `None`.
-        after_update: projections and averages of the weights, in order (max-norm, EMA).
+        interventions: what may change the run, at the phases `batch`, `gradients` and `weights`.
         scaler: for fp16.
         accumulate: micro-batches an update.
         clip_norm: largest L2 norm of the whole gradient, or `None`.
@@ -89,7 +87,7 @@ class EagerStep:
         seed: int,
         ranks: Ranks,
         penalty: Callable[[], Tensor] | None = None,
-        after_update: Sequence[Update] = (),
+        interventions: Interventions | None = None,
         scaler: torch.amp.GradScaler | None = None,
         accumulate: int = 1,
         clip_norm: float | None = None,
@@ -102,7 +100,7 @@ class EagerStep:
         self.seed = seed
         self.ranks = ranks
         self.penalty = penalty
-        self.after_update = tuple(after_update)
+        self.interventions = interventions or Interventions()
         self.scaler = scaler
         self.accumulate = accumulate
         self.clip_norm = clip_norm
@@ -112,16 +110,16 @@ class EagerStep:
     def __call__(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
         """Update `number` from this rank's part of a batch of `count` samples."""
         self.zero_grad()
-        result = self.backward(batch, count, number, look)
-        self.reduce(count, look)
+        result = self.backward(self.interventions.batch(batch, number), count, number, look)
+        self.reduce(count, number, look)
         look.before_update()
-        self.update()
+        self.update(number)
         look.updated()
         return result
 
     def rehearse(self, batch: Batch, count: int) -> None:
         """Forward and backward of a batch without a trace: what is made on first use is made, nothing is learned."""
-        self.model.train()
+        self.interventions.train(self.model, 0)
         with _Restored(list(self.model.buffers())):
             self.zero_grad()
             self.backward(batch, count, 0, Look())
@@ -164,8 +162,8 @@ class EagerStep:
         """Dropout and the like draw from their own stream, the same on a resume as in an unbroken run."""
         rng.reseed(self.device, self.seed, "dropout", number, piece, self.ranks.rank)
 
-    def reduce(self, count: int, look: Look) -> None:
-        """Gradients over all ranks, unscaled; watched; clipped."""
+    def reduce(self, count: int, number: int, look: Look) -> None:
+        """Gradients over all ranks, unscaled; watched; intervened in; clipped."""
         if self.ranks.world > 1:
             for p in self.parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -174,10 +172,11 @@ class EagerStep:
             self.scaler.unscale_(self.optimizer)
         scale = None if self.scaler is None else self.scaler._scale  # a tensor, so nobody waits for the device
         look.gradients(count, 1.0 if scale is None else scale)
+        self.interventions.gradients(self.parameters, number)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
 
-    def update(self) -> None:
+    def update(self, number: int) -> None:
         try:
             if self.scaler is None:
                 self.optimizer.step()
@@ -189,8 +188,7 @@ class EagerStep:
                 f"{type(self.optimizer).__name__} cannot factorize the moments of these gradients ({error}); "
                 "try a smaller rate (optim.lr=...) or trainer.clip_norm=1"
             ) from error
-        for action in self.after_update:
-            action()
+        self.interventions.weights(number)
 
 
 class CompiledStep(EagerStep):
@@ -236,13 +234,14 @@ class ClosureStep(EagerStep):
 
     def __call__(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
         first: StepResult | None = None
+        batch = self.interventions.batch(batch, number)
 
         def closure() -> Tensor:
             nonlocal first
             self.zero_grad()
             with nullcontext() if first is None else self.frozen_buffers():
                 result = self.backward(batch, count, number, look)
-            self.reduce(count, look if first is None else Look())
+            self.reduce(count, number, look if first is None else Look())
             for p in self.parameters:
                 if p.grad is not None:
                     p.grad = p.grad.contiguous()  # torch's L-BFGS takes no channels-last gradients
@@ -252,8 +251,7 @@ class ClosureStep(EagerStep):
             return self.mean_loss(result, count)
 
         self.optimizer.step(closure)  # type: ignore[arg-type]
-        for action in self.after_update:
-            action()
+        self.interventions.weights(number)
         look.updated()
         assert first is not None, "the optimizer evaluates its closure"
         return first
@@ -276,6 +274,7 @@ class GraphClosureStep(ClosureStep):
 
     def __call__(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
         first: StepResult | None = None
+        batch = self.interventions.batch(batch, number)
 
         def closure() -> Tensor:
             nonlocal first
@@ -290,8 +289,7 @@ class GraphClosureStep(ClosureStep):
         look.before_update()
         self.optimizer.step(closure)  # type: ignore[arg-type]
         look.gradients(count)
-        for action in self.after_update:
-            action()
+        self.interventions.weights(number)
         look.updated()
         assert first is not None, "the optimizer evaluates its closure"
         return first
@@ -358,9 +356,9 @@ class CapturedStep(EagerStep):
         self._graph.replay()
         return StepResult(dict(self._result.sums), self._result.sample_loss, self._inputs["index"])
 
-    def update(self) -> None:
+    def update(self, number: int) -> None:
         if not (self._replayed and self.update_is_capturable):
-            super().update()
+            super().update(number)
             return
         self._updates += 1
         if self._updates == self.warmup:
@@ -371,8 +369,7 @@ class CapturedStep(EagerStep):
             self.optimizer.step()
         else:
             self._update_graph.replay()
-        for action in self.after_update:
-            action()
+        self.interventions.weights(number)
 
     def reseed(self, number: int, piece: int) -> None:
         """Before the graph, which draws from the generator as it finds it, not inside."""

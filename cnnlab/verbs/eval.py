@@ -158,9 +158,7 @@ def opened(
             f"Put it back, or say where it is: cnnlab eval {folder.path} data.root=FOLDER{on_purpose}"
         )
     _require_alike(before, now)
-    run.state.load_state_dict(
-        state, only=("model", "normalize", *(["ema"] if run.ema is not None else [])), path=folder.path
-    )
+    run.state.load_state_dict(state, only=("model", "normalize", *run.interventions.of_evaluation()), path=folder.path)
     run.listeners.clear()
     loader = run.loaders["val"]
     if split == "train":  # as the network is evaluated: neither augmented nor shuffled

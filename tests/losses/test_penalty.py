@@ -1,4 +1,4 @@
-"""Penalties and max-norm against their sums written out."""
+"""Penalties against their sums written out."""
 
 from __future__ import annotations
 
@@ -44,24 +44,3 @@ def test_l2_has_a_second_derivative_at_zero():
     (slope,) = torch.autograd.grad(penalty.l2([weight]), weight, create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), weight)
     torch.testing.assert_close(curvature, torch.ones(2, 2))
-
-
-@pytest.mark.parametrize("limit", [0.1, 0.3, 1.0])
-def test_max_norm_projects_each_unit_and_keeps_the_others_bits(limit):
-    weight = nn.Parameter(torch.randn(64, 3, 3, 3, generator=torch.Generator().manual_seed(0)))
-    with torch.no_grad():
-        weight[::2] *= 0.001
-    before = weight.detach().clone()
-    bias = nn.Parameter(torch.full((4,), 100.0))
-    penalty.max_norm_([weight, bias], limit)
-    norms, old = weight.detach().flatten(1).norm(dim=1), before.flatten(1).norm(dim=1)
-    torch.testing.assert_close(norms[1::2], torch.full((32,), limit))
-    assert torch.equal(weight[old <= limit], before[old <= limit])
-    direction = torch.nn.functional.cosine_similarity(weight.flatten(1), before.flatten(1))
-    torch.testing.assert_close(direction, torch.ones(64))
-    assert torch.all(bias == 100)
-
-
-def test_max_norm_refuses_a_limit_that_is_not_positive():
-    with pytest.raises(ValueError, match="expected a limit > 0"):
-        penalty.max_norm_([torch.ones(2, 2)], 0.0)
