@@ -208,7 +208,7 @@ class Groups:
     head_lr: Positive = 1.0
     """Rate of the head as a multiple of the base rate."""
     freeze: tuple[str, ...] = ()
-    """Prefixes of parameter names that do not train."""
+    """Prefixes of parameter names that do not train; norm layers among them keep their running statistics, too."""
 
 
 @dataclass(frozen=True)
