@@ -8,7 +8,7 @@ import os
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -23,7 +23,7 @@ from cnnlab.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of every key: raised when the index changes its meaning."""
 Array = np.ndarray[Any, Any]
 
@@ -158,12 +158,11 @@ def _scanned(path: Path, label: str) -> dict[str, Array]:
     """Offsets, sizes and labels of one shard's images, from the tar headers; only labels are read."""
     keys: list[str] = []
     places: list[tuple[int, int, int]] = []
+    unused: list[str] = []
     try:
         with tarfile.open(path, "r:") as archive:  # "r:": not compressed, for only then an offset can be read
-            for key, members in _samples(archive):
-                images = [m for extension, m in members.items() if f".{extension}" in EXTENSIONS]
-                if not images:
-                    continue
+            for key, members in _told_apart(_samples(archive), label, unused):
+                images = _images(members)
                 if len(images) > 1 or label not in members:
                     has = ", ".join(f".{extension}" for extension in members)
                     raise DataError(
@@ -178,6 +177,15 @@ def _scanned(path: Path, label: str) -> dict[str, Array]:
         ) from error
     if not keys:
         raise DataError(f"expected images in {path}, received none; mend data.shards")
+    if unused:
+        _log.warning(
+            "%s: %d file%s without an image and a .%s of the same key, the first is %s; not used",
+            path.name,
+            len(unused),
+            "s" * (len(unused) > 1),
+            label,
+            unused[0],
+        )
     table = np.array(places, dtype=np.int64)
     names = np.frombuffer("\n".join(keys).encode(errors="surrogateescape"), np.uint8)
     return {"offset": table[:, 0], "size": table[:, 1], "label": table[:, 2], "keys": names}
@@ -198,6 +206,34 @@ def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.
         members[extension] = member
     if current is not None:
         yield current, members
+
+
+def _images(members: Mapping[str, tarfile.TarInfo]) -> list[tarfile.TarInfo]:
+    return [member for extension, member in members.items() if f".{extension}" in EXTENSIONS]
+
+
+def _told_apart(
+    samples: Iterable[tuple[str, dict[str, tarfile.TarInfo]]], label: str, unused: list[str]
+) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """The samples with images. A key ends at its first dot (`7.seg.png` belongs to `7`); where that leaves no image,
+    keys have dots themselves (`cam1.0000.jpg` with `cam1.0000.cls`) and end at the last one.
+
+    Args:
+        unused: gets the names of the members that belong to no sample.
+    """
+    for key, members in samples:
+        if _images(members):
+            yield key, members
+            continue
+        dotted: dict[str, dict[str, tarfile.TarInfo]] = {}
+        for extension, member in members.items():
+            more, _, last = extension.rpartition(".")
+            dotted.setdefault(f"{key}.{more}" if more else key, {})[last] = member
+        for longer, found in dotted.items():
+            if _images(found) and label in found:
+                yield longer, found
+            else:
+                unused += [member.name for member in found.values()]
 
 
 def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, kind: str, path: Path) -> int:

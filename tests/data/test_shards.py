@@ -46,6 +46,32 @@ def dataset(pattern: str, tmp_path: Path, **settings: Any) -> WebDataset:
     return WebDataset(pattern, **{**given, "loading": Loading(workers=0), **settings})
 
 
+def tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def test_keys_may_have_dots_and_what_belongs_to_no_sample_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture = io.BytesIO()
+    Image.new("L", (8, 8), 7).save(picture, "PNG")
+    members = {}
+    for n in range(30):
+        members |= {f"cam{n % 3}.{n:04d}.png": picture.getvalue(), f"cam{n % 3}.{n:04d}.cls": b"%d" % (n % 3)}
+    members |= {"7.png": picture.getvalue(), "7.seg.png": picture.getvalue(), "7.cls": b"1"}
+    members |= {"lost.0001.txt": b"no image", "lost.0002.cls": b"2"}
+    tar(tmp_path / "s" / "train-0000.tar", members)
+    index = shard_index.indexed([tmp_path / "s" / "train-0000.tar"], "cls", str(tmp_path / "cache"))
+    assert index.keys == [*(f"cam{n % 3}.{n:04d}" for n in range(30)), "7"]
+    assert index.label.tolist() == [*(n % 3 for n in range(30)), 1]
+    assert "2 files without an image and a .cls of the same key, the first is lost.0001.txt" in caplog.text
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("kind", "image"), [("cls", "png"), ("cls", "jpg"), ("json", "jpg")])
 def test_samples_are_those_that_the_library_reads(tmp_path: Path, kind: str, image: str) -> None:
