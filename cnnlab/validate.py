@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -109,7 +110,18 @@ def _try(composed: Composed) -> None:
 
 def static_problems(composed: Composed) -> list[str]:
     """Every problem that names, signatures and values tell; nothing is called, so nothing that a config names runs."""
-    return [problem for found in _static(composed.config, composed.trust) for problem in found]
+    typed = {key.lstrip("+"): value for key, _, value in (text.partition("=") for text in composed.overrides)}
+    return [_as_typed(problem, typed) for found in _static(composed.config, composed.trust) for problem in found]
+
+
+def _as_typed(problem: str, typed: Mapping[str, str]) -> str:
+    """The problem with the text to quote as it was typed: of `name=1e3`, the value is 1000.0."""
+
+    def quoted(match: re.Match[str]) -> str:
+        text = typed.get(match[1], "")
+        return f"'{match[1]}=\"{text}\"'" if text and not set(text) & set("'\"\\") else match[0]
+
+    return re.sub(r"'([\w.]+)=\"[^\"']*\"'", quoted, problem)
 
 
 def _static(config: Mapping[str, Any], trust: Trust) -> Iterator[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -333,3 +334,11 @@ def test_check_takes_a_composed_config(shared_composer: Composer):
     assert caught.value.exit_code == 2
     with pytest.raises(DataError):
         check(shared_composer.compose(["data=folder", "data.root=nowhere"]))
+
+
+@pytest.mark.parametrize("text", ["1e3", "1_000", "1.50", "-5"])
+def test_a_number_that_was_meant_as_text_is_quoted_as_it_was_typed(text: str):
+    with composer() as open_composer:
+        (advice,) = re.findall(r"quote it twice: (.+)$", refusal(open_composer, f"name={text}"))
+        (argument,) = shlex.split(advice)
+        assert checked(open_composer, [argument]).config["name"] == text
