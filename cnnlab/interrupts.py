@@ -126,12 +126,14 @@ class Watcher:
             self._end(number)
 
     def _end(self, number: int) -> None:
-        if self.on_forced_end is not None:
-            words = threading.Thread(target=self.on_forced_end, args=(number,), daemon=True)
-            words.start()
-            words.join(LAST_WORDS)
-        kill_descendants()
-        os._exit(128 + number)
+        try:
+            if self.on_forced_end is not None:
+                words = threading.Thread(target=self.on_forced_end, args=(number,), daemon=True)
+                words.start()
+                words.join(LAST_WORDS)
+            kill_descendants()
+        finally:
+            os._exit(128 + number)
 
 
 watcher = Watcher()
@@ -148,10 +150,12 @@ def kill_descendants() -> None:
 def descendants(process: int) -> list[int]:
     """The processes below one, from Linux's `/proc`; elsewhere none are known."""
     children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat") if sys.platform == "linux" else ():
+    # Not by a glob, which raises where a process ends while it looks.
+    for name in filter(str.isdigit, os.listdir("/proc")) if sys.platform == "linux" else ():  # noqa: PTH208
         with suppress(OSError, ValueError, IndexError):
-            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])  # the name may hold anything
-            children.setdefault(parent, []).append(int(stat.parent.name))
+            stat = Path("/proc", name, "stat").read_text(errors="replace")
+            parent = int(stat.rpartition(")")[2].split()[1])  # the name before it may hold anything
+            children.setdefault(parent, []).append(int(name))
     found, below = [], [process]
     while below:
         below = [child for parent in below for child in children.get(parent, [])]
