@@ -116,6 +116,7 @@ def test_a_process_that_hears_nothing_is_ended_with_its_children(tmp_path: Path)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"there\n"
         (child,) = descendants(process.pid)
+        time.sleep(1)  # until it is deaf: a signal that Python hears ends it in the ordinary way
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
         began = time.monotonic()
