@@ -119,6 +119,7 @@ def test_a_head_that_looks_at_values_is_left_to_the_first_batch():
         model = CNN(num_classes=5, in_channels=3, image_size=(16, 16), widths=(4, 5))
     model.replace_head(Peeking())
     headed(model, DataSpec(3, (16, 16), tuple("abcde")))
+    assert isinstance(model.head, Peeking), "taken as it is, without a trial"
 
 
 # ---- from outside ----
