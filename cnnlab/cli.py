@@ -11,19 +11,11 @@ from importlib import import_module
 
 from cnnlab import __version__
 from cnnlab.errors import CnnlabError, InterruptedRun, UsageError, did_you_mean
-from cnnlab.interrupts import answered_by, number_of, raises, watcher
-from cnnlab.memory import is_out_of_memory, out_of_memory
-from cnnlab.surroundings import torchrun
+from cnnlab.machine.interrupts import answered_by, number_of, raises, watcher
+from cnnlab.machine.memory import is_out_of_memory, out_of_memory
+from cnnlab.machine.surroundings import torchrun
 from cnnlab.terminal import fill_closed, guarded, say
-
-VERBS = {
-    "train": "compose an experiment from parts and run it (-m sweeps, resume=RUN goes on)",
-    "eval": "evaluate a run's checkpoint on one of its splits",
-    "summary": "show a network layer by layer: shapes, parameters, multiply-adds, receptive fields",
-    "bench": "measure how fast an experiment trains, and where its time goes",
-}
-BUILDERS = ("train", "summary", "bench")
-"""Verbs that build an experiment and so take overrides; the others read run folders."""
+from cnnlab.verbs.table import VERBS
 
 SURROUNDINGS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE)
 """Refusals of a disk that are nobody's fault here, wherever they come from."""
@@ -136,7 +128,7 @@ def _dispatch(arguments: list[str]) -> int:
         say(__version__)
         return 0
     if {"-sc", "--shell-completion"} & set(arguments[:2]):
-        from cnnlab.completion import complete
+        from cnnlab.verbs.completion import complete
 
         return complete(arguments)
     if verb not in VERBS:

@@ -1,7 +1,7 @@
 """The fixed sections of a config, as dataclasses, and the markers that state a field's range. Loads no torch.
 
 Open parts (model, optimizer, loss, ...) have no section here: they are bound to their constructor's signature
-(see `cnnlab.check`). Both kinds use the same markers, `Annotated[float, Range(0, 1)]`.
+(see `cnnlab.composing.signature`). Both kinds use the same markers, `Annotated[float, Range(0, 1)]`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
   control characters, or characters that turn the direction of writing: they are shown as escapes.
 - **It fits.** What an encoding lacks is shown as an escape, or by an ASCII character where it is drawn by us.
 
-Loads no rich: `cnnlab.drawing` has tables and the live display.
+Loads no rich: `cnnlab.sinks.drawing` has tables and the live display.
 """
 
 from __future__ import annotations

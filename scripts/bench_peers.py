@@ -55,14 +55,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from cnnlab.assemble import make_network
 from cnnlab.bench import process
 from cnnlab.bench.arms import TrainerArm, ordinary
 from cnnlab.bench.rounds import Arm, Turn, interleave, rates, ratios
-from cnnlab.check import bind_section
-from cnnlab.config import compose
-from cnnlab.device import place
-from cnnlab.parts import make
+from cnnlab.building.assemble import make_network
+from cnnlab.composing.composer import compose
+from cnnlab.composing.make import make
+from cnnlab.composing.signature import bind_section
+from cnnlab.machine.device import place
 from cnnlab.schema import Regularization, Trainer
 from cnnlab.train.run import Run
 

@@ -40,11 +40,11 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cnnlab.builder import build, with_overrides
-from cnnlab.config import Composed, Composer, composer
+from cnnlab.building.builder import build, with_overrides
+from cnnlab.building.trial import check
+from cnnlab.composing.composer import Composed, Composer, composer
 from cnnlab.errors import ConfigError, DataError, DivergedError, InterruptedRun
 from cnnlab.train import fit
-from cnnlab.validate import check
 
 REPORT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "composition.md"
 TIME_LIMIT = 300

@@ -105,7 +105,7 @@ def differences(folder: Path, other: Path) -> list[str]:
     """The names of the files, and of the parts of the last checkpoints, that differ in a bit."""
     import torch
 
-    from cnnlab import checkpoint
+    from cnnlab.runs import checkpoint
 
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, torch.Tensor):
@@ -121,7 +121,7 @@ def differences(folder: Path, other: Path) -> list[str]:
 
 def trial(number: int, folder: Path, unbroken: Path, seconds: float, options: argparse.Namespace) -> Trial:
     """Starts a run, kills and resumes it, and compares its end. `seconds` is how long its training takes."""
-    from cnnlab import checkpoint
+    from cnnlab.runs import checkpoint
 
     found = Trial(number)
     luck = random.Random(f"{options.seed} {number}")

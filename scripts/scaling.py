@@ -97,8 +97,8 @@ AXES = {
 CHILD = """
 import json, resource, sys, time
 began = time.perf_counter()
-from cnnlab.builder import build
-from cnnlab.config import compose
+from cnnlab.building.builder import build
+from cnnlab.composing.composer import compose
 from cnnlab.train.loop import updates
 seconds, overrides = float(sys.argv[1]), sys.argv[2:]
 run = build(compose(overrides))

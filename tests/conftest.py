@@ -9,7 +9,7 @@ import pytest
 from cli_runs import Answer
 
 from cnnlab.cli import main
-from cnnlab.config import Composer, composer
+from cnnlab.composing.composer import Composer, composer
 
 OUTSIDE = Path(__file__).parent / "outside"
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnnlab.builder import build
-from cnnlab.config import Composed, compose
+from cnnlab.building.builder import build
+from cnnlab.composing.composer import Composed, compose
 from cnnlab.errors import InterruptedRun
+from cnnlab.machine.ranks import Ranks
 from cnnlab.protocols import Listener, StepResult
-from cnnlab.ranks import Ranks
-from cnnlab.rundir import RunDir
+from cnnlab.runs.folder import RunDir
 from cnnlab.train import fit
 from cnnlab.train.run import Run
 

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")  # torch is imported once, in the server
-_CONTEXT.set_forkserver_preload(["torch", "cnnlab.builder", "cnnlab.config", "lab_runs"])
+_CONTEXT.set_forkserver_preload(["torch", "cnnlab.building.builder", "cnnlab.composing.composer", "lab_runs"])
 
 
 def run_ranks(function: Callable[..., Any], *arguments: Any, world: int = 2, timeout: float = 120) -> list[Any]:
@@ -61,7 +61,7 @@ def _work(
 ) -> None:
     import torch
 
-    from cnnlab.ranks import join, leave
+    from cnnlab.machine.ranks import join, leave
 
     torch.set_num_threads(1)
     os.environ |= {

@@ -19,7 +19,7 @@ from cnnlab.bench.arms import TrainerArm, bare_loop, without_data
 from cnnlab.bench.experiment import costs, roofline, statistics_cost
 from cnnlab.bench.roofline import MachineRates, layer_bytes, layer_flops, layer_times, update_bytes
 from cnnlab.bench.rounds import Arm, Spread, Turn, Update, interleave, ratios
-from cnnlab.summarize import calls
+from cnnlab.inspect.summary import calls
 
 # ---- the roofline ----
 

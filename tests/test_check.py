@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cnnlab.check import (
+from cnnlab.composing.make import make
+from cnnlab.composing.signature import (
     TargetError,
     accepts,
     bind_section,
@@ -26,8 +27,8 @@ from cnnlab.check import (
     mismatch,
     parameters_of,
 )
+from cnnlab.composing.trust import Trust
 from cnnlab.errors import UsageError
-from cnnlab.parts import make
 from cnnlab.schema import (
     Duration,
     Groups,
@@ -40,7 +41,6 @@ from cnnlab.schema import (
     Range,
     Trainer,
 )
-from cnnlab.trust import Trust
 
 Item = TypeVar("Item")
 

@@ -16,10 +16,10 @@ import torch
 from lab_runs import all_state, differences, fitted, make_run, resume_run
 from torch import nn
 
-from cnnlab import checkpoint
-from cnnlab.checkpoint import State
 from cnnlab.errors import CheckpointError, DiskError
-from cnnlab.rundir import RunDir
+from cnnlab.runs import checkpoint
+from cnnlab.runs.checkpoint import State
+from cnnlab.runs.folder import RunDir
 from cnnlab.train import fit
 from cnnlab.verbs.eval import evaluate_run
 

@@ -257,8 +257,8 @@ def test_a_fault_of_ours(cli: Cli, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_fault_of_ours_before_the_first_step(cli: Cli, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("cnnlab.builder.make_pipeline", lambda *_: [][0], raising=True)
-    monkeypatch.setattr("cnnlab.validate.make_pipeline", lambda *_: None)
+    monkeypatch.setattr("cnnlab.building.builder.make_pipeline", lambda *_: [][0], raising=True)
+    monkeypatch.setattr("cnnlab.building.trial.make_pipeline", lambda *_: None)
     answer = cli("train", *TINY, "hydra.run.dir=here")
     assert answer.code == 1
     assert "IndexError" in Path("here/error.txt").read_text()
@@ -325,7 +325,7 @@ def test_an_operation_without_a_fixed_order_is_explained(cli: Cli, monkeypatch: 
             "'torch.use_deterministic_algorithms(True)'."
         )
 
-    monkeypatch.setattr("cnnlab.builder.build", build)
+    monkeypatch.setattr("cnnlab.building.builder.build", build)
     answer = cli("train", *TINY)
     assert answer.code == 1 and "type trainer.deterministic=false" in answer.err
 
@@ -394,7 +394,7 @@ def test_resume_of_a_folder_of_runs_names_the_newest(cli: Cli):
 
 
 def test_a_run_that_is_being_written(cli: Cli):
-    from cnnlab.rundir import RunDir
+    from cnnlab.runs.folder import RunDir
 
     assert cli("train", *TINY, "hydra.run.dir=here").code == 0
     with RunDir("here").claimed():
@@ -427,7 +427,7 @@ def test_ctrl_c_before_the_first_step(cli: Cli, monkeypatch: pytest.MonkeyPatch)
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cnnlab.builder.build", interrupted)
+    monkeypatch.setattr("cnnlab.building.builder.build", interrupted)
     answer = cli("train", *TINY, "hydra.run.dir=here")
     assert answer.code == 130
     assert record_of(Path("here"))["status"] == "interrupted"

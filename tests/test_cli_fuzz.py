@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from cnnlab.config import Composer
+from cnnlab.building.trial import checked
+from cnnlab.composing.composer import Composer
 from cnnlab.errors import CnnlabError
-from cnnlab.validate import checked
 
 KEYS = """
     seed name resume model optim optim.lr optim.momentum optim.betas optim._target_ trainer trainer.epochs

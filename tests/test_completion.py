@@ -13,7 +13,7 @@ import pytest
 from cli_runs import Answer
 
 from cnnlab.cli import VERBS
-from cnnlab.completion import candidates
+from cnnlab.verbs.completion import candidates
 
 Cli = Callable[..., Answer]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import cnnlab
-from cnnlab.config import Composer, composer, config_root
+from cnnlab.composing.composer import Composer, composer, config_root
+from cnnlab.composing.overrides import reason
 from cnnlab.errors import ConfigError, UsageError
-from cnnlab.overrides import reason
 
 UserFolder = Callable[[dict[str, str]], Path]
 
@@ -364,7 +364,7 @@ def test_the_configs_of_a_checkout():
 
 
 def test_a_package_without_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr("cnnlab.config.__file__", str(tmp_path / "cnnlab" / "config.py"))
+    monkeypatch.setattr("cnnlab.composing.composer.__file__", str(tmp_path / "cnnlab" / "config.py"))
     with pytest.raises(UsageError, match="reinstall cnnlab"):
         config_root()
 

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from cnnlab.check import is_part, locate, parameters_of
-from cnnlab.config import Composer, config_root
+from cnnlab.building.trial import checked
+from cnnlab.composing.composer import Composer, config_root
+from cnnlab.composing.groups import GROUPS
+from cnnlab.composing.signature import is_part, locate, parameters_of
 from cnnlab.errors import CnnlabError
-from cnnlab.groups import GROUPS
-from cnnlab.validate import checked
 
 ROOT = config_root()
 OPTIONS = sorted(

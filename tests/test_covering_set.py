@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from covering_set import Covering, Lab, Space, cover, data_files, pairs_of, refused_pairs, to_blame, whole_space
 
-from cnnlab.config import composer
+from cnnlab.composing.composer import composer
 
 CHEAP = {
     "activation": ("relu", "prelu"),

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from cnnlab import device
-from cnnlab.device import as_recorded, choose_device, place
 from cnnlab.errors import UsageError
+from cnnlab.machine import device
+from cnnlab.machine.device import as_recorded, choose_device, place
 from cnnlab.schema import Device, Layout, Precision, StepKind, Trainer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cnnlab.facts import classes_in_words, unseen_classes
+from cnnlab.building.facts import classes_in_words, unseen_classes
 
 LETTERS = tuple("abcdefgh")
 

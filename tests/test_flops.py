@@ -12,8 +12,8 @@ from cli_runs import TINY, Answer, record_of, run_folders
 from lab_runs import make_run
 from torch import nn
 
-from cnnlab.flops import forward_flops
-from cnnlab.summarize import summarize
+from cnnlab.inspect.flops import forward_flops
+from cnnlab.inspect.summary import summarize
 
 SCENES = ("data=shapes", "data.limit=null", "data.train=16", "data.val=16", "data.test=16", "data.size=16")
 NETWORKS = {

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from cnnlab.memory import available, is_out_of_memory, out_of_memory
+from cnnlab.machine.memory import available, is_out_of_memory, out_of_memory
 
 HUNGRY = """
 import resource, sys
 from cnnlab.cli import main
-import cnnlab.builder, cnnlab.train, cnnlab.verbs.train
+import cnnlab.building.builder, cnnlab.train, cnnlab.verbs.train
 pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (pages + 300 * 2**20,) * 2)
 sys.exit(main(sys.argv[1:]))

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from cli_runs import Answer, record_of
 
-from cnnlab import checkpoint
-from cnnlab.config import Composer, composer
+from cnnlab.building.trial import checked
+from cnnlab.composing.composer import Composer, composer
 from cnnlab.errors import ConfigError
-from cnnlab.validate import checked
+from cnnlab.runs import checkpoint
 
 Cli = Callable[..., Answer]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from rank_processes import run_ranks
 
-from cnnlab import ranks as module
-from cnnlab.ranks import Ranks
+from cnnlab.machine import ranks as module
+from cnnlab.machine.ranks import Ranks
 
 WORLD = 3
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cnnlab.receptive_field import FieldTracker
-from cnnlab.summarize import summarize
+from cnnlab.inspect.receptive_field import FieldTracker
+from cnnlab.inspect.summary import summarize
 
 
 def conv(kernel, stride=1, padding=0, **options):

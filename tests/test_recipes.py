@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cnnlab.config import Composer, config_root
+from cnnlab.composing.composer import Composer, config_root
 
 PAPERS = {
     "alexnet_2012": {"optim.momentum": 0.9, "optim.weight_decay": 5e-4, "trainer.batch_size": 128},

@@ -15,10 +15,10 @@ import pytest
 import torch
 from lab_runs import Interrupt, all_state, composed, differences, files_of, fitted, make_run, resume_run
 
-from cnnlab import checkpoint
 from cnnlab.errors import InterruptedRun, UsageError
 from cnnlab.protocols import Listener
-from cnnlab.rundir import RunDir
+from cnnlab.runs import checkpoint
+from cnnlab.runs.folder import RunDir
 from cnnlab.sinks.jsonl import read_records
 from cnnlab.train import fit, loop
 
@@ -256,14 +256,14 @@ def test_a_completed_run_that_is_resumed_is_only_tested_again(tmp_path: Path):
 
 def test_choices_of_the_first_session_hold_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`auto` may choose otherwise on the machine that a run goes on on."""
-    from cnnlab import device
+    from cnnlab.machine import device
 
     config = composed("trainer.max_steps=2", "trainer.precision=auto", "trainer.device=auto")
     for fast in (True, False):
         monkeypatch.setattr(device, "cpu_has_fast_bf16", lambda fast=fast: fast)
         folder = RunDir(tmp_path / str(fast))
         folder.create(config.config, ())
-        from cnnlab.builder import build
+        from cnnlab.building.builder import build
 
         run = build(copy.deepcopy(config), folder)
         run.listeners.insert(0, Interrupt(1))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cnnlab.errors import CheckpointError, DataError, UsageError
-from cnnlab.rundir import RunDir, claim, config_hash, environment, flatten, git_commit, jsonable, write_atomically
+from cnnlab.runs.folder import RunDir, claim, config_hash, environment, flatten, git_commit, jsonable, write_atomically
 
 CONFIG = {"seed": 0, "name": "a", "trainer": {"epochs": 1}, "optim": {"lr": 0.1, "betas": [0.9, 0.99]}}
 
@@ -192,7 +192,7 @@ def test_who_runs_it_is_told_by_the_lock_and_not_by_the_record(tmp_path: Path):
 
 def test_a_process_that_was_killed_holds_nothing(tmp_path: Path):
     program = (
-        "import sys, time; from cnnlab.rundir import RunDir\n"
+        "import sys, time; from cnnlab.runs.folder import RunDir\n"
         "run = RunDir(sys.argv[1])\n"
         "with run.claimed():\n"
         "    run.create({'seed': 0}, []); run.update(status='running'); print('there', flush=True); time.sleep(60)"
@@ -266,7 +266,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_words(tmp_path: Path, begun:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("cnnlab.claims.os.open", refuse)
+    monkeypatch.setattr("cnnlab.runs.lock.os.open", refuse)
     words = "cnnlab eval reads it as it is" if begun else "type another"
     with pytest.raises(UsageError, match=f"Read-only file system.*{words}"), run.claimed():
         pass

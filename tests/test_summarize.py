@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from cnnlab.summarize import memory, quantity, summarize, to_json, to_table
+from cnnlab.inspect.summary import memory, quantity, summarize, to_json, to_table
 
 
 def on_meta(build, *args, **options):

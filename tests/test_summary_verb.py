@@ -12,7 +12,7 @@ import pytest
 import yaml
 from cli_runs import Answer
 
-from cnnlab.config import config_root
+from cnnlab.composing.composer import config_root
 from cnnlab.verbs.summary import draw
 
 Cli = Callable[..., Answer]

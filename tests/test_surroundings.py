@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from lab_runs import Interrupt, make_run
 
-from cnnlab.disk import overwrite
 from cnnlab.errors import DiskError, InterruptedRun
-from cnnlab.interrupts import descendants
+from cnnlab.machine.interrupts import descendants
+from cnnlab.machine.surroundings import Place, left_over, torchrun
 from cnnlab.protocols import Listener
-from cnnlab.rundir import RunDir
-from cnnlab.surroundings import Place, left_over, torchrun
+from cnnlab.runs.disk import overwrite
+from cnnlab.runs.folder import RunDir
 from cnnlab.train import fit
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1"}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from cli_runs import RANK_1_OF_2, TINY, Answer, record_of, run_folders
 
-from cnnlab.rundir import RunDir, claim
+from cnnlab.runs.folder import RunDir, claim
 from cnnlab.train.run import Run
 
 Cli = Callable[..., Answer]

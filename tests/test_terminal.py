@@ -17,8 +17,8 @@ from cli_runs import TINY, record_of, run_folders
 from rich.table import Table
 
 import cnnlab
-from cnnlab.drawing import Drawing
 from cnnlab.protocols import Listener
+from cnnlab.sinks.drawing import Drawing
 from cnnlab.sinks.usual import Unfailing
 from cnnlab.terminal import Stream, fitting, guarded, one_line, printable, say
 from cnnlab.verbs.sweep_table import report
@@ -155,7 +155,7 @@ def test_one_place_writes():
             called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
             assert not called, f"{path}:{node.lineno}: cnnlab.terminal.say"
             if isinstance(node, ast.ImportFrom) and node.module == "rich.console":
-                assert "Console" not in {alias.name for alias in node.names}, f"{path}: cnnlab.drawing.Drawing"
+                assert "Console" not in {alias.name for alias in node.names}, f"{path}: cnnlab.sinks.drawing.Drawing"
 
 
 # ---- whole processes ----

@@ -11,11 +11,11 @@ import pytest
 import yaml
 from cli_runs import TINY, Answer
 
-from cnnlab.check import check_part
+from cnnlab.building.trial import KINDS
+from cnnlab.composing.signature import check_part
+from cnnlab.composing.trust import Trust
 from cnnlab.errors import CheckpointError, UsageError
-from cnnlab.rundir import RunDir
-from cnnlab.trust import Trust
-from cnnlab.validate import KINDS
+from cnnlab.runs.folder import RunDir
 from cnnlab.verbs.reopen import reopened
 
 Cli = Callable[..., Answer]
@@ -44,9 +44,9 @@ REACHED = (
     "torch.nn.functional.conv2d",
     "torch.nn.Module.load_state_dict",
     "torchvision.datasets.utils.download_url",
-    "cnnlab.config.sys.exit",
-    "cnnlab.rundir.write_atomically",
-    "cnnlab.parts.make",
+    "cnnlab.composing.composer.sys.exit",
+    "cnnlab.runs.folder.write_atomically",
+    "cnnlab.composing.make.make",
     "cnnlab.cli.main",
     "cnnlab.verbs.train.train",
 )
@@ -54,7 +54,7 @@ REACHED = (
 
 @pytest.fixture(scope="module")
 def stored() -> dict[str, Any]:
-    from cnnlab.config import compose
+    from cnnlab.composing.composer import compose
 
     return compose(TINY).config
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cnnlab.config import composer
+from cnnlab.composing.composer import composer
 from cnnlab.errors import ConfigError, DataError, UsageError
 from cnnlab.usertext import read_text
 

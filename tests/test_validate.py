@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnnlab.check import mismatch, parameters_of
-from cnnlab.config import Composer, composer
+from cnnlab.building.trial import check, checked, on_meta
+from cnnlab.composing.composer import Composer, composer
+from cnnlab.composing.signature import mismatch, parameters_of
 from cnnlab.errors import CnnlabError, ConfigError, DataError
-from cnnlab.validate import check, checked, on_meta
 
 UserFolder = Callable[[dict[str, str]], Path]
 

@@ -58,7 +58,7 @@ def test_all_configs_and_modules_are_in_it(wheel: Path):
 def test_it_is_what_runs(installed: Path, tmp_path: Path):
     found = run(installed, tmp_path, "-c", "import cnnlab; print(cnnlab.__file__)")
     assert found.strip() == str(installed / "cnnlab" / "__init__.py")
-    root = run(installed, tmp_path, "-c", "from cnnlab.config import config_root; print(config_root())")
+    root = run(installed, tmp_path, "-c", "from cnnlab.composing.composer import config_root; print(config_root())")
     assert root.strip() == str(installed / "cnnlab" / "configs")
 
 

@@ -19,7 +19,7 @@ from cnnlab.augment.normalize import Normalize
 from cnnlab.augment.parts import Part
 from cnnlab.augment.pipeline import Pipeline
 from cnnlab.protocols import Split
-from cnnlab.rundir import write_atomically
+from cnnlab.runs.folder import write_atomically
 
 _log = logging.getLogger(__name__)
 

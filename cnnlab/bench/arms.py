@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from cnnlab.assemble import make_optimizer
 from cnnlab.bench.rounds import Arm, Update, endless
-from cnnlab.builder import build, with_overrides
-from cnnlab.check import bind_section, locate
-from cnnlab.config import Composed
+from cnnlab.building.assemble import make_optimizer
+from cnnlab.building.builder import build, with_overrides
+from cnnlab.composing.composer import Composed
+from cnnlab.composing.signature import bind_section, locate
 from cnnlab.data.splits import TensorSplit
 from cnnlab.observe.observer import IDLE
 from cnnlab.optim.traits import Traits, accelerated
 from cnnlab.protocols import Batch, Split, as_outputs, to_device
-from cnnlab.rundir import RunDir
+from cnnlab.runs.folder import RunDir
 from cnnlab.schema import Groups
 from cnnlab.sinks.usual import attach
 from cnnlab.train.loop import updates

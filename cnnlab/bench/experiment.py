@@ -20,12 +20,12 @@ from cnnlab.bench.arms import (
 )
 from cnnlab.bench.roofline import LayerTime, MachineRates, layer_times, measure_rates, synchronizer, update_bytes
 from cnnlab.bench.rounds import Arm, Spread, Turn, interleave, rates, ratios
-from cnnlab.check import bind_section
-from cnnlab.config import Composed
-from cnnlab.device import place
+from cnnlab.composing.composer import Composed
+from cnnlab.composing.signature import bind_section
+from cnnlab.inspect.summary import calls
+from cnnlab.machine.device import place
 from cnnlab.observe.observer import Observer
 from cnnlab.schema import StepKind, Trainer
-from cnnlab.summarize import calls
 from cnnlab.train.run import Run
 
 SCHEMA_VERSION = 1

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cnnlab.summarize import Layer
+from cnnlab.inspect.summary import Layer
 
 FLOP_PER_MULTIPLY_ADD = 2
 PASSES = 3

@@ -40,7 +40,7 @@ from cnnlab.data.entries import (
 from cnnlab.data.pixels import SIXTEEN_BITS, Depth
 from cnnlab.data.pool import PATIENCE, DecodingPool, cores
 from cnnlab.errors import DataError
-from cnnlab.rundir import write_atomically
+from cnnlab.runs.folder import write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -427,7 +427,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from cnnlab.drawing import Drawing
+    from cnnlab.sinks.drawing import Drawing
 
     columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Drawing(sys.stderr), transient=True) as bar:

@@ -10,8 +10,8 @@ import torch
 from cnnlab.data.found import Findings
 from cnnlab.data.stream import StreamSplit
 from cnnlab.errors import UsageError
+from cnnlab.machine.ranks import Ranks
 from cnnlab.protocols import Data, Split
-from cnnlab.ranks import Ranks
 from cnnlab.schema import DataPath, Decoder, Loading
 
 

@@ -14,7 +14,7 @@ from statistics import median_low
 from cnnlab.data.cache import Listing, cache_folder
 from cnnlab.data.decode import Recipe
 from cnnlab.data.formats import opened
-from cnnlab.rundir import write_json
+from cnnlab.runs.folder import write_json
 
 _log = logging.getLogger(__name__)
 

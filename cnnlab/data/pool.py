@@ -20,7 +20,7 @@ import cnnlab
 from cnnlab.data.decode import Decoded, Item, Recipe, decode_chunk, name_of
 from cnnlab.data.threads import fulfil
 from cnnlab.errors import DataError
-from cnnlab.surroundings import torchrun
+from cnnlab.machine.surroundings import torchrun
 
 PATIENCE = 120.0
 """Seconds that one file may take, unless told."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnnlab.flops import pass_zeros
+from cnnlab.inspect.flops import pass_zeros
 
 NARROW = "oneDNN gets wrong in half precision (maps narrower than the stride)"
 

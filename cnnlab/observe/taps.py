@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cnnlab.machine.ranks import Ranks
 from cnnlab.measure import merge_moments
 from cnnlab.observe.overhead import Aside
-from cnnlab.ranks import Ranks
 
 DEAD_AFTER = 4
 """Sampled steps in a row without any activity before a channel counts as dead."""

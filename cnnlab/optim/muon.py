@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cnnlab.device import cpu_has_fast_bf16
+from cnnlab.machine.device import cpu_has_fast_bf16
 from cnnlab.optim.common import Batched, by_shape, evaluate
 from cnnlab.schema import Momentum, NonNegative, Positive, PositiveInt
 

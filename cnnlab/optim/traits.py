@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
-from cnnlab.kinds import alternatives, hints_of
+from cnnlab.composing.kinds import alternatives, hints_of
 
 _FUSED = {"cuda": (SGD, Adam, AdamW), "cpu": (SGD, Adam, AdamW)}
 """Where torch has a single kernel for the update, which goes through memory once. On two cores: AlexNet's momentum step

@@ -8,16 +8,16 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from cnnlab import terminal
 from cnnlab.errors import DivergedError, InterruptedRun
+from cnnlab.machine.surroundings import shown_path
 from cnnlab.protocols import Listener
-from cnnlab.sinks.health import Strip, Verdict, health
+from cnnlab.sinks.health import Verdict, health
 from cnnlab.sinks.jsonl import read_records
 from cnnlab.sinks.records import figures, is_loss_part
-from cnnlab.surroundings import shown_path
+from cnnlab.sinks.snapshot import Snapshot, duration
 from cnnlab.terminal import one_line
 
 if TYPE_CHECKING:
@@ -27,26 +27,6 @@ if TYPE_CHECKING:
 REDRAW_SECONDS = 0.25
 SILENT_SECONDS = 30.0
 """Without a line, where there is no live display; then one tells how far it is."""
-
-
-@dataclass
-class Snapshot:
-    """What the console shows of a run, in plain numbers."""
-
-    title: str = ""
-    facts: dict[str, str] = field(default_factory=dict)
-    step: int = 0
-    total_steps: int = 0
-    epoch: int = 0
-    """Counts from 1; 0 before the first step."""
-    epochs: int = 0
-    lr: float | None = None
-    images_per_second: float | None = None
-    seconds_left: float | None = None
-    splits: dict[str, dict[str, float]] = field(default_factory=dict)
-    """The latest figures of each split."""
-    health: list[Strip] = field(default_factory=list)
-    stats_step: int = 0
 
 
 class Console(Listener):
@@ -235,10 +215,3 @@ def _status(error: BaseException | None) -> str:
     if isinstance(error, InterruptedRun | KeyboardInterrupt):
         return "interrupted"
     return "diverged" if isinstance(error, DivergedError) else "failed"
-
-
-def duration(seconds: float) -> str:
-    """`0:07`, `12:34`, `1:02:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -28,7 +28,7 @@ from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from cnnlab.disk import append_to, writing
+from cnnlab.runs.disk import append_to, writing
 
 _serial = itertools.count()
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cnnlab.disk import append_to, writing
 from cnnlab.errors import CheckpointError
+from cnnlab.runs.disk import append_to, writing
 
 
 class JsonlSink:

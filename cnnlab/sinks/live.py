@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -11,13 +11,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cnnlab.drawing import Drawing, plain
+from cnnlab.sinks.drawing import Drawing, plain
 from cnnlab.sinks.health import COLUMNS, Cell, Strip, Verdict
 from cnnlab.sinks.records import is_loss_part
+from cnnlab.sinks.snapshot import Snapshot, duration
 from cnnlab.terminal import one_line
-
-if TYPE_CHECKING:
-    from cnnlab.sinks.console import Snapshot
 
 MAX_FACTS = 10
 MAX_METRICS = 5
@@ -89,8 +87,6 @@ def _facts(shown: Snapshot) -> RenderableType:
 
 
 def _progress(shown: Snapshot) -> RenderableType:
-    from cnnlab.sinks.console import duration
-
     line = Table.grid(padding=(0, 2), expand=True)
     line.add_column(no_wrap=True)
     line.add_column(ratio=1)

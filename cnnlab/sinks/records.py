@@ -26,8 +26,8 @@ def is_loss_part(name: str) -> bool:
 
 
 def current(records: Iterable[Mapping[str, Any]], schema: int) -> Iterator[dict[str, Any]]:
-    """The records of one file of a run folder of version `schema` (see `cnnlab.rundir.SCHEMA_VERSION`), as this version
-    has them. An evaluation's penalty, which version 1 did not compute, is null."""
+    """The records of one file of a run folder of version `schema` (see `cnnlab.runs.folder.SCHEMA_VERSION`), as
+    this version has them. An evaluation's penalty, which version 1 did not compute, is null."""
     epoch = None
     for record in records:
         if schema > 1:

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from cnnlab.protocols import Listener
-from cnnlab.rundir import RunDir, flatten
+from cnnlab.runs.folder import RunDir, flatten
 from cnnlab.sinks.jsonl import read_records
 from cnnlab.sinks.records import by_depth, current, evenly_spaced, figures, is_number, names_of, number
 

@@ -6,7 +6,7 @@ import logging
 from typing import Any, TextIO
 
 from cnnlab.protocols import Listener
-from cnnlab.rundir import RunDir
+from cnnlab.runs.folder import RunDir
 from cnnlab.sinks.console import Console
 from cnnlab.sinks.samples import SamplePictures
 from cnnlab.sinks.tensorboard import TensorBoard

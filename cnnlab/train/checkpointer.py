@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from cnnlab import checkpoint
 from cnnlab.errors import CheckpointError, InterruptedRun
 from cnnlab.protocols import Listener, StepResult
-from cnnlab.rundir import write_atomically
+from cnnlab.runs import checkpoint
+from cnnlab.runs.folder import write_atomically
 from cnnlab.train.origin import chosen, is_chosen, load_own
 from cnnlab.train.run import Run
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cnnlab import checkpoint
 from cnnlab.errors import CheckpointError
-from cnnlab.rundir import EARLIER_HASH, PLACES, RunDir, config_hash
+from cnnlab.runs import checkpoint
+from cnnlab.runs.folder import EARLIER_HASH, PLACES, RunDir, config_hash
 from cnnlab.train.state import Clock, require_selection
 
 SHOWN = 3

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from cnnlab import measure
-from cnnlab.disk import append_to, writing
 from cnnlab.errors import DivergedError
+from cnnlab.machine.ranks import Ranks
 from cnnlab.protocols import Listener, StepResult
-from cnnlab.ranks import Ranks
-from cnnlab.rundir import RunDir, write_atomically
+from cnnlab.runs.disk import append_to, writing
+from cnnlab.runs.folder import RunDir, write_atomically
 from cnnlab.sinks.jsonl import JsonlSink, read_records
 from cnnlab.sinks.records import as_first_version
 from cnnlab.train.run import Run, describe_sums

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnnlab.checkpoint import State
 from cnnlab.data.ahead import NotAwaited
 from cnnlab.data.loader import Loader
 from cnnlab.errors import CheckpointError, CnnlabError, DivergedError, InterruptedRun, UsageError
-from cnnlab.interrupts import answered_by, raises, watcher
+from cnnlab.machine.interrupts import answered_by, raises, watcher
+from cnnlab.machine.ranks import Ranks
 from cnnlab.observe.observer import Observer
 from cnnlab.protocols import Batch, DataSpec, Listener, Schedule
-from cnnlab.ranks import Ranks
-from cnnlab.rundir import RunDir
+from cnnlab.runs.checkpoint import State
+from cnnlab.runs.folder import RunDir
 from cnnlab.schema import Precision, Trainer
 from cnnlab.tasks import Task
 from cnnlab.train.interventions import Interventions
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """Everything that one training needs. `cnnlab.builder.build` makes it from a config."""
+    """Everything that one training needs. `cnnlab.building.builder.build` makes it from a config."""
 
     config: dict[str, Any]
     trainer: Trainer

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cnnlab.ranks import Ranks
+from cnnlab.machine.ranks import Ranks
 
 
 class Stopwatch:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from cnnlab import rng
 from cnnlab.errors import DivergedError, UsageError
+from cnnlab.machine.ranks import Ranks
 from cnnlab.observe.observer import Look
 from cnnlab.protocols import Batch, Outputs, StepResult, as_outputs
-from cnnlab.ranks import Ranks
 from cnnlab.tasks import Task
 from cnnlab.train.interventions import Interventions
 

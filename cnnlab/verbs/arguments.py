@@ -10,9 +10,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-from cnnlab.config import CONFIG_NAME, Composed, Composer
+from cnnlab.composing.composer import CONFIG_NAME, Composed, Composer
+from cnnlab.composing.hydra_private import get_args_parser
 from cnnlab.errors import UsageError, did_you_mean
-from cnnlab.hydra_private import get_args_parser
 from cnnlab.terminal import one_line, say
 
 
@@ -110,7 +110,7 @@ def parse(arguments: Sequence[str], parser: Parser | None = None) -> Arguments:
 
 def experiment(open_composer: Composer, args: Arguments) -> Composed:
     """The one checked experiment that the overrides ask for. Raises `ConfigError` with every problem."""
-    from cnnlab.validate import checked
+    from cnnlab.building.trial import checked
 
     if args.multirun:
         raise UsageError("--multirun: this verb takes one experiment; sweeps are for cnnlab train")

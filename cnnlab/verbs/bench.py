@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cnnlab.config import composer
+from cnnlab.composing.composer import composer
 from cnnlab.errors import UsageError
-from cnnlab.rundir import jsonable
-from cnnlab.surroundings import torchrun
+from cnnlab.machine.surroundings import torchrun
+from cnnlab.runs.folder import jsonable
 from cnnlab.terminal import one_line, say
 from cnnlab.verbs.arguments import answer, experiment, override_parser, parse
 
 if TYPE_CHECKING:
-    from cnnlab.drawing import Drawing
+    from cnnlab.sinks.drawing import Drawing
 
 HELP = """cnnlab bench: how fast an experiment trains, and where its time goes.
 
@@ -78,7 +78,7 @@ def _progress() -> Iterator[Any]:
     """A line on stderr that is redrawn between turns only, so that drawing takes no time from a turn."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from cnnlab.drawing import Drawing
+    from cnnlab.sinks.drawing import Drawing
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     console = Drawing(sys.stderr)
@@ -95,7 +95,7 @@ def _progress() -> Iterator[Any]:
 
 
 def _show(document: Mapping[str, Any]) -> None:
-    from cnnlab.drawing import Drawing
+    from cnnlab.sinks.drawing import Drawing
 
     console = Drawing(sys.stdout, elsewhere=120)
     machine, run = document["machine"], document["run"]
@@ -130,7 +130,7 @@ def _show_arms(console: Drawing, document: Mapping[str, Any]) -> None:
 
 
 def _show_costs(console: Drawing, document: Mapping[str, Any]) -> None:
-    from cnnlab.summarize import memory
+    from cnnlab.inspect.summary import memory
 
     lines: list[tuple[str, str]] = []
     if document["ratio_to_bare_loop"] is not None:
@@ -175,7 +175,7 @@ def _milliseconds(seconds: float) -> str:
 def _show_roofline(console: Drawing, found: Mapping[str, Any]) -> None:
     from rich.table import Table
 
-    from cnnlab.summarize import memory, quantity
+    from cnnlab.inspect.summary import memory, quantity
 
     title = (
         f"Roofline: {found['share']:.1%} of it; a step takes {_milliseconds(found['step_seconds'])} ms, "

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cnnlab.config import composer
+from cnnlab.composing.composer import composer
+from cnnlab.composing.overrides import is_plain, line
+from cnnlab.composing.trust import TYPED, Trust
 from cnnlab.errors import CheckpointError, UsageError, short
-from cnnlab.overrides import is_plain, line
-from cnnlab.rundir import RunDir, jsonable
+from cnnlab.runs.folder import RunDir, jsonable
 from cnnlab.schema import Device, StepKind
 from cnnlab.terminal import one_line, say
-from cnnlab.trust import TYPED, Trust
 from cnnlab.verbs.arguments import TRUST, Parser
 from cnnlab.verbs.reopen import reopened
 
@@ -125,16 +125,16 @@ def opened(
         data: overrides of the data; without them, data that is not what the run had is refused.
 
     Raises:
-        UsageError: no run folder, one that names code that nobody vouches for (see `cnnlab.trust`), or an override
-            of something else.
+        UsageError: no run folder, one that names code that nobody vouches for (see `cnnlab.composing.trust`), or
+            an override of something else.
         CheckpointError: its checkpoint is missing, damaged or another's, or its data has changed.
     """
-    from cnnlab.builder import build
+    from cnnlab.building.builder import build
+    from cnnlab.building.trial import check
     from cnnlab.data.loader import Loader
     from cnnlab.train.loop import measure
     from cnnlab.train.origin import changes, recorded_data
     from cnnlab.train.run import describe_sums
-    from cnnlab.validate import check
 
     composed = reopened(folder, trust)
     config = composed.config

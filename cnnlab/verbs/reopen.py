@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cnnlab.config import Composed, make_importable
+from cnnlab.composing.composer import Composed, make_importable
+from cnnlab.composing.trust import TYPED, Trust
 from cnnlab.errors import ConfigError
-from cnnlab.rundir import RunDir
-from cnnlab.trust import TYPED, Trust
+from cnnlab.runs.folder import RunDir
 
 
 def reopened(folder: RunDir, trust: Trust = TYPED) -> Composed:
@@ -21,7 +21,7 @@ def reopened(folder: RunDir, trust: Trust = TYPED) -> Composed:
         UsageError: this is no run folder, or it names code that nobody vouches for.
         CheckpointError: its files are damaged.
     """
-    from cnnlab.validate import static_problems
+    from cnnlab.building.trial import static_problems
 
     config, record, trust = folder.config(), folder.read(), trust.of_a_run()
     recorded = tuple(map(str, record.get("config_dirs", [])))

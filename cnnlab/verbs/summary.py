@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from cnnlab.config import composer
+from cnnlab.composing.composer import composer
 from cnnlab.terminal import one_line, say
 from cnnlab.verbs.arguments import answer, experiment, override_parser, parse
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         if args.show:
             return answer(open_composer, args)
         composed = experiment(open_composer, args)
-    from cnnlab.summarize import to_json
+    from cnnlab.inspect.summary import to_json
 
     described = _describe(composed.config)
     if args.json:
@@ -60,12 +60,12 @@ def main(arguments: Sequence[str]) -> int:
 def _describe(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from cnnlab.assemble import make_network, make_optimizer, make_task, spec_for_task
-    from cnnlab.check import bind_section
-    from cnnlab.parts import make
+    from cnnlab.building.assemble import make_network, make_optimizer, make_task, spec_for_task
+    from cnnlab.building.trial import on_meta
+    from cnnlab.composing.make import make
+    from cnnlab.composing.signature import bind_section
+    from cnnlab.inspect.summary import summarize
     from cnnlab.schema import Groups, Regularization
-    from cnnlab.summarize import summarize
-    from cnnlab.validate import on_meta
 
     spec = spec_for_task(config, make(config["data"]).spec())
     task = make_task(config, spec, torch.arange(spec.num_classes))
@@ -93,7 +93,7 @@ def _describe(config: dict[str, Any]) -> dict[str, Any]:
 
 def _rates(config: dict[str, Any], base: float) -> dict[str, list[float]]:
     """The base group's rate at evenly spaced points of the run, by epoch."""
-    from cnnlab.parts import make
+    from cnnlab.composing.make import make
 
     schedule = make(config["schedule"])
     epochs, steps = config["trainer"]["epochs"], 1000
@@ -107,8 +107,8 @@ def _rates(config: dict[str, Any], base: float) -> dict[str, list[float]]:
 def _show(described: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from cnnlab.drawing import Drawing
-    from cnnlab.summarize import to_table
+    from cnnlab.inspect.summary import to_table
+    from cnnlab.sinks.drawing import Drawing
 
     console = Drawing(sys.stdout, elsewhere=140)
     console.print(to_table(described["network"], max_rows=MAX_ROWS))

@@ -17,17 +17,17 @@ from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 
-from cnnlab.check import check_part
-from cnnlab.config import Composed, Composer, make_importable, options_taken
+from cnnlab.composing.composer import Composed, Composer, make_importable, options_taken
+from cnnlab.composing.hydra_private import BASIC_SWEEPER, Callbacks
+from cnnlab.composing.overrides import is_for_hydra
+from cnnlab.composing.signature import check_part
+from cnnlab.composing.trust import targets_of
 from cnnlab.errors import CheckpointError, CnnlabError, ConfigError, DataError, InterruptedRun, Terminated, UsageError
-from cnnlab.hydra_private import BASIC_SWEEPER, Callbacks
-from cnnlab.interrupts import number_of
-from cnnlab.overrides import is_for_hydra
-from cnnlab.rundir import SCHEMA_VERSION, RunDir, claim, config_hash, write_json
-from cnnlab.stored import json_object
-from cnnlab.surroundings import torchrun
+from cnnlab.machine.interrupts import number_of
+from cnnlab.machine.surroundings import torchrun
+from cnnlab.runs.folder import SCHEMA_VERSION, RunDir, claim, config_hash, write_json
+from cnnlab.runs.stored import json_object
 from cnnlab.terminal import guarded, one_line, say
-from cnnlab.trust import targets_of
 from cnnlab.verbs.arguments import Arguments
 from cnnlab.verbs.sweep_table import over_seeds, report
 
@@ -76,7 +76,7 @@ def _interruption(stop: KeyboardInterrupt, folder: SweepDir) -> InterruptedRun:
 
 
 def _checked(open_composer: Composer, cells: Sequence[Sequence[str]]) -> list[Composed]:
-    from cnnlab.validate import checked
+    from cnnlab.building.trial import checked
 
     composed: list[Composed] = []
     problems: dict[str, list[str]] = {}
@@ -256,7 +256,7 @@ def run_cell(config: Any, *, config_dirs: Sequence[str], json_output: bool) -> N
 
 
 def _run_cell(config: Any, config_dirs: Sequence[str], json_output: bool) -> None:
-    from cnnlab.verbs.train import train
+    from cnnlab.building.launch import launch
 
     make_importable([*config_dirs, Path.cwd()])
     hydra = HydraConfig.get()
@@ -271,7 +271,7 @@ def _run_cell(config: Any, config_dirs: Sequence[str], json_output: bool) -> Non
             return
         say(f"\n{label}: {one_line(' '.join(composed.overrides))}", err=json_output)
         # One that ended before its first checkpoint begins again, under its claim: nobody else's folder is touched.
-        train(composed, run if run.last.exists() else None, json_output=json_output, again=True)
+        launch(composed, run if run.last.exists() else None, json_output=json_output, again=True)
     except InterruptedRun as error:  # a launcher keeps what is an Exception and goes on with the next cell
         number = error.exit_code - 128
         raise (KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)) from error

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnnlab.rundir import jsonable
+from cnnlab.runs.folder import jsonable
 from cnnlab.terminal import one_line, say
 
 
@@ -22,7 +22,7 @@ def report(records: Sequence[Mapping[str, Any]], folder: Path, seconds: float, *
         return
     from rich.table import Table
 
-    from cnnlab.drawing import Drawing
+    from cnnlab.sinks.drawing import Drawing
     from cnnlab.sinks.records import is_loss_part
 
     console = Drawing(sys.stdout, elsewhere=200)

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.types import Override
 
-from cnnlab.config import Composed, Composer, composer
+from cnnlab.composing.composer import Composed, Composer, composer
+from cnnlab.composing.overrides import is_plain, line, repeated, wrong_key
 from cnnlab.errors import ConfigError, UsageError, short
-from cnnlab.interrupts import watcher
-from cnnlab.overrides import is_plain, line, repeated, wrong_key
-from cnnlab.rundir import PLACES, RESUMABLE, RunDir, config_hash, environment, flatten, jsonable
+from cnnlab.runs.folder import PLACES, RESUMABLE, RunDir, flatten, jsonable
 from cnnlab.terminal import say
 from cnnlab.verbs.arguments import answer, override_parser, parse
 from cnnlab.verbs.reopen import reopened
@@ -35,7 +30,9 @@ def main(arguments: Sequence[str]) -> int:
         composed, folder = asked(open_composer, args.overrides)
         for key, lines in repeated(open_composer.parse(args.overrides)).items():
             say(f"{key} is given {len(lines)} times; {short(lines[-1])}, the last one, holds", err=True)
-    train(composed, folder, json_output=args.json)
+    from cnnlab.building.launch import launch
+
+    launch(composed, folder, json_output=args.json)
     record = RunDir(composed.run_dir).read()
     if args.json and record:
         names = ("status", "seed", "steps", "epochs", "seconds", "metrics", "best")
@@ -46,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def asked(open_composer: Composer, overrides: Sequence[str]) -> tuple[Composed, RunDir | None]:
     """The checked experiment that the overrides ask for, and the folder of the run that goes on, if any."""
-    from cnnlab.validate import check, checked
+    from cnnlab.building.trial import check, checked
 
     if any(override.startswith("resume=") for override in overrides):
         parsed = open_composer.parse(overrides)
@@ -59,97 +56,6 @@ def asked(open_composer: Composer, overrides: Sequence[str]) -> tuple[Composed, 
     if composed.config["resume"] is not None:
         raise UsageError(f"`resume`: type it by itself, as resume={composed.config['resume']}")
     return composed, None
-
-
-def train(
-    composed: Composed, folder: RunDir | None = None, *, json_output: bool = False, again: bool = False
-) -> dict[str, float]:
-    """Runs one checked experiment, in its own folder; `folder` is given when a run goes on.
-
-    Args:
-        again: see `RunDir.create`.
-
-    Returns the final metrics. Raises what `build` and `fit` raise.
-    """
-    from cnnlab.ranks import join, leave
-    from cnnlab.train import fit
-
-    ranks = join()
-    going_on = folder is not None
-    try:
-        folder = folder or RunDir(ranks.share(str(composed.run_dir)))
-        with folder.claimed() if ranks.is_main else nullcontext():
-            if not going_on and ranks.is_main:
-                folder.create(composed.config, composed.overrides, again=again)
-            ranks.wait()
-            if ranks.is_main:
-                watcher.on_forced_end = folder.record_forced_end
-            try:
-                run = _started(composed, folder, ranks, going_on, json_output)
-            except BaseException as error:
-                if ranks.is_main and not going_on:  # a run that could not go on stays what it was
-                    with suppress(OSError):
-                        folder.record_failure(error, config_hash=config_hash(composed.config))
-                raise
-            return fit(run)
-    except Exception as error:
-        if folder is not None and os.path.exists(folder.error):  # noqa: PTH110 (a path may be too long to exist)
-            error.add_note(f"The traceback is in {folder.error}")
-        raise
-    except KeyboardInterrupt as error:
-        if folder is not None and folder.last.exists():
-            error.add_note(f"its last checkpoint stands. Go on with: cnnlab train resume={folder.path}")
-        raise
-    finally:
-        watcher.on_forced_end = None
-        leave()
-
-
-def _started(composed: Composed, folder: RunDir, ranks: Any, going_on: bool, json_output: bool) -> Any:
-    """The run, built, with its listeners, and with what is known of it in `run.json`."""
-    from cnnlab.builder import build
-    from cnnlab.sinks.usual import attach
-
-    run = build(composed, folder, ranks=ranks, resumed=going_on)
-    if not run.is_main:
-        return run
-    if going_on:
-        if folder.read().get("status") == "running":  # and yet the folder could be claimed
-            run.notices.insert(
-                0, f"run: its process was killed; it goes on from its checkpoint of step {run.clock.step}"
-            )
-        folder.write_config(composed.config, composed.overrides)
-        folder.error.unlink(missing_ok=True)
-    console = attach(run, folder, sys.stderr if json_output else sys.stdout)
-    for notice in run.notices:
-        console.notice(notice)
-    folder.update(**_opening(composed, run))
-    return run
-
-
-def _opening(composed: Composed, run: Any) -> dict[str, Any]:
-    from cnnlab.flops import forward_flops
-
-    return {
-        "seed": composed.config["seed"],
-        "config_hash": config_hash(composed.config),
-        "choices": composed.choices,
-        "config_dirs": list(composed.config_dirs),
-        "classes": list(run.task.class_names(run.spec)),
-        "samples": {name: len(loader.split) for name, loader in run.loaders.items()},
-        "left_out": [{"file": name, "reason": reason} for name, reason in run.left_out],
-        "data_fingerprint": {name: loader.split.fingerprint for name, loader in run.loaders.items()},
-        **environment(),
-        "device": run.facts["device"],
-        "precision": run.precision.value,
-        "step": run.facts["step"],
-        "data_path": run.facts["data path"],
-        "parameters": sum(p.numel() for p in run.model.parameters()),
-        "flops": forward_flops(run.model, (run.spec.channels, *run.spec.size)),
-    }
-
-
-# ---- going on ----
 
 
 def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> tuple[Composed, RunDir]:

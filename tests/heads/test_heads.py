@@ -10,13 +10,13 @@ from cli_runs import Answer
 from lab_runs import composed, fitted, make_run, watched
 from torch import nn
 
-from cnnlab.config import Composer
+from cnnlab.building.trial import check, checked, headed
+from cnnlab.composing.composer import Composer
 from cnnlab.errors import ConfigError
 from cnnlab.heads import LinearClassifier, NearestDecoder, UnpoolDecoder
 from cnnlab.models.cnn import CNN
 from cnnlab.optim.groups import head_parameters
 from cnnlab.protocols import DataSpec, Features
-from cnnlab.validate import check, checked, headed
 
 SCENES = (
     "data=shapes", "data.limit=null", "data.train=16", "data.val=8", "data.test=8", "data.size=16",
@@ -138,7 +138,7 @@ def test_a_task_of_several_losses_with_its_head_from_outside(outside_composer: C
     """The classifier stays, the box head stands beside it, and each loss is recorded by its name."""
     from lab_runs import Recorded
 
-    from cnnlab.builder import build
+    from cnnlab.building.builder import build
     from cnnlab.train import fit
 
     narrow = ("model.width=4", "trainer.epochs=2", "trainer.device=cpu", "trainer.threads=1", "trainer.precision=fp32")

@@ -11,13 +11,13 @@ from lab_runs import all_state, composed, differences, fitted, make_run, resume_
 from torch import nn
 
 from cnnlab import rng
+from cnnlab.building.trial import check
 from cnnlab.errors import ConfigError
 from cnnlab.interventions import Freeze, GradientCentralization, GradientNoise
 from cnnlab.interventions.projections import max_norm_
 from cnnlab.protocols import Batch, Intervention
 from cnnlab.train import fit
 from cnnlab.train.interventions import Interventions
-from cnnlab.validate import check
 
 
 @pytest.mark.parametrize("limit", [0.1, 0.3, 1.0])

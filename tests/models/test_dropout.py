@@ -7,14 +7,14 @@ import torch
 from lab_runs import composed, fitted, make_run
 from torch import nn
 
-from cnnlab.assemble import make_network, make_task
-from cnnlab.config import Composer
+from cnnlab.building.assemble import make_network, make_task
+from cnnlab.building.trial import check, checked
+from cnnlab.composing.composer import Composer
+from cnnlab.composing.make import make
 from cnnlab.errors import ConfigError
+from cnnlab.inspect.summary import summarize
 from cnnlab.models.dropout import ClassicDropout
-from cnnlab.parts import make
 from cnnlab.schema import DropoutKind, Regularization
-from cnnlab.summarize import summarize
-from cnnlab.validate import check, checked
 
 RATE = 0.3
 DRAWS = 40_000

@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch import nn
 
-from cnnlab.check import check_part, locate
+from cnnlab.composing.signature import check_part, locate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WIRED = ("num_classes", "in_channels", "image_size", "activation", "norm", "dropout", "stochastic_depth")

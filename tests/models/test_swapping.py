@@ -9,12 +9,12 @@ import torch
 from lab_runs import make_run
 from torch import nn
 
-from cnnlab.assemble import make_network, make_task
-from cnnlab.config import Composer
+from cnnlab.building.assemble import make_network, make_task
+from cnnlab.building.trial import checked
+from cnnlab.composing.composer import Composer
+from cnnlab.composing.make import make
 from cnnlab.errors import ConfigError
-from cnnlab.parts import make
 from cnnlab.schema import Regularization
-from cnnlab.validate import checked
 
 NETWORKS = ("resnet", "resnet18", "vgg", "alexnet_2012", "inception_v3", "cnn", "mlp", "speednet")
 WIDTHS = {"resnet": "8", "resnet18": "8", "cnn": "[4,8]", "mlp": "[16]", "speednet": "[8,8]"}

@@ -12,7 +12,7 @@ from torch import nn
 from cnnlab.observe.observer import IDLE, Observer
 from cnnlab.observe.overhead import ONE_THREAD, Aside, Overhead
 from cnnlab.protocols import Listener
-from cnnlab.rundir import RunDir
+from cnnlab.runs.folder import RunDir
 from cnnlab.train import fit
 
 

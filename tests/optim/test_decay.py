@@ -9,11 +9,11 @@ import torch
 from lab_runs import composed, fitted, make_run
 from torch import nn
 
-from cnnlab.assemble import make_optimizer
+from cnnlab.building.assemble import make_optimizer
+from cnnlab.building.trial import check
 from cnnlab.errors import ConfigError
 from cnnlab.optim.decay import decouple_decay
 from cnnlab.schema import Groups
-from cnnlab.validate import check
 
 
 def network() -> nn.Module:

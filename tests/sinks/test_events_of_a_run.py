@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from cnnlab.rundir import RunDir
+from cnnlab.runs.folder import RunDir
 from cnnlab.sinks.jsonl import read_records
 from cnnlab.sinks.picture import enlarged
 from cnnlab.sinks.samples import SamplePictures

@@ -7,10 +7,10 @@ import torch
 from lab_runs import fitted, make_run, watched
 from torch.nn import functional
 
+from cnnlab.building.trial import check
 from cnnlab.errors import ConfigError
 from cnnlab.heads import NearestDecoder, UnpoolDecoder
 from cnnlab.protocols import VOID, Features
-from cnnlab.validate import check
 
 SCENES = (
     "data=shapes", "data.limit=null", "data.train=48", "data.val=16", "data.test=16", "data.size=16",

@@ -13,16 +13,16 @@ from lab_runs import all_state, composed, differences, fitted, make_run, watched
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from cnnlab import checkpoint
+from cnnlab.building.trial import check
 from cnnlab.protocols import VOID, Batch, DataSpec, Outputs
-from cnnlab.rundir import RunDir, config_hash, write_yaml
+from cnnlab.runs import checkpoint
+from cnnlab.runs.folder import RunDir, config_hash, write_yaml
 from cnnlab.sinks.samples import SamplePictures
 from cnnlab.sinks.tensorboard import TensorBoard
 from cnnlab.tasks import Task
 from cnnlab.tasks.classification import Classification
 from cnnlab.tasks.segmentation import Segmentation
 from cnnlab.train import fit
-from cnnlab.validate import check
 
 SCENES = (
     "data=shapes", "data.limit=null", "data.train=16", "data.val=8", "data.test=8", "data.size=16",

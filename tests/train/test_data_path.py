@@ -11,13 +11,13 @@ from lab_runs import Interrupt, all_state, differences, files_of, make_run, resu
 from PIL import Image
 from rank_processes import run_ranks
 
+from cnnlab.building.trial import checked
 from cnnlab.data.folder import ImageFolder
 from cnnlab.errors import ConfigError, DataError, InterruptedRun
-from cnnlab.ranks import Ranks
-from cnnlab.rundir import config_hash
+from cnnlab.machine.ranks import Ranks
+from cnnlab.runs.folder import config_hash
 from cnnlab.train import fit
 from cnnlab.train.run import Run
-from cnnlab.validate import checked
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ from lab_runs import (
 from rank_processes import run_ranks
 
 from cnnlab.errors import DivergedError, InterruptedRun, UsageError
-from cnnlab.ranks import Ranks
-from cnnlab.rundir import RunDir
+from cnnlab.machine.ranks import Ranks
+from cnnlab.runs.folder import RunDir
 from cnnlab.sinks.jsonl import read_records
 from cnnlab.train import fit
 from cnnlab.train.recorder import sample_losses

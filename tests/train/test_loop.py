@@ -14,11 +14,12 @@ import torch
 from lab_runs import Recorded, composed, differences, fitted, make_run, resume_run, watched
 from torch.nn import functional
 
-from cnnlab import checkpoint, rng
-from cnnlab.builder import build
+from cnnlab import rng
+from cnnlab.building.builder import build
 from cnnlab.errors import CheckpointError, DivergedError
 from cnnlab.protocols import Listener
-from cnnlab.rundir import RunDir
+from cnnlab.runs import checkpoint
+from cnnlab.runs.folder import RunDir
 from cnnlab.sinks.jsonl import read_records
 from cnnlab.train import fit, loop
 from cnnlab.train.recorder import sample_losses

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cnnlab.errors import CheckpointError
 from cnnlab.protocols import Listener
-from cnnlab.rundir import RunDir
+from cnnlab.runs.folder import RunDir
 from cnnlab.sinks.jsonl import read_records
 from cnnlab.sinks.records import as_first_version, current
 from cnnlab.sinks.tensorboard import TensorBoard

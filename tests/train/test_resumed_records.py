@@ -11,7 +11,7 @@ from lab_runs import Interrupt, fitted, make_run, resume_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cnnlab.errors import InterruptedRun
-from cnnlab.rundir import RunDir
+from cnnlab.runs.folder import RunDir
 from cnnlab.sinks.samples import SamplePictures
 from cnnlab.sinks.tensorboard import TensorBoard
 from cnnlab.train import fit

@@ -13,9 +13,9 @@ from torch import nn
 
 from cnnlab.observe.taps import Taps
 from cnnlab.protocols import Batch
-from cnnlab.train import trial
 from cnnlab.train.run import Run
 from cnnlab.train.step import EagerStep
+from cnnlab.train.steps import trial
 
 
 class Paced(EagerStep):

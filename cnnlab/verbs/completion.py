@@ -9,12 +9,12 @@ from pathlib import Path
 
 from hydra.plugins.completion_plugin import CompletionPlugin, DefaultCompletionPlugin
 
-from cnnlab.cli import BUILDERS, VERBS
-from cnnlab.config import Composer
+from cnnlab.composing.composer import Composer
+from cnnlab.composing.hydra_private import Hydra
 from cnnlab.errors import CnnlabError, UsageError
-from cnnlab.hydra_private import Hydra
 from cnnlab.terminal import say
 from cnnlab.verbs.arguments import override_parser, parse
+from cnnlab.verbs.table import BUILDERS, VERBS
 
 PROGRAM = "cnnlab"
 

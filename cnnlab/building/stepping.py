@@ -12,17 +12,17 @@ from torch import nn
 
 from cnnlab.data.cache import cache_folder
 from cnnlab.data.loader import Loader
-from cnnlab.device import Placement, has_compiler
 from cnnlab.errors import UsageError
 from cnnlab.losses.penalty import l1, l2
+from cnnlab.machine.device import Placement, has_compiler
+from cnnlab.machine.ranks import Ranks
 from cnnlab.observe.taps import Taps
 from cnnlab.optim.traits import Traits
 from cnnlab.protocols import Batch
-from cnnlab.ranks import Ranks
 from cnnlab.schema import Precision, Regularization, StepKind, Trainer
-from cnnlab.train import trial
 from cnnlab.train.interventions import Interventions
 from cnnlab.train.step import CapturedStep, ClosureStep, CompiledStep, EagerStep, Forward, GraphClosureStep
+from cnnlab.train.steps import trial
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cnnlab import stored
-from cnnlab.claims import claim, held
-from cnnlab.disk import ensure, overwrite, writing
 from cnnlab.errors import CheckpointError, CnnlabError, DiskError, UsageError, short
+from cnnlab.runs import stored
+from cnnlab.runs.disk import ensure, overwrite, writing
+from cnnlab.runs.lock import claim, held
 
 SCHEMA_VERSION = 2
 """Of a run folder. 1 counted the updates of a statistics record from 0 and the epochs of a training record from 0, and

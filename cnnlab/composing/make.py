@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from cnnlab.check import RESERVED, accepts, converted, locate, parameters_of
+from cnnlab.composing.kinds import LISTS, MAPPINGS, inside, is_part, kinds_of
+from cnnlab.composing.signature import RESERVED, accepts, converted, locate, parameters_of
 from cnnlab.errors import UsageError, short
-from cnnlab.kinds import LISTS, MAPPINGS, inside, is_part, kinds_of
 
 
 def make(node: Mapping[str, Any] | None, **wired: Any) -> Any:

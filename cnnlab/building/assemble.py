@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from cnnlab.augment import Pipeline
-from cnnlab.check import bind_section, locate
+from cnnlab.composing.make import make
+from cnnlab.composing.signature import bind_section, locate
 from cnnlab.interventions import Ema, Freeze, MaxNorm
 from cnnlab.models.dropout import has_dropout, set_dropout_kind
 from cnnlab.optim.decay import decouple_decay
 from cnnlab.optim.groups import parameter_groups
 from cnnlab.optim.traits import Traits, keep_kernels, place_rates
-from cnnlab.parts import make
 from cnnlab.protocols import ConvNet, DataSpec, Head, Intervention
 from cnnlab.schema import DropoutKind, Groups, Regularization
 from cnnlab.tasks import Task

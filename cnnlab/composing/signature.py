@@ -18,8 +18,7 @@ from os import PathLike
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Union
 
-from cnnlab.errors import closest, did_you_mean, listing, short
-from cnnlab.kinds import (
+from cnnlab.composing.kinds import (
     LISTS,
     STANDARD,
     alternatives,
@@ -30,8 +29,9 @@ from cnnlab.kinds import (
     nested_parts,
     unfit,
 )
+from cnnlab.composing.trust import TYPED, Trust
+from cnnlab.errors import closest, did_you_mean, listing, short
 from cnnlab.schema import DurationText, IsDuration, Range, ranges_of
-from cnnlab.trust import TYPED, Trust
 
 MISSING = "???"
 RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_"}
@@ -122,7 +122,7 @@ def check_part(
 
     Args:
         wired: the parameters that the builder passes itself.
-        kinds: what is asked for there (see `cnnlab.kinds`); `None` takes any part.
+        kinds: what is asked for there (see `cnnlab.composing.kinds`); `None` takes any part.
         trust: who wrote the config, and what the command line vouches for.
     """
     if node is None or (is_part(node) and node["_target_"] is None):

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cnnlab.composing.kinds import defined_in, is_part, root_of
 from cnnlab.errors import UsageError, short
-from cnnlab.kinds import defined_in, is_part, root_of
 
 PACKAGES = ("cnnlab", "torch", "torchvision", "timm", "pytorch_optimizer")
 """What a run folder may name unasked."""

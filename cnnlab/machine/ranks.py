@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cnnlab.errors import DataError
-from cnnlab.surroundings import left_over, torchrun
+from cnnlab.machine.surroundings import left_over, torchrun
 
 _log = logging.getLogger(__name__)
 

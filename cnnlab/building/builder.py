@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cnnlab import rng
-from cnnlab.assemble import (
+from cnnlab.augment import Pipeline, fitted
+from cnnlab.building.assemble import (
     make_interventions,
     make_network,
     make_optimizer,
@@ -20,27 +21,26 @@ from cnnlab.assemble import (
     make_task,
     spec_for_task,
 )
-from cnnlab.augment import Pipeline, fitted
-from cnnlab.check import bind_section, locate
-from cnnlab.config import Composed
+from cnnlab.building.facts import facts, unseen_classes
+from cnnlab.building.stepping import StepMaker
+from cnnlab.composing.composer import Composed
+from cnnlab.composing.make import make
+from cnnlab.composing.signature import bind_section, locate
 from cnnlab.data.cache import cache_folder, known_cache
 from cnnlab.data.choice import loaded, with_decoder
 from cnnlab.data.found import Findings
 from cnnlab.data.loader import Loader
-from cnnlab.device import Placement, as_recorded, place, prepare_cpu, set_deterministic
 from cnnlab.errors import CheckpointError, UsageError
-from cnnlab.facts import facts, unseen_classes
 from cnnlab.init.prior import start_from
+from cnnlab.machine.device import Placement, as_recorded, place, prepare_cpu, set_deterministic
+from cnnlab.machine.ranks import Ranks
 from cnnlab.models.half import NARROW, protect_narrow
 from cnnlab.observe.observer import Observer
 from cnnlab.observe.taps import Taps
 from cnnlab.optim.traits import Traits, accelerated
-from cnnlab.parts import make
 from cnnlab.protocols import Batch, Data, DataSpec, Split
-from cnnlab.ranks import Ranks
-from cnnlab.rundir import RunDir
+from cnnlab.runs.folder import RunDir
 from cnnlab.schema import Groups, Layout, Loading, Regularization, Stats, StepKind, Trainer
-from cnnlab.stepping import StepMaker
 from cnnlab.tasks import Task
 from cnnlab.train.checkpointer import Checkpointer, Progress
 from cnnlab.train.origin import Origin, chosen, described, load_own

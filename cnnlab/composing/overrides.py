@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.types import Override
 
+from cnnlab.composing.groups import GROUPS
 from cnnlab.errors import closest, did_you_mean, listing, short
-from cnnlab.groups import GROUPS
 
 ALIASES = {
     "activation": {"swish": "silu"},

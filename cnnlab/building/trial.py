@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnnlab.assemble import make_network, make_optimizer, make_pipeline, spec_for_task, task_class
 from cnnlab.augment import Barrier, Colour, Geometric, Normalize
-from cnnlab.check import accepts, bind_section, check_part, check_section, check_value, locate
-from cnnlab.config import Composed, Composer
-from cnnlab.device import place
+from cnnlab.building.assemble import make_network, make_optimizer, make_pipeline, spec_for_task, task_class
+from cnnlab.composing.composer import Composed, Composer
+from cnnlab.composing.groups import GROUPS
+from cnnlab.composing.kinds import is_part, public_name
+from cnnlab.composing.make import make
+from cnnlab.composing.signature import accepts, bind_section, check_part, check_section, check_value, locate
+from cnnlab.composing.trust import Trust
 from cnnlab.errors import ConfigError, DataError, UsageError, did_you_mean, short
-from cnnlab.groups import GROUPS
-from cnnlab.kinds import is_part, public_name
+from cnnlab.machine.device import place
 from cnnlab.optim.traits import Traits
-from cnnlab.parts import make
 from cnnlab.protocols import ConvNet, Data, DataSpec, Head, Init, Intervention, Loss, Probe, Schedule
 from cnnlab.schema import DataPath, Decoder, DropoutKind, Groups, Loading, Regularization, Stats, Trainer
 from cnnlab.tasks import Task
-from cnnlab.trust import Trust
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from cnnlab.errors import CheckpointError
-from cnnlab.rundir import write_atomically
+from cnnlab.runs.folder import write_atomically
 
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64

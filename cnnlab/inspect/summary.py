@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cnnlab.flops import fused_attention_off, multiply_adds
-from cnnlab.receptive_field import FieldTracker, tensors_in
+from cnnlab.inspect.flops import fused_attention_off, multiply_adds
+from cnnlab.inspect.receptive_field import FieldTracker, tensors_in
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -345,7 +345,7 @@ def to_table(summary: Summary, max_rows: int | None = None) -> Table:
     from rich import box
     from rich.table import Table
 
-    from cnnlab.drawing import plain
+    from cnnlab.sinks.drawing import plain
 
     title = plain(f"{summary.model}, input {_times(summary.input)}", "bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -1,7 +1,7 @@
 """From command-line overrides to a composed config, with every problem found on the way reported at once.
 
 Hydra composes. It stops at the first wrong override, though; so when it refuses, the overrides are looked at
-one by one. What the composed values mean to the parts that they configure is checked in `cnnlab.check`.
+one by one. What the composed values mean to the parts that they configure is checked in `cnnlab.composing.signature`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from cnnlab.errors import ConfigError, UsageError, short
-from cnnlab.hydra_private import open_hydra
-from cnnlab.overrides import (
+from cnnlab.composing.hydra_private import open_hydra
+from cnnlab.composing.overrides import (
     LISTS,
     as_text,
     first_key,
@@ -42,14 +41,15 @@ from cnnlab.overrides import (
     wrong_key,
     wrong_option,
 )
-from cnnlab.trust import TYPED, Trust
+from cnnlab.composing.trust import TYPED, Trust
+from cnnlab.errors import ConfigError, UsageError, short
 
 CONFIG_NAME = "config"
 
 
 def config_root() -> Path:
     """The folder of the shipped configs: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / f"{CONFIG_NAME}.yaml").is_file():
             return folder

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cnnlab.augment import Pipeline
-from cnnlab.device import Placement
+from cnnlab.machine.device import Placement
 from cnnlab.optim.traits import Traits
 from cnnlab.train.run import Run
 

@@ -1,7 +1,7 @@
 """The groups of parts that an experiment is composed of, a row each. Loads no torch.
 
 A new group is one row here, a folder of options in `configs/`, a line in `configs/config.yaml`, and whoever makes it
-(see `cnnlab.assemble`).
+(see `cnnlab.building.assemble`).
 """
 
 from __future__ import annotations

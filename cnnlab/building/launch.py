@@ -1,0 +1,97 @@
+"""Running one checked experiment in a folder of its own: claimed, recorded, and with its listeners."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import nullcontext, suppress
+from typing import Any
+
+from cnnlab.building.builder import build
+from cnnlab.composing.composer import Composed
+from cnnlab.inspect.flops import forward_flops
+from cnnlab.machine.interrupts import watcher
+from cnnlab.machine.ranks import join, leave
+from cnnlab.runs.folder import RunDir, config_hash, environment
+from cnnlab.sinks.usual import attach
+from cnnlab.train import fit
+
+
+def launch(
+    composed: Composed, folder: RunDir | None = None, *, json_output: bool = False, again: bool = False
+) -> dict[str, float]:
+    """Runs one checked experiment, in its own folder; `folder` is given when a run goes on.
+
+    Args:
+        again: see `RunDir.create`.
+
+    Returns the final metrics. Raises what `build` and `fit` raise.
+    """
+    ranks = join()
+    going_on = folder is not None
+    try:
+        folder = folder or RunDir(ranks.share(str(composed.run_dir)))
+        with folder.claimed() if ranks.is_main else nullcontext():
+            if not going_on and ranks.is_main:
+                folder.create(composed.config, composed.overrides, again=again)
+            ranks.wait()
+            if ranks.is_main:
+                watcher.on_forced_end = folder.record_forced_end
+            try:
+                run = _started(composed, folder, ranks, going_on, json_output)
+            except BaseException as error:
+                if ranks.is_main and not going_on:  # a run that could not go on stays what it was
+                    with suppress(OSError):
+                        folder.record_failure(error, config_hash=config_hash(composed.config))
+                raise
+            return fit(run)
+    except Exception as error:
+        if folder is not None and os.path.exists(folder.error):  # noqa: PTH110 (a path may be too long to exist)
+            error.add_note(f"The traceback is in {folder.error}")
+        raise
+    except KeyboardInterrupt as error:
+        if folder is not None and folder.last.exists():
+            error.add_note(f"its last checkpoint stands. Go on with: cnnlab train resume={folder.path}")
+        raise
+    finally:
+        watcher.on_forced_end = None
+        leave()
+
+
+def _started(composed: Composed, folder: RunDir, ranks: Any, going_on: bool, json_output: bool) -> Any:
+    """The run, built, with its listeners, and with what is known of it in `run.json`."""
+    run = build(composed, folder, ranks=ranks, resumed=going_on)
+    if not run.is_main:
+        return run
+    if going_on:
+        if folder.read().get("status") == "running":  # and yet the folder could be claimed
+            run.notices.insert(
+                0, f"run: its process was killed; it goes on from its checkpoint of step {run.clock.step}"
+            )
+        folder.write_config(composed.config, composed.overrides)
+        folder.error.unlink(missing_ok=True)
+    console = attach(run, folder, sys.stderr if json_output else sys.stdout)
+    for notice in run.notices:
+        console.notice(notice)
+    folder.update(**_opening(composed, run))
+    return run
+
+
+def _opening(composed: Composed, run: Any) -> dict[str, Any]:
+    return {
+        "seed": composed.config["seed"],
+        "config_hash": config_hash(composed.config),
+        "choices": composed.choices,
+        "config_dirs": list(composed.config_dirs),
+        "classes": list(run.task.class_names(run.spec)),
+        "samples": {name: len(loader.split) for name, loader in run.loaders.items()},
+        "left_out": [{"file": name, "reason": reason} for name, reason in run.left_out],
+        "data_fingerprint": {name: loader.split.fingerprint for name, loader in run.loaders.items()},
+        **environment(),
+        "device": run.facts["device"],
+        "precision": run.precision.value,
+        "step": run.facts["step"],
+        "data_path": run.facts["data path"],
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "flops": forward_flops(run.model, (run.spec.channels, *run.spec.size)),
+    }

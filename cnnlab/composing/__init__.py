@@ -1,0 +1,1 @@
+"""From the command line to a checked experiment's values: composing, binding to signatures, making parts."""

@@ -1,0 +1,1 @@
+"""The device that a run is placed on, and the processes that share it."""
