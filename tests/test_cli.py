@@ -325,7 +325,7 @@ def test_an_operation_without_a_fixed_order_is_explained(cli: Cli, monkeypatch: 
             "'torch.use_deterministic_algorithms(True)'."
         )
 
-    monkeypatch.setattr("cnnlab.building.builder.build", build)
+    monkeypatch.setattr("cnnlab.building.launch.build", build)
     answer = cli("train", *TINY)
     assert answer.code == 1 and "type trainer.deterministic=false" in answer.err
 
@@ -427,7 +427,7 @@ def test_ctrl_c_before_the_first_step(cli: Cli, monkeypatch: pytest.MonkeyPatch)
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cnnlab.building.builder.build", interrupted)
+    monkeypatch.setattr("cnnlab.building.launch.build", interrupted)
     answer = cli("train", *TINY, "hydra.run.dir=here")
     assert answer.code == 130
     assert record_of(Path("here"))["status"] == "interrupted"

@@ -4,6 +4,7 @@ what is heavy loads only where it is used."""
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -96,6 +97,14 @@ def test_every_module_has_a_floor():
     listed = set().union(*FLOORS)
     assert {unit_of(path) for path in modules()} <= listed
     assert sum(map(len, FLOORS)) == len(listed)
+
+
+def test_the_floors_are_those_that_contributors_are_told():
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text()
+    told = text[text.index("The floors, low to high:") : text.index("A module imports only from floors")]
+    assert [set(re.split(r"[,\s]+", floor)) for floor in re.findall(r"`([^`]+)`", told)] == [
+        floor - {"__init__"} for floor in FLOORS if floor != {"__main__"}
+    ]
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)

@@ -196,7 +196,7 @@ def test_ctrl_c_between_two_cells(cli: Cli, monkeypatch: pytest.MonkeyPatch):
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cnnlab.verbs.train.train", interrupted)
+    monkeypatch.setattr("cnnlab.building.launch.launch", interrupted)
     assert cli("train", "-m", *TINY, "seed=0,1", "hydra.sweep.dir=s").code == 130
     assert statuses("s") == ["pending", "pending"]
 
@@ -236,7 +236,7 @@ def test_a_process_that_vanished(cli: Cli, monkeypatch: pytest.MonkeyPatch):
         run.update(status="running")
 
     with monkeypatch.context() as patched:
-        patched.setattr("cnnlab.verbs.train.train", vanish)
+        patched.setattr("cnnlab.building.launch.launch", vanish)
         answer = cli("train", "-m", *TINY, "seed=0", "hydra.sweep.dir=s")
     assert answer.code == 1
     assert statuses("s") == ["killed"]
