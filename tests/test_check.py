@@ -20,14 +20,11 @@ from cnnlab.composing.signature import (
     check_call,
     check_part,
     check_section,
-    check_value,
-    converted,
-    describe,
     locate,
-    mismatch,
     parameters_of,
 )
 from cnnlab.composing.trust import Trust
+from cnnlab.composing.values import check_value, converted, describe, mismatch
 from cnnlab.errors import UsageError
 from cnnlab.schema import (
     Duration,

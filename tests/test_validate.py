@@ -12,7 +12,8 @@ import torch
 
 from cnnlab.building.trial import check, checked, on_meta
 from cnnlab.composing.composer import Composer, composer
-from cnnlab.composing.signature import mismatch, parameters_of
+from cnnlab.composing.signature import parameters_of
+from cnnlab.composing.values import mismatch
 from cnnlab.errors import CnnlabError, ConfigError, DataError
 
 UserFolder = Callable[[dict[str, str]], Path]

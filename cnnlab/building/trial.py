@@ -21,8 +21,9 @@ from cnnlab.composing.composer import Composed, Composer
 from cnnlab.composing.groups import GROUPS
 from cnnlab.composing.kinds import is_part, public_name
 from cnnlab.composing.make import make
-from cnnlab.composing.signature import accepts, bind_section, check_part, check_section, check_value, locate
+from cnnlab.composing.signature import accepts, bind_section, check_part, check_section, locate
 from cnnlab.composing.trust import Trust
+from cnnlab.composing.values import check_value
 from cnnlab.errors import ConfigError, DataError, UsageError, did_you_mean, short
 from cnnlab.machine.device import place
 from cnnlab.optim.traits import Traits

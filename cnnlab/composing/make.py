@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 from cnnlab.composing.kinds import LISTS, MAPPINGS, inside, is_part, kinds_of
-from cnnlab.composing.signature import RESERVED, accepts, converted, locate, parameters_of
+from cnnlab.composing.signature import RESERVED, accepts, locate, parameters_of
+from cnnlab.composing.values import converted
 from cnnlab.errors import UsageError, short
 
 
