@@ -17,7 +17,7 @@ from cnnlab.building.assemble import make_optimizer
 from cnnlab.building.builder import build, with_overrides
 from cnnlab.composing.composer import Composed
 from cnnlab.composing.signature import bind_section, locate
-from cnnlab.data.splits import TensorSplit
+from cnnlab.data.served import served
 from cnnlab.observe.observer import IDLE
 from cnnlab.optim.traits import Traits, accelerated
 from cnnlab.protocols import Batch, Split, as_outputs, to_device
@@ -152,7 +152,7 @@ def _in_memory(split: Split, batch_size: int, device: torch.device) -> Batch:
     first = split.fetch(torch.arange(1))
     each = sum(tensor.numel() * tensor.element_size() for tensor in first.values())
     count = min(len(split), max(1, BARE_BYTES // each))
-    if not isinstance(split, TensorSplit):
+    if served(split).streams:
         count = min(count, STREAMED_BATCHES * batch_size)
     return to_device(split.fetch(torch.arange(count)), device)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from cnnlab.data.found import Findings
-from cnnlab.data.stream import StreamSplit
+from cnnlab.data.served import served
 from cnnlab.errors import UsageError
 from cnnlab.machine.ranks import Ranks
 from cnnlab.protocols import Data, Split
@@ -37,7 +37,7 @@ def loaded(
         loading = replace(loading, path=DataPath.stream if streamed else DataPath.mapped)
     data = make(loading)
     splits = ranks.in_turn(data.load)
-    chosen = ranks.collect(isinstance(splits["train"], StreamSplit))
+    chosen = ranks.collect(served(splits["train"]).streams)
     if len(set(chosen)) > 1:
         raise UsageError(
             "expected one data path on all processes, received machines that have room for the decoded images and "
@@ -56,7 +56,7 @@ def with_decoder(loading: Loading, split: Split, device: torch.device, recorded:
         UsageError: it is not there.
     """
     wanted = loading.decode
-    if not isinstance(split, StreamSplit):
+    if not served(split).streams:
         return replace(loading, decode=Decoder.cpu)
     if wanted is Decoder.auto and recorded is not None:
         wanted = Decoder(recorded)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import copy
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cnnlab import rng
 from cnnlab.data.ahead import Copier, ahead
-from cnnlab.data.splits import TensorSplit
-from cnnlab.data.stream import StreamSplit
-from cnnlab.errors import DataError, UsageError
+from cnnlab.data.served import served
+from cnnlab.errors import DataError
 from cnnlab.protocols import Batch, Split, to_device
-from cnnlab.schema import DataPath, Decoder, Loading
+from cnnlab.schema import DataPath, Loading
 
 Transform = Callable[[Batch, int], Batch]
 """`(batch on the device, epoch) -> batch`: augmentation and normalization."""
@@ -85,9 +81,10 @@ class Loader:
             )
         self.device = torch.device(device)
         self.loading = loading or Loading()
-        self.path = _path(split, self.device, self.loading)
-        self.split = self._placed(split)
-        self._ahead = self._fetches_ahead()
+        known = served(split)
+        self.path = known.path(self.device, self.loading)
+        self.split = known.placed(self.path, self.device, self.loading)
+        self._ahead = self.split.waits(self.path, self.device)
         self._copier: Copier | None = None
         self.batch_size = batch_size
         self.seed = seed
@@ -105,30 +102,10 @@ class Loader:
         """Whether batches are gathered in the device's own memory."""
         return self.path is DataPath.resident
 
-    def _placed(self, split: Split) -> Split:
-        if self.resident and isinstance(split, TensorSplit) and (split.mapped or split.device != self.device):
-            return split.to(self.device)
-        if isinstance(split, StreamSplit) and self.loading.decode is Decoder.cuda:
-            return split.on_gpu(self.device)
-        return split
-
-    def _fetches_ahead(self) -> bool:
-        """Whether another thread fetches the batches."""
-        if self.resident:
-            return False
-        if self.device.type != "cpu" or isinstance(self.split, StreamSplit):
-            return True
-        return isinstance(self.split, TensorSplit) and self.split.nbytes > _available(self.device)
-
     def route(self) -> str:
         """How images reach the device, in one line."""
-        how: str = self.path.value
-        if isinstance(self.split, StreamSplit):
-            how += f" ({self.split.describe()})"
-        elif isinstance(self.split, TensorSplit):
-            place = f"on {self.device}" if self.resident and self.device.type != "cpu" else "in memory"
-            kind = "decoded cache" if self.split.mapped else place
-            how += f" ({kind}, {self.split.nbytes / 2**20:,.1f} MiB)"
+        about = self.split.about(self.path, self.device)
+        how = f"{self.path.value} ({about})" if about else self.path.value
         count = self.loading.ahead
         return how + (f", {count} batch{'es' * (count > 1)} ahead" if self._ahead else "")
 
@@ -140,9 +117,7 @@ class Loader:
         """(length,) int64 on the CPU: the order in which the epoch visits the split."""
         if not self.shuffle:
             return torch.arange(self.length)
-        if isinstance(self.split, StreamSplit):
-            return self.split.order(self.seed, epoch)
-        return rng.permutation(self.seed, epoch, self.length)
+        return self.split.order(self.seed, epoch)
 
     def batches(
         self, epoch: int, start: int = 0, stopping: Callable[[], object] | None = None
@@ -231,10 +206,8 @@ class Loader:
 
     def _begin(self, part: Tensor) -> Callable[[], Batch]:
         """Starts what needs no waiting, and returns the rest."""
-        if isinstance(self.split, StreamSplit | TensorSplit):
-            gather = self.split.begin(part, pin=self.device.type == "cuda")
-            return lambda: self._only_wanted(gather())
-        return lambda: self._only_wanted(self.split.fetch(part))
+        gather = self.split.begin(part, pin=self.device.type == "cuda")
+        return lambda: self._only_wanted(gather())
 
     def _only_wanted(self, batch: Batch) -> Batch:
         """The batch without targets that nobody reads: neither copied to the device nor augmented."""
@@ -245,37 +218,3 @@ class Loader:
         index = torch.linspace(0, self.length - 1, min(count, self.length)).round().long()
         batch = to_device(self._only_wanted(self.split.fetch(index)), self.device)
         return batch if self.transform is None else self.transform(batch, 0)
-
-
-def _path(split: Split, device: torch.device, loading: Loading) -> DataPath:
-    """Where a split is served from. Raises `UsageError` where it cannot be."""
-    if isinstance(split, StreamSplit):
-        return DataPath.stream
-    if not isinstance(split, TensorSplit):  # a user's own, which only fetches
-        return DataPath.mapped
-    there = split.device == device and not split.mapped
-    if loading.path is DataPath.mapped and not (there and device.type == "cpu"):
-        return DataPath.mapped
-    if there:
-        return DataPath.resident
-    if loading.path is DataPath.resident:
-        available = _available(device)
-        if split.nbytes > available:
-            raise UsageError(
-                f"`loading.path=resident`: the images take {split.nbytes / 2**30:.1f} GiB, and {device} has "
-                f"{available / 2**30:.1f} GiB free; type loading.path=mapped"
-            )
-        return DataPath.resident
-    fits = device.type == "cuda" and split.nbytes <= loading.memory_share * _available(device)
-    return DataPath.resident if fits else DataPath.mapped
-
-
-def _available(device: torch.device) -> int:
-    """Bytes of memory that the device has free; of the CPU's, what holds only copies of files counts as free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # no Linux: half of all there is, where that can be asked for
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 1 << 32

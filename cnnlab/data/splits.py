@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from cnnlab import rng
-from cnnlab.errors import DataError
+from cnnlab.data.served import Served, free_memory
+from cnnlab.errors import DataError, UsageError
 from cnnlab.protocols import Batch, Split
-from cnnlab.schema import PositiveInt, Range
+from cnnlab.schema import DataPath, Loading, PositiveInt, Range
 
 Fraction = Annotated[float, Range(above=0, below=1)]
 Limit = PositiveInt | Annotated[float, Range(above=0, high=1)] | None
@@ -26,7 +27,7 @@ _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 _COPY_BYTES = 64 << 20
 
 
-class TensorSplit:
+class TensorSplit(Served):
     """A split whose samples are rows of tensors, which other splits may share.
 
     Args:
@@ -96,6 +97,35 @@ class TensorSplit:
     def _targets_of(self, rows: Tensor) -> Batch:
         parts = {name: target.index_select(0, rows) for name, target in self.targets.items()}
         return {name: part if part.is_floating_point() else part.long() for name, part in parts.items()}
+
+    def path(self, device: torch.device, loading: Loading) -> DataPath:
+        there = self.device == device and not self.mapped
+        if loading.path is DataPath.mapped and not (there and device.type == "cpu"):
+            return DataPath.mapped
+        if there:
+            return DataPath.resident
+        if loading.path is DataPath.resident:
+            available = free_memory(device)
+            if self.nbytes > available:
+                raise UsageError(
+                    f"`loading.path=resident`: the images take {self.nbytes / 2**30:.1f} GiB, and {device} has "
+                    f"{available / 2**30:.1f} GiB free; type loading.path=mapped"
+                )
+            return DataPath.resident
+        fits = device.type == "cuda" and self.nbytes <= loading.memory_share * free_memory(device)
+        return DataPath.resident if fits else DataPath.mapped
+
+    def placed(self, path: DataPath, device: torch.device, loading: Loading) -> TensorSplit:
+        moves = path is DataPath.resident and (self.mapped or self.device != device)
+        return self.to(device) if moves else self
+
+    def waits(self, path: DataPath, device: torch.device) -> bool:
+        # On the CPU, the system keeps files that fit in its memory there.
+        return path is not DataPath.resident and (device.type != "cpu" or self.nbytes > free_memory(device))
+
+    def about(self, path: DataPath, device: torch.device) -> str:
+        place = f"on {device}" if path is DataPath.resident and device.type != "cpu" else "in memory"
+        return f"{'decoded cache' if self.mapped else place}, {self.nbytes / 2**20:,.1f} MiB"
 
     def to(self, device: torch.device) -> TensorSplit:
         """The split with a copy of its own samples on `device`, where `fetch` then gathers them."""

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnnlab import rng
 from cnnlab.data.cache import Sources, tell_depth
 from cnnlab.data.decode import Decoded, Depth, Recipe
 from cnnlab.data.gpu_jpeg import GpuJpegs
 from cnnlab.data.pool import DecodingPool, cores
+from cnnlab.data.served import Served
 from cnnlab.data.splits import digest, require_samples
 from cnnlab.errors import DataError
 from cnnlab.protocols import Batch, Split
-from cnnlab.schema import DataPath, Loading
+from cnnlab.schema import DataPath, Decoder, Loading
 
 DISK_SHARE = 0.5
 """Part of the cache disk's free space up to which the images are decoded into it unasked."""
@@ -46,7 +46,7 @@ def streams(loading: Loading, needed: int, folder: Path, *, cached: bool) -> boo
     )
 
 
-class StreamSplit:
+class StreamSplit(Served):
     """Samples whose images are decoded each time that they are asked for. The pixels are those of the cache.
 
     Args:
@@ -57,6 +57,8 @@ class StreamSplit:
         rows: (N,) int64, the sources that make up this split, in order.
         pool: the processes that decode; splits share it.
     """
+
+    streams = True
 
     def __init__(
         self, sources: Sources, recipe: Recipe, labels: Tensor, fingerprint: str, rows: Tensor, pool: DecodingPool
@@ -73,9 +75,14 @@ class StreamSplit:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def order(self, seed: int, epoch: int) -> Tensor:
-        """(N,) int64: the order in which the epoch visits the split."""
-        return rng.permutation(seed, epoch, len(self))
+    def path(self, device: torch.device, loading: Loading) -> DataPath:
+        return DataPath.stream
+
+    def placed(self, path: DataPath, device: torch.device, loading: Loading) -> StreamSplit:
+        return self.on_gpu(device) if loading.decode is Decoder.cuda else self
+
+    def waits(self, path: DataPath, device: torch.device) -> bool:
+        return True
 
     def on_gpu(self, device: torch.device) -> StreamSplit:
         """The split with the GPU decoding its JPEG files; `image` is then on `device`."""
@@ -83,8 +90,7 @@ class StreamSplit:
         other._gpu = GpuJpegs(self.recipe, device, max(2, self.pool.workers), self.pool.patience)
         return other
 
-    def describe(self) -> str:
-        """What decodes."""
+    def about(self, path: DataPath, device: torch.device) -> str:
         if self._gpu is not None:
             return f"JPEG decoded on {self._gpu.device}"
         count = self.pool.workers

@@ -198,7 +198,7 @@ def test_the_path_follows_the_sizes_and_can_be_forced(monkeypatch: pytest.Monkey
     assert path(numbered(23)) == ("resident", False)
     assert path(file_backed(23)) == ("mapped", False)
     assert path(file_backed(23), "resident") == ("resident", False)
-    monkeypatch.setattr("cnnlab.data.loader._available", lambda device: 100)
+    monkeypatch.setattr("cnnlab.data.splits.free_memory", lambda device: 100)
     assert path(file_backed(23)) == ("mapped", True), "files larger than the memory are read ahead"
     with pytest.raises(UsageError, match=r"loading\.path=mapped"):
         path(file_backed(23), "resident")
@@ -228,3 +228,18 @@ def test_a_batch_is_not_overwritten_while_kernels_read_it() -> None:
         sums.append(batch["label"] + busy[0, :1].long() * 0)
         del batch
     assert torch.cat(sums).tolist() == loader.order(0).tolist()
+
+
+def test_a_users_split_that_only_fetches_is_served_as_ours_are() -> None:
+    class Plain:
+        fingerprint, labels = "plain", None
+
+        def __len__(self) -> int:
+            return 23
+
+        def fetch(self, index: Tensor) -> Batch:
+            return numbered(23).fetch(index)
+
+    loader = Loader(Plain(), 5, seed=3, shuffle=True)
+    assert loader.route() == "mapped"
+    assert served(loader, 1) == served(Loader(numbered(23), 5, seed=3, shuffle=True), 1)
