@@ -1,4 +1,8 @@
-"""Pure measurements on tensors: norms and moments. They read, never write, and never synchronize."""
+"""Pure measurements on tensors: norms, moments, inner products and Hessian-vector products. They read, never write, and
+never synchronize.
+
+A list of tensors, one a parameter, is taken as one vector.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,23 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(norms(tensors))
 
 
+def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """The inner product of two vectors, a scalar."""
+    return torch.stack([product.sum() for product in torch._foreach_mul(list(left), list(right))]).sum()
+
+
+def moved(start: Sequence[Tensor], direction: Sequence[Tensor], length: float | Tensor) -> list[Tensor]:
+    """start + length·direction, in the dtypes of `start`."""
+    along = [part.to(at) for part, at in zip(direction, start, strict=True)]
+    return list(torch._foreach_add(list(start), torch._foreach_mul(along, length)))
+
+
+def normalized(vector: Sequence[Tensor]) -> list[Tensor]:
+    """The vector at length 1; zeros stay zeros."""
+    length = dot(vector, vector).sqrt()
+    return list(torch._foreach_div(list(vector), torch.where(length > 0, length, 1.0)))
+
+
 def update_ratios(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """‖after - before‖ / ‖before‖ of each tensor: (len(before),).
 
@@ -30,6 +51,33 @@ def update_ratios(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     old = norms(before)
     change = norms(torch._foreach_sub([t.detach() for t in after], [t.detach() for t in before]))
     return torch.where(old > 0, change / old, torch.nan)
+
+
+def hessian_vector_products(
+    slopes: Sequence[Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> list[Tensor]:
+    """H·v by differentiating the gradient's product with v (Pearlmutter 1994), shaped like `params`.
+
+    A loss that is linear in some parameter (the hinge in the classifier's bias) gives it a constant slope, which
+    has no graph: its part of the product is zero.
+
+    Args:
+        slopes: the gradient, one tensor a parameter, with its graph, which is kept.
+        params: the parameters.
+        vectors: v, one tensor a parameter.
+    """
+    curved = [(slope, vector) for slope, vector in zip(slopes, vectors) if slope.requires_grad]
+    if not curved:
+        return [torch.zeros_like(param) for param in params]
+    return list(
+        torch.autograd.grad(
+            [slope for slope, _ in curved],
+            list(params),
+            grad_outputs=[vector for _, vector in curved],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+    )
 
 
 def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -60,6 +60,20 @@ def reseed(device: torch.device, seed: int, stream: str, *where: int | str) -> N
         torch.get_device_module(device).manual_seed(start)
 
 
+@contextmanager
+def restored(device: torch.device) -> Iterator[None]:
+    """Lets torch's default generators of the CPU and of `device` be after the block what they were before."""
+    before = torch.get_rng_state()
+    elsewhere = None if device.type == "cpu" else torch.get_device_module(device)
+    there = None if elsewhere is None else elsewhere.get_rng_state(device)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+        if elsewhere is not None:
+            elsewhere.set_rng_state(there, device)
+
+
 def _signed(value: int) -> int:
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value

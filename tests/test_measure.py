@@ -67,3 +67,22 @@ def test_moments_of_no_group_are_nan():
     mean, std = measure.merge_moments(torch.zeros(2), torch.zeros(2), torch.zeros(2))
     assert mean.isnan()
     assert std.isnan()
+
+
+def test_lists_of_tensors_are_vectors():
+    left, right = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])], [torch.tensor([4.0, 5.0]), torch.tensor([[6.0]])]
+    assert measure.dot(left, right).item() == 32
+    assert [t.tolist() for t in measure.moved(left, right, -2)] == [[-7, -8], [[-9]]]
+    assert [t.tolist() for t in measure.normalized([torch.tensor([3.0]), torch.tensor([4.0])])] == [
+        [0.6000000238418579],
+        [0.800000011920929],
+    ]
+    assert measure.normalized([torch.zeros(2)])[0].tolist() == [0, 0]
+
+
+def test_a_hessian_vector_product_of_a_cubic():
+    """f = Σ x³ + x·c·y, with y linear: H = [[6x, c], [c, 0]]."""
+    x, y = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0], requires_grad=True)
+    slopes = torch.autograd.grad((x**3).sum() + 5 * x[0] * y[0], [x, y], create_graph=True)
+    products = measure.hessian_vector_products(slopes, [x, y], [torch.tensor([1.0, 1.0]), torch.tensor([2.0])])
+    assert [p.tolist() for p in products] == [[16, 12], [5]]

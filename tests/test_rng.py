@@ -97,3 +97,13 @@ def test_reseed_puts_the_default_generator_at_the_start_of_a_stream():
 
 def test_streams_with_glued_names_differ():
     assert rng.derive(0, "a", "b", 1) != rng.derive(0, "ab", 1) != rng.derive(0, "a", "b1")
+
+
+def test_the_default_generators_are_afterwards_what_they_were():
+    torch.manual_seed(5)
+    first = torch.rand(3)
+    torch.manual_seed(5)
+    with rng.restored(torch.device("cpu")):
+        rng.reseed(torch.device("cpu"), 0, "dropout", 1)
+        torch.rand(7)
+    assert torch.equal(torch.rand(3), first)

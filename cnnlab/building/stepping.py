@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from cnnlab.data.cache import cache_folder
 from cnnlab.data.loader import Loader
@@ -20,8 +19,9 @@ from cnnlab.observe.taps import Taps
 from cnnlab.optim.traits import Traits
 from cnnlab.protocols import Batch
 from cnnlab.schema import Precision, Regularization, StepKind, Trainer
+from cnnlab.train.forward import Forward, Penalty
 from cnnlab.train.interventions import Interventions
-from cnnlab.train.step import CapturedStep, ClosureStep, CompiledStep, EagerStep, Forward, GraphClosureStep
+from cnnlab.train.step import CapturedStep, ClosureStep, CompiledStep, EagerStep, GraphClosureStep
 from cnnlab.train.steps import trial
 
 
@@ -47,7 +47,7 @@ class StepMaker:
         arguments: dict[str, Any] = {
             "seed": self.seed,
             "ranks": self.ranks,
-            "penalty": penalty(parameters, self.regularization),
+            "penalty": penalty(self.regularization),
             "interventions": self.interventions,
             "scaler": torch.amp.GradScaler(self.placement.device.type) if half else None,
             "accumulate": self.trainer.accumulate,
@@ -96,14 +96,15 @@ class StepMaker:
         return self.train.first()
 
 
-def penalty(parameters: list[nn.Parameter], regularization: Regularization) -> Callable[[], torch.Tensor] | None:
+def penalty(regularization: Regularization) -> Penalty | None:
     """The term of the loss that depends on the weights alone; `None` where there is none."""
     first, second = regularization.l1, regularization.l2
     if not first and not second:
         return None
 
-    def total() -> torch.Tensor:
-        terms = ([first * l1(parameters)] if first else []) + ([second * l2(parameters)] if second else [])
+    def total(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        found = list(weights.values())
+        terms = ([first * l1(found)] if first else []) + ([second * l2(found)] if second else [])
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
     return total

@@ -20,11 +20,11 @@ NARROW = "oneDNN gets wrong in half precision (maps narrower than the stride)"
 
 
 class _Float32:
-    """Mixed into a convolution's class: computes in float32 whatever autocast says."""
+    """Mixed into a convolution's class: computes in float32 (or float64) whatever autocast says."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())  # type: ignore[misc]
+            return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))  # type: ignore[misc]
 
 
 def _in_float32(kind: Any) -> Any:

@@ -37,33 +37,6 @@ class Batched:
         return [optimizer.state[param][name] for param in self.params]
 
 
-def hessian_vector_products(
-    slopes: Sequence[Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor]
-) -> list[Tensor]:
-    """H·v by differentiating the gradient's product with v (Pearlmutter 1994), shaped like `params`.
-
-    A loss that is linear in some parameter (the hinge in the classifier's bias) gives it a constant slope, which
-    has no graph: its part of the product is zero.
-
-    Args:
-        slopes: the gradient, one tensor a parameter, with its graph, which is kept.
-        params: the parameters.
-        vectors: v, one tensor a parameter.
-    """
-    curved = [(slope, vector) for slope, vector in zip(slopes, vectors) if slope.requires_grad]
-    if not curved:
-        return [torch.zeros_like(param) for param in params]
-    return list(
-        torch.autograd.grad(
-            [slope for slope, _ in curved],
-            list(params),
-            grad_outputs=[vector for _, vector in curved],
-            retain_graph=True,
-            materialize_grads=True,
-        )
-    )
-
-
 def by_shape(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Positions of tensors of equal shape, to be stacked."""
     places: dict[tuple[int, ...], list[int]] = defaultdict(list)

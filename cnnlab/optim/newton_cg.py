@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cnnlab.optim.common import hessian_vector_products
+from cnnlab.measure import dot, hessian_vector_products
 from cnnlab.schema import NonNegative, Positive, PositiveInt
 
 
@@ -170,8 +170,3 @@ def _distance_to_boundary(move: Sequence[Tensor], direction: Sequence[Tensor], r
     # The root of the quadratic in the form that does not cancel: gap/(b + √(b² + a·gap)) for b > 0.
     root = (b.square() + a * gap).sqrt()
     return torch.where(b > 0, gap / (b + root), (root - b) / a)
-
-
-def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """The inner product of two lists of tensors, a scalar."""
-    return torch.stack([product.sum() for product in torch._foreach_mul(list(left), list(right))]).sum()

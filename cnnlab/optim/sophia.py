@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cnnlab.optim.common import hessian_vector_products
+from cnnlab.measure import hessian_vector_products
 from cnnlab.rng import derive
 from cnnlab.schema import Momentum, NonNegative, Positive, PositiveInt
 

@@ -6,8 +6,8 @@ import logging
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,9 +23,11 @@ from cnnlab.runs.checkpoint import State
 from cnnlab.runs.folder import RunDir
 from cnnlab.schema import Precision, Trainer
 from cnnlab.tasks import Task
+from cnnlab.train.forward import Forward
 from cnnlab.train.interventions import Interventions
+from cnnlab.train.objective import Mode, Objective
 from cnnlab.train.state import Clock, Selection, Totals
-from cnnlab.train.step import EagerStep, Forward
+from cnnlab.train.step import EagerStep
 
 _log = logging.getLogger(__name__)
 
@@ -171,7 +173,26 @@ class Run:
         """The sums of an evaluation, on the CPU, with the penalty of the weights at hand, where the loss has one."""
         if self.step.penalty is None:
             return sums
-        return {**sums, "penalty": self.step.penalty().detach().cpu() * sums["count"]}
+        return {**sums, "penalty": self.step.penalty(self.step.weights).detach().cpu() * sums["count"]}
+
+    def objective(
+        self,
+        batch: Batch,
+        count: int | None = None,
+        *,
+        mode: Mode | Literal["train", "frozen", "eval"] = "train",
+        dtype: torch.dtype | None = None,
+    ) -> Objective:
+        """What the coming update minimizes on a batch, as a function of the weights.
+
+        Args:
+            batch: this rank's part of one, as a loader gives it, after interventions in batches.
+            count: samples of the whole batch; `None` where this rank has all of it.
+            mode, dtype: see `Objective`.
+        """
+        whole = len(batch["index"]) if count is None else count
+        stated = self.step.objective(batch, whole, self.clock.step)
+        return replace(stated, mode=Mode(mode), dtype=dtype, epoch=self.clock.epoch)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

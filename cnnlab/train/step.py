@@ -15,49 +15,13 @@ from cnnlab import rng
 from cnnlab.errors import DivergedError, UsageError
 from cnnlab.machine.ranks import Ranks
 from cnnlab.observe.observer import Look
-from cnnlab.protocols import Batch, Outputs, StepResult, as_outputs
-from cnnlab.tasks import Task
+from cnnlab.protocols import Batch, StepResult
+from cnnlab.train.forward import Forward, Penalty, minimized, pieces
 from cnnlab.train.interventions import Interventions
+from cnnlab.train.objective import Objective
 
 CAPTURE_MODE = "thread_local"
 """What a capture forbids, it forbids in its own thread: the fetching thread may go on to allocate and copy batches."""
-
-
-class Forward:
-    """A micro-batch through network, loss and measures; the part that is compiled.
-
-    Returns the samples' losses (N,) with their graph, and the sums `count`, `data_loss` and its parts and the task's
-    measures. Half-precision outputs become float32 first, so the loss is always computed there.
-    """
-
-    def __init__(self, model: nn.Module, task: Task, device: torch.device, dtype: torch.dtype):
-        self.model = model
-        self.task = task
-        self.device = device
-        self._dtype = dtype
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._dtype is torch.float32 else torch.autocast(self.device.type, self._dtype)
-
-    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        outputs = self.outputs(batch["image"])
-        parts = dict(self.task.loss(outputs, batch))
-        losses = parts.pop("loss")
-        with torch.no_grad():
-            sums = {
-                "count": torch.full((), float(len(losses)), device=losses.device),
-                "data_loss": losses.detach().sum(),
-                **{f"data_loss/{name}": part.detach().sum() for name, part in parts.items()},
-                **self.task.measure({name: t.detach() for name, t in outputs.items()}, batch),
-            }
-        return losses, sums
-
-    def outputs(self, image: Tensor) -> Outputs:
-        """What the task reads of the network, float32; in evaluation of the views that it wants of each image."""
-        with self.autocast():
-            views = [(1.0, image)] if self.model.training else self.task.views(image)
-            merged = self.task.merge([(weight, as_outputs(self.model(view))) for weight, view in views])
-        return {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in merged.items()}
 
 
 class EagerStep:
@@ -86,17 +50,22 @@ class EagerStep:
         *,
         seed: int,
         ranks: Ranks,
-        penalty: Callable[[], Tensor] | None = None,
+        penalty: Penalty | None = None,
         interventions: Interventions | None = None,
         scaler: torch.amp.GradScaler | None = None,
         accumulate: int = 1,
         clip_norm: float | None = None,
     ):
         self.forward: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]] = forward
+        self.evaluator = forward
+        """`forward` itself, whatever the step makes of it."""
         self.model = forward.model
         self.device = forward.device
         self.optimizer = optimizer
         self.parameters = list(parameters)
+        wanted = set(map(id, self.parameters))
+        self.weights = {name: p for name, p in self.model.named_parameters() if id(p) in wanted}
+        """The same by name."""
         self.seed = seed
         self.ranks = ranks
         self.penalty = penalty
@@ -134,33 +103,40 @@ class EagerStep:
         """Adds up the gradients of all micro-batches; the loss is the mean over `count`, plus the penalty."""
         sums: dict[str, Tensor] = {}
         losses = []
-        for index, piece in enumerate(self.pieces(batch)):
+        for index, piece in enumerate(pieces(batch, self.accumulate)):
             self.reseed(number, index)
-            loss, piece_sums = self.forward(piece)
-            total = loss.sum() / count
-            if index == 0 and self.penalty is not None and self.ranks.is_main:  # equal on all ranks: one adds it
-                penalty = self.penalty()
-                total = total + penalty
-                piece_sums["penalty"] = penalty.detach() * count
+            penalty = self.penalty if index == 0 and self.ranks.is_main else None  # equal on all ranks: one adds it
+            total, loss, piece_sums = minimized(self.forward, piece, count, penalty, self.weights)
             (total if self.scaler is None else self.scaler.scale(total)).backward()
             look.forward_done()
-            losses.append(loss.detach())
+            losses.append(loss)
             for name, value in piece_sums.items():
                 sums[name] = sums[name] + value if name in sums else value
         seen = torch.cat(losses) if losses else torch.zeros(0, device=self.device)
         return StepResult(sums, seen, batch["index"])
 
-    def pieces(self, batch: Batch) -> list[Batch]:
-        """The micro-batches, as even as they can be; none of them is empty."""
-        count = min(self.accumulate, len(batch["index"]))
-        if count <= 1:
-            return [batch] * count
-        cut = {name: tensor.tensor_split(count) for name, tensor in batch.items()}
-        return [{name: parts[i] for name, parts in cut.items()} for i in range(count)]
-
     def reseed(self, number: int, piece: int) -> None:
         """Dropout and the like draw from their own stream, the same on a resume as in an unbroken run."""
         rng.reseed(self.device, self.seed, "dropout", number, piece, self.ranks.rank)
+
+    def objective(self, batch: Batch, count: int, number: int) -> Objective:
+        """What update `number` minimizes, with the network as it stands.
+
+        Args:
+            batch: this rank's part, after the interventions.
+            count: samples of the whole batch.
+        """
+        return Objective(
+            self.evaluator,
+            batch,
+            count,
+            penalty=self.penalty,
+            accumulate=self.accumulate,
+            seed=self.seed,
+            number=number,
+            interventions=self.interventions,
+            ranks=self.ranks,
+        )
 
     def reduce(self, count: int, number: int, look: Look) -> None:
         """Gradients over all ranks, unscaled; watched; intervened in; clipped."""
@@ -274,12 +250,11 @@ class GraphClosureStep(ClosureStep):
 
     def __call__(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
         first: StepResult | None = None
-        batch = self.interventions.batch(batch, number)
+        objective = self.objective(self.interventions.batch(batch, number), count, number)
 
         def closure() -> Tensor:
             nonlocal first
-            with nullcontext() if first is None else self.frozen_buffers():
-                total, result = self.loss_with_graph(batch, count, number)
+            total, result = objective.evaluate(moving=first is None)
             if first is None:
                 look.forward_done()
                 first = result
@@ -293,16 +268,6 @@ class GraphClosureStep(ClosureStep):
         look.updated()
         assert first is not None, "the optimizer evaluates its closure"
         return first
-
-    def loss_with_graph(self, batch: Batch, count: int, number: int) -> tuple[Tensor, StepResult]:
-        self.reseed(number, 0)
-        losses, sums = self.forward(batch)
-        total = losses.sum() / count
-        if self.penalty is not None:
-            penalty = self.penalty()
-            total = total + penalty
-            sums["penalty"] = penalty.detach() * count
-        return total, StepResult(sums, losses.detach(), batch["index"])
 
 
 class CapturedStep(EagerStep):

@@ -1,0 +1,91 @@
+"""What training minimizes, of one micro-batch: the step runs it, the objective differentiates it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnnlab.protocols import Batch, Outputs, as_outputs
+from cnnlab.tasks import Task
+
+Penalty = Callable[[Mapping[str, Tensor]], Tensor]
+"""A term of the loss that depends on the weights alone: those that train, by name, to a scalar."""
+Sums = dict[str, Tensor]
+
+
+class Forward:
+    """A micro-batch through network, loss and measures; the part that is compiled.
+
+    Returns the samples' losses (N,) with their graph, and the sums `count`, `data_loss` and its parts and the task's
+    measures. Half-precision outputs become float32 first, so the loss is always computed there.
+
+    Args:
+        dtype: of the autocast; float32 and float64 take none.
+        views: whether a network in evaluation sees the task's views of each image, rather than the image alone.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, device: torch.device, dtype: torch.dtype, *, views: bool = True):
+        self.model = model
+        self.task = task
+        self.device = device
+        self.dtype = dtype
+        self.views = views
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        whole = self.dtype in (torch.float32, torch.float64)
+        return nullcontext() if whole else torch.autocast(self.device.type, self.dtype)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Sums]:
+        outputs = self.outputs(batch["image"])
+        parts = dict(self.task.loss(outputs, batch))
+        losses = parts.pop("loss")
+        with torch.no_grad():
+            sums = {
+                "count": torch.full((), float(len(losses)), device=losses.device),
+                "data_loss": losses.detach().sum(),
+                **{f"data_loss/{name}": part.detach().sum() for name, part in parts.items()},
+                **self.task.measure({name: t.detach() for name, t in outputs.items()}, batch),
+            }
+        return losses, sums
+
+    def outputs(self, image: Tensor) -> Outputs:
+        """What the task reads of the network, float32; in evaluation of the views that it wants of each image."""
+        with self.autocast():
+            views = [(1.0, image)] if self.model.training or not self.views else self.task.views(image)
+            merged = self.task.merge([(weight, as_outputs(self.model(view))) for weight, view in views])
+        return {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in merged.items()}
+
+
+def pieces(batch: Batch, count: int) -> list[Batch]:
+    """`count` micro-batches, as even as they can be; fewer where one would be empty."""
+    count = min(count, len(batch["index"]))
+    if count <= 1:
+        return [batch] * count
+    cut = {name: tensor.tensor_split(count) for name, tensor in batch.items()}
+    return [{name: parts[i] for name, parts in cut.items()} for i in range(count)]
+
+
+def minimized(
+    forward: Callable[[Batch], tuple[Tensor, Sums]],
+    piece: Batch,
+    count: int,
+    penalty: Penalty | None,
+    weights: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor, Sums]:
+    """A micro-batch's part of what is minimized: the sum of its losses over the `count` samples of the whole batch, and
+    the penalty, where it is this part that has it.
+
+    Returns:
+        that scalar with its graph; the samples' losses (N,), detached; the sums of `Forward`, and `penalty`.
+    """
+    losses, sums = forward(piece)
+    total = losses.sum() / count
+    if penalty is not None:
+        term = penalty(weights)
+        total = total + term
+        sums["penalty"] = term.detach() * count
+    return total, losses.detach(), sums
