@@ -26,10 +26,10 @@ from cnnlab.building.stepping import StepMaker
 from cnnlab.composing.composer import Composed
 from cnnlab.composing.make import make
 from cnnlab.composing.signature import bind_section, locate
-from cnnlab.data.cache import cache_folder, known_cache
 from cnnlab.data.choice import loaded, with_decoder
 from cnnlab.data.found import Findings
 from cnnlab.data.loader import Loader
+from cnnlab.data.places import cache_folder, known_cache
 from cnnlab.errors import CheckpointError, UsageError
 from cnnlab.init.prior import start_from
 from cnnlab.machine.device import Placement, as_recorded, place, prepare_cpu, set_deterministic

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from cnnlab.data.cache import cache_folder
 from cnnlab.data.loader import Loader
+from cnnlab.data.places import cache_folder
 from cnnlab.errors import UsageError
 from cnnlab.losses.penalty import l1, l2
 from cnnlab.machine.device import Placement, has_compiler

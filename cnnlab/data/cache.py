@@ -6,9 +6,7 @@ import logging
 import math
 import os
 import shutil
-import stat
 import sys
-import tempfile
 import time
 import zlib
 from collections import deque
@@ -16,10 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache as cache_once
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,39 +35,20 @@ from cnnlab.data.entries import (
     write_synced,
 )
 from cnnlab.data.pixels import SIXTEEN_BITS, Depth
+from cnnlab.data.places import cache_folder
 from cnnlab.data.pool import PATIENCE, DecodingPool, cores
+from cnnlab.data.sources import Listing, Sources
 from cnnlab.errors import DataError
 from cnnlab.runs.folder import write_atomically
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 3
-"""Part of every key: raised when decoding or the files below change their meaning."""
 _CHUNK_BYTES = 4 << 20
 _CHUNK_FILES = 256
 _MANY_FILES, _MANY_BYTES = 1000, 16 << 20
 """From here on starting decoding processes (0.15 s of a core each) pays."""
 _STALE_SECONDS = 86_400
 _SHOWN = 5
-
-
-class Sources(Protocol):
-    """Where the images of a data set lie, undecoded: a listing of files, an index of shards."""
-
-    bytes: int
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def items(self, rows: Sequence[int]) -> list[Item]:
-        """What decoding processes read the rows from."""
-        ...
-
-    def name(self, row: int) -> str:
-        """The row in a message."""
-        ...
-
-    def key(self, recipe: Recipe) -> str: ...
 
 
 @dataclass
@@ -96,103 +74,6 @@ def without(failures: Sequence[tuple[int, str]], parts: Mapping[str, Tensor]) ->
     """The rows of each split without the failed ones."""
     broken = torch.tensor([row for row, _ in failures], dtype=torch.int64)
     return {name: rows[~torch.isin(rows, broken)] for name, rows in parts.items()}
-
-
-def cache_folder(cache: str | None) -> Path:
-    """`cache`, else `$CNNLAB_CACHE`, else `~/.cache/cnnlab`; a folder in the temporary one for who has no home.
-
-    Creates nothing but the latter.
-
-    Raises:
-        DataError: it begins with the `~` of a user that does not exist.
-    """
-    named = cache or os.environ.get("CNNLAB_CACHE")
-    try:
-        return Path(named or "~/.cache/cnnlab").expanduser()
-    except RuntimeError as error:  # no $HOME, and a user without an entry
-        if named is not None:
-            raise DataError(f"expected a folder for the cache, received {named}: {error}; name it in full") from error
-        return _without_a_home()
-
-
-def known_cache() -> Path | None:
-    """`cache_folder(None)` to look something up in; `None`, without a word, for who has no home and no cache yet."""
-    try:
-        return Path(os.environ.get("CNNLAB_CACHE") or "~/.cache/cnnlab").expanduser()
-    except RuntimeError:
-        folder = _homeless()
-        return folder if folder.is_dir() and _is_ours(folder) else None
-
-
-def _homeless() -> Path:
-    return Path(tempfile.gettempdir()) / f"cnnlab-{os.getuid()}"
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether nobody else writes there."""
-    status = folder.lstat()
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
-
-
-@cache_once
-def _without_a_home() -> Path:
-    folder = _homeless()
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if not _is_ours(folder):
-            folder = Path(tempfile.mkdtemp(prefix="cnnlab-"))  # somebody else's: compiled code lies in it, too
-    except OSError as error:
-        raise DataError(f"expected a home or a temporary folder for the cache, received: {error}") from error
-    _log.warning("there is no home folder: the cache is in %s; set CNNLAB_CACHE to put it elsewhere", folder)
-    return folder
-
-
-def entry_key(recipe: Recipe, content: str) -> str:
-    """Names what a recipe makes of sources whose content has this name."""
-    text = f"{_FORMAT} {recipe!r} {recipe.max_pixels} {content}"
-    return blake2b(text.encode(), digest_size=12).hexdigest()
-
-
-class Listing:
-    """Image files as they are now, asked for their sizes and times once.
-
-    Args:
-        root: folder that `files` are relative to.
-
-    Raises:
-        DataError: one of them is not there.
-    """
-
-    def __init__(self, root: Path, files: Sequence[str]) -> None:
-        self.root = root
-        self.files = files
-        self.bytes = 0
-        key, content = (blake2b(digest_size=size) for size in (12, 8))
-        for name in files:
-            try:
-                status = os.stat(os.path.join(root, name))  # noqa: PTH116, PTH118 (pathlib: 3x the time)
-            except OSError as error:
-                raise DataError(f"expected to find {root / name}, received: {error}") from error
-            named = f"{name}\0{status.st_size}".encode(errors="surrogateescape")
-            content.update(named + b"\n")
-            key.update(named + f"\0{status.st_mtime_ns}\n".encode())
-            self.bytes += status.st_size
-        self._key = key.hexdigest()
-        self.fingerprint = content.hexdigest()
-        """Of the names and sizes, for want of pixels: times change when a data set is copied."""
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def items(self, rows: Sequence[int]) -> list[Item]:
-        return [os.path.join(self.root, self.files[row]) for row in rows]  # noqa: PTH118 (pathlib: 3x the time)
-
-    def name(self, row: int) -> str:
-        return self.files[row]
-
-    def key(self, recipe: Recipe) -> str:
-        """Names what the recipe makes of these files."""
-        return entry_key(recipe, self._key)
 
 
 def is_cached(listing: Listing, recipe: Recipe, cache: str | None) -> bool:

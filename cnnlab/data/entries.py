@@ -29,11 +29,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnnlab.data.decode import Recipe
 from cnnlab.data.formats import require_file
 
 _IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+FORMAT = 3
+"""Part of every key: raised when decoding or the files here change their meaning."""
 CHECKED_BYTES = 1 << 30
 """Of an entry's images, whose checksums are compared when it is opened."""
+
+
+def entry_key(recipe: Recipe, content: str) -> str:
+    """Names what a recipe makes of sources whose content has this name."""
+    text = f"{FORMAT} {recipe!r} {recipe.max_pixels} {content}"
+    return blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 @dataclass

@@ -9,12 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cnnlab.data.cache import Listing, UnwritableCache, cache_folder, decoded, is_cached, unreadable, without
+from cnnlab.data.cache import UnwritableCache, decoded, is_cached, unreadable, without
 from cnnlab.data.decode import Recipe
 from cnnlab.data.found import Findings, Walk, first_names, require_one_place
 from cnnlab.data.headers import own_size
 from cnnlab.data.layout import Layout, class_folders
 from cnnlab.data.pixels import MAX_PIXELS, checked_range
+from cnnlab.data.places import cache_folder
+from cnnlab.data.sources import Listing
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned, require_fractions
 from cnnlab.data.stream import StreamSplit, streamed, streams
 from cnnlab.errors import DataError

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from cnnlab.data.cache import Sources
 from cnnlab.data.formats import EXTENSIONS
+from cnnlab.data.sources import Sources
 from cnnlab.errors import DataError
 from cnnlab.usertext import read_text
 

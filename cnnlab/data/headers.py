@@ -11,9 +11,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from statistics import median_low
 
-from cnnlab.data.cache import Listing, cache_folder
 from cnnlab.data.decode import Recipe
 from cnnlab.data.formats import opened
+from cnnlab.data.places import cache_folder
+from cnnlab.data.sources import Listing
 from cnnlab.runs.folder import write_json
 
 _log = logging.getLogger(__name__)

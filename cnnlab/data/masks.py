@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnnlab.data.cache import Listing, Store, decoded
+from cnnlab.data.cache import Store, decoded
 from cnnlab.data.decode import Recipe, letterbox
 from cnnlab.data.found import Findings, Walk, class_names, first_names
 from cnnlab.data.layout import SPLITS, split_folders
 from cnnlab.data.pixels import MAX_PIXELS, checked_range
+from cnnlab.data.sources import Listing
 from cnnlab.data.splits import Fraction, Limit, assemble, digest, partitioned, require_fractions
 from cnnlab.errors import DataError
 from cnnlab.protocols import VOID, DataSpec, Split

@@ -8,11 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cnnlab.data.cache import Listing, decoded
+from cnnlab.data.cache import decoded
 from cnnlab.data.decode import Recipe
 from cnnlab.data.fetch import from_torchvision, require_files
 from cnnlab.data.masks import decoded_pairs
 from cnnlab.data.pixels import MAX_PIXELS, checked_range
+from cnnlab.data.sources import Listing
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned
 from cnnlab.errors import DataError
 from cnnlab.protocols import VOID, DataSpec, Split

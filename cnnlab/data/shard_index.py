@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from cnnlab.data.cache import cache_folder, entry_key
 from cnnlab.data.decode import Item, Recipe
+from cnnlab.data.entries import entry_key
 from cnnlab.data.formats import EXTENSIONS
+from cnnlab.data.places import cache_folder
 from cnnlab.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def indexed(shards: Sequence[Path], label: str, cache: str | None) -> ShardIndex
 
     Args:
         label: extension of the member that holds the class number, as text; of `json`, its value `label`.
-        cache: folder of the cache; see `cnnlab.data.cache.cache_folder`.
+        cache: folder of the cache; see `cnnlab.data.places.cache_folder`.
 
     Raises:
         DataError: a shard is missing, damaged or compressed, or has samples without a label.

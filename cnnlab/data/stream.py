@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnnlab.data.cache import Sources, tell_depth
+from cnnlab.data.cache import tell_depth
 from cnnlab.data.decode import Decoded, Depth, Recipe
 from cnnlab.data.gpu_jpeg import GpuJpegs
 from cnnlab.data.pool import DecodingPool, cores
 from cnnlab.data.served import Served
+from cnnlab.data.sources import Sources
 from cnnlab.data.splits import digest, require_samples
 from cnnlab.errors import DataError
 from cnnlab.protocols import Batch, Split

@@ -10,10 +10,11 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-from cnnlab.data.cache import Listing, decoded
+from cnnlab.data.cache import decoded
 from cnnlab.data.decode import Recipe, letterbox
 from cnnlab.data.formats import EXTENSIONS
 from cnnlab.data.pixels import MAX_PIXELS, checked_range
+from cnnlab.data.sources import Listing
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned, require_fractions
 from cnnlab.errors import DataError
 from cnnlab.protocols import DataSpec, Split

@@ -16,10 +16,12 @@ import pytest
 import torch
 from image_files import GREEN, make_folder, save_plain
 
-from cnnlab.data import cache
-from cnnlab.data.cache import Listing, Store, cache_folder, decoded
+from cnnlab.data import cache, places
+from cnnlab.data.cache import Store, decoded
 from cnnlab.data.decode import Recipe
+from cnnlab.data.places import cache_folder
 from cnnlab.data.pool import DecodingPool
+from cnnlab.data.sources import Listing
 from cnnlab.errors import DataError
 
 RECIPE = Recipe(3, 8, 8, "crop", 8)
@@ -191,18 +193,18 @@ def test_without_a_home_the_cache_is_a_folder_of_ones_own_and_looking_makes_none
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", nobody)
-    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(places.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(places.tempfile, "tempdir", str(tmp_path))
     monkeypatch.delenv("CNNLAB_CACHE", raising=False)
-    cache._without_a_home.cache_clear()
-    assert cache.known_cache() is None and not list(tmp_path.iterdir()) and not caplog.records
+    places._without_a_home.cache_clear()
+    assert places.known_cache() is None and not list(tmp_path.iterdir()) and not caplog.records
     folder = cache_folder(None)
-    assert folder == cache.known_cache() == cache_folder(None) and folder.stat().st_mode & 0o777 == 0o700
+    assert folder == places.known_cache() == cache_folder(None) and folder.stat().st_mode & 0o777 == 0o700
     assert len(caplog.records) == 1
     folder.chmod(0o777)  # anybody could put something there
-    cache._without_a_home.cache_clear()
-    assert cache.known_cache() is None and cache_folder(None) != folder
-    cache._without_a_home.cache_clear()
+    places._without_a_home.cache_clear()
+    assert places.known_cache() is None and cache_folder(None) != folder
+    places._without_a_home.cache_clear()
 
 
 def test_a_full_disk_is_refused_before_decoding(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
