@@ -1,4 +1,4 @@
-"""The objective against closed forms, torch.func, differences and the step itself; and that it leaves nothing behind."""
+"""The objective against closed forms, torch.func, differences and the step itself; it leaves nothing behind."""
 
 from __future__ import annotations
 
