@@ -73,7 +73,8 @@ class Split(Protocol):
 class Data(Protocol):
     """A data set. `spec` must be cheap (no image is read, but for headers); `load` may take long.
 
-    After `load` it may have `findings` (`cnnlab.data.found.Findings`): what was found and is not used.
+    After `load` it may have `findings` (`cnnlab.data.found.Findings`): what was found and is not used. A class that
+    takes `loading`, and yet decodes its images once, says `streams = False`.
     """
 
     def spec(self) -> DataSpec: ...

@@ -252,7 +252,7 @@ class _Trial:
             return None
         loading: Loading = bind_section(Loading, self.config["loading"])
         target = locate(self.config["data"]["_target_"])
-        if loading.path is DataPath.stream and not accepts(target, "loading"):
+        if loading.path is DataPath.stream and not getattr(target, "streams", accepts(target, "loading")):
             self.refuse(
                 f"`loading.path=stream`: {target.__name__} decodes its images once; type loading.path=auto", "loading"
             )

@@ -26,18 +26,31 @@ import numpy as np
 
 from cnnlab.data.bounds import bounded, require_pixels
 from cnnlab.data.formats import opened, require_file
+from cnnlab.data.mask_pixels import require_exact
 from cnnlab.data.pixels import TURNS, Depth, Pixels, Recipe, cropped, fitted, letterbox
 
 __all__ = ["Decoded", "Depth", "Item", "Recipe", "cropped", "decode", "decode_chunk", "letterbox"]
 
 Array = np.ndarray[Any, Any]
-Item = str | tuple[str, int, int]
-"""An image file, or `(file, offset, bytes)` of one inside another (a shard's member)."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A file that takes the place of an image of another size: a mask that is smaller than its image."""
+
+    path: str
+    like: tuple[int, int]
+    """(height, width) of that image."""
+
+
+Item = str | tuple[str, int, int] | Fitted
+"""An image file, or `(file, offset, bytes)` of one inside another (a shard's member), or a `Fitted` file."""
 _SAYS_HOW_IT_LIES = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})
 """Keys of Pillow's `info`, one of which is there where a file may say how it is to be turned."""
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PARENTS_SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number]
 _ORIENTATION = 0x0112
+_BEGINNING = 4096
 
 
 @dataclass
@@ -56,12 +69,14 @@ class Decoded:
 
 def name_of(item: Item) -> str:
     """The item in a message."""
+    if isinstance(item, Fitted):
+        return item.path
     return item if isinstance(item, str) else f"{item[0]} at byte {item[1]:,}"
 
 
 def contents(item: Item) -> bytes:
     """The item's bytes, undecoded. Raises `OSError`."""
-    path, offset, size = (item, 0, -1) if isinstance(item, str) else item
+    path, offset, size = item if isinstance(item, tuple) else (name_of(item), 0, -1)
     require_file(path)
     with open(path, "rb") as file:  # noqa: PTH123 (pathlib: twice the time)
         file.seek(offset)
@@ -82,8 +97,9 @@ def decode_chunk(items: Sequence[Item], recipe: Recipe, begins: Callable[[int], 
         if begins is not None:
             begins(number)
         try:
-            source = item if isinstance(item, str) else io.BytesIO(contents(item))
-            images[number], sizes[number] = decode(source, recipe, depth)
+            source = io.BytesIO(contents(item)) if isinstance(item, tuple) else name_of(item)
+            like = item.like if isinstance(item, Fitted) else None
+            images[number], sizes[number] = decode(source, recipe, depth, like)
         except MemoryError:
             raise
         except Exception as error:  # each of Pillow's parsers raises what it stumbles on
@@ -99,25 +115,30 @@ def reason_of(error: Exception) -> str:
     return text if text.startswith("expected ") else f"{type(error).__name__}: {text}"
 
 
-def decode(source: str | BinaryIO, recipe: Recipe, depth: Depth | None = None) -> tuple[Array, tuple[int, int]]:
+def decode(
+    source: str | BinaryIO, recipe: Recipe, depth: Depth | None = None, like: tuple[int, int] | None = None
+) -> tuple[Array, tuple[int, int]]:
     """One file, by its path or open: (channels, height, width) uint8, and its own (height, width).
 
     The latter is as the file has the image turned: by EXIF, XMP, or whatever else Pillow's transposition honours.
 
     Args:
         depth: is told of an image of more than 8 bits.
+        like: (height, width) of another image, whose place it takes.
 
     Raises:
         ValueError: it has more pixels than the recipe allows, or values of no meaning.
         Exception: what Pillow's parsers raise for a file that they cannot read.
     """
     with _open(source) as file, _held(file, recipe.max_pixels), _identified(file) as image:
+        if recipe.mask:
+            require_exact(image, _beginning(file))
         own = bounded(image, recipe.max_pixels)
         image.load()
         require_pixels(image, recipe.max_pixels)  # a container may hold another size than it says
         pixels = Pixels(image, recipe, _turning(image))
         size = pixels.size if own is None else own[:: -1 if pixels.size != image.size else 1]
-        array = np.asarray(fitted(pixels, recipe))
+        array = np.asarray(fitted(pixels, recipe, None if like is None else (like[1], like[0])))
         if depth is not None:
             depth.add(pixels.depth)
     array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
@@ -143,6 +164,15 @@ def _identified(file: BinaryIO) -> Any:
             file.seek(0)
             return JpegImagePlugin.JpegImageFile(file)
         raise ValueError(f"expected fewer pixels, received: {error}; type data.max_pixels=NUMBER to take it") from error
+
+
+def _beginning(file: BinaryIO) -> bytes:
+    """Some of a file that is being read by somebody else."""
+    place = file.tell()
+    file.seek(0)
+    content = file.read(_BEGINNING)
+    file.seek(place)
+    return content
 
 
 def _turning(image: Any) -> int | None:

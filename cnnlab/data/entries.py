@@ -33,7 +33,7 @@ from cnnlab.data.decode import Recipe
 from cnnlab.data.formats import require_file
 
 _IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
-FORMAT = 3
+FORMAT = 4
 """Part of every key: raised when decoding or the files here change their meaning."""
 CHECKED_BYTES = 1 << 30
 """Of an entry's images, whose checksums are compared when it is opened."""

@@ -41,15 +41,3 @@ def from_torchvision(kind: str, root: Path, wanted: str, *, download: bool, **ar
         raise DataError(
             f"{missing}, received: {received}; type data.root=FOLDER, or data.download=true to fetch them"
         ) from error
-
-
-def require_files(root: Path, folder: str, names: list[str], remedy: str) -> None:
-    """Raises `DataError` where a name (without its folder) is not in `root/folder`."""
-    path = root / folder
-    there = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    missing = [name for name in names if name not in there]
-    if missing:
-        raise DataError(
-            f"expected {len(names)} files in {path}, received none for {len(missing)} of them, the first "
-            f"{missing[0]}; {remedy}"
-        )

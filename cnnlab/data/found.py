@@ -92,6 +92,11 @@ class Walk:
             )
         return found
 
+    def has_folder(self, folder: Path, names: Collection[str], layout: str) -> bool:
+        """Whether a folder in `folder` has one of the `names` (in lower case)."""
+        entries = self._entries(folder, layout)
+        return any(entry.name.strip().lower() in names and _is_folder(entry) for entry in entries)
+
     def _entries(self, folder: Path, layout: str) -> list[os.DirEntry[str]]:
         if not folder.is_dir():
             what = "a file" if folder.exists() else "nothing"

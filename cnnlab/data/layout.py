@@ -21,10 +21,15 @@ SPLIT_NAMES = {
 SPLITS = ("train", "val", "test")
 
 
-def split_folders(root: Path, found: Mapping[str, Path], layout: str, findings: Findings) -> dict[str, Path]:
+def split_folders(
+    root: Path, found: Mapping[str, Path], layout: str, findings: Findings, *, classes: bool = True
+) -> dict[str, Path]:
     """The folder of each split among those `found` in `root`; none where `root` has no splits.
 
     Folders beside them that are no split are told in `findings`.
+
+    Args:
+        classes: whether a folder may be a class instead.
 
     Raises:
         DataError: two folders mean one split; there are some, and not train.
@@ -43,7 +48,7 @@ def split_folders(root: Path, found: Mapping[str, Path], layout: str, findings: 
         else:
             splits[split] = path
     if splits and "train" not in splits:
-        if not others or len(splits) > 1:
+        if not classes or not others or len(splits) > 1:
             raise DataError(
                 f"expected a folder `train` beside {', '.join(sorted(found))} in {root}; lay the images out as {layout}"
             )

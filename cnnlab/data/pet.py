@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from cnnlab.data.cache import decoded
 from cnnlab.data.decode import Recipe
-from cnnlab.data.fetch import from_torchvision, require_files
-from cnnlab.data.masks import decoded_pairs
+from cnnlab.data.fetch import from_torchvision
+from cnnlab.data.found import Findings
+from cnnlab.data.lists import Folder, leave_out, listed, tell_shared
+from cnnlab.data.mask_pixels import Meaning
+from cnnlab.data.pairs import decoded_pairs, untaught
 from cnnlab.data.pixels import MAX_PIXELS, checked_range
 from cnnlab.data.sources import Listing
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned
 from cnnlab.errors import DataError
 from cnnlab.protocols import VOID, DataSpec, Split
-from cnnlab.schema import NonNegativeInt, PositiveInt
+from cnnlab.schema import Loading, NonNegativeInt, PositiveInt
 
 BREEDS = tuple(
     """abyssinian american_bulldog american_pit_bull_terrier basset_hound beagle bengal birman bombay boxer
@@ -27,7 +30,7 @@ BREEDS = tuple(
     wheaten_terrier yorkshire_terrier""".split()
 )
 MASK_CLASSES = ("pet", "background")
-_TRIMAP = {1: 0, 2: 1, 3: VOID}
+_TRIMAP: Meaning = ((1, 0), (2, 1), (3, VOID), (VOID, VOID))
 """What a trimap's numbers stand for: its third one is "not classified", the border between the two."""
 _FOLDER = "oxford-iiit-pet"
 _REMEDY = f"remove {_FOLDER} from data.root and type data.download=true"
@@ -47,10 +50,13 @@ class OxfordPet:
         val: fraction of the training images that selects the checkpoint, stratified by breed.
         split_seed: seed of the split, apart from the run's.
         limit, imbalance: thin the training split (see `cnnlab.data.splits`).
-        on_error: whether an unreadable file ends the run or is left out.
+        on_error: whether an unreadable file, or a listed image without its files, ends the run or is left out.
         cache, workers: see `cnnlab.data.cache.decoded`.
         max_pixels, value_range: see `cnnlab.data.folder.ImageFolder`.
+        loading: the config's section; `None` takes its defaults.
     """
+
+    streams = False
 
     def __init__(
         self,
@@ -68,6 +74,7 @@ class OxfordPet:
         workers: NonNegativeInt | None = None,
         max_pixels: PositiveInt = MAX_PIXELS,
         value_range: tuple[float, ...] | None = None,
+        loading: Loading | None = None,
     ) -> None:
         self.masks = masks
         self.root = Path(root).expanduser()
@@ -85,7 +92,14 @@ class OxfordPet:
         self.split_seed = split_seed
         self.limit = limit
         self.imbalance = imbalance
-        self.decoding: dict[str, Any] = {"on_error": on_error, "cache": cache, "workers": workers}
+        self.on_error: Literal["raise", "skip"] = on_error
+        self.decoding: dict[str, Any] = {
+            "on_error": on_error,
+            "cache": cache,
+            "workers": workers,
+            "patience": (loading or Loading()).patience,
+        }
+        self.findings = Findings()
 
     def spec(self) -> DataSpec:
         targets = {"label", "mask"} if self.masks else {"label"}
@@ -93,7 +107,23 @@ class OxfordPet:
         return DataSpec(3, size, BREEDS, frozenset(targets), MASK_CLASSES if self.masks else ())
 
     def load(self) -> dict[str, Split]:
-        ids, labels, given = self._listed()
+        self.findings = Findings()
+        lists = self._lists()
+        base = self.root / _FOLDER
+        breeds = {name: breed for ids in lists.values() for name, breed in ids.items()}
+        folders = [Folder.of(base, "images")]
+        if self.masks:
+            folders.append(Folder.of(base, "annotations/trimaps"))
+        folders[0].tell_unlisted(breeds, self.findings)
+        lacking = [item for folder in folders for item in folder.lacking([*breeds])]
+        out = leave_out(lacking, len(breeds), self.on_error, self.findings, _REMEDY)
+        ids: list[str] = []
+        given = {}
+        for split, names in lists.items():
+            start = len(ids)
+            ids += [name for name in names if name not in out]
+            given[split] = torch.arange(start, len(ids))
+        labels = torch.tensor([breeds[name] for name in ids], dtype=torch.int64)
         parts = partitioned(
             given,
             labels,
@@ -104,33 +134,36 @@ class OxfordPet:
             imbalance=self.imbalance,
             seed=self.split_seed,
         )
-        base = self.root / _FOLDER
-        require_files(base, "images", [f"{name}.jpg" for name in ids], _REMEDY)
-        images = [f"images/{name}.jpg" for name in ids]
-        if not self.masks:
-            store = decoded(Listing(base, images), self.recipe, **self.decoding)
+        images, *masks = [[folder.of_id(name) for name in ids] for folder in folders]
+        if not masks:
+            listing = Listing(base, images)
+            store = decoded(listing, self.recipe, **self.decoding)
+            self.findings.leave_out(listing, store.failures)
             source = digest(store.fingerprint, labels)
             return assemble(store.images, {"label": labels}, source, store.readable(parts), mapped=True)
-        require_files(base, "annotations/trimaps", [f"{name}.png" for name in ids], _REMEDY)
-        masks = [f"annotations/trimaps/{name}.png" for name in ids]
-        pairs = decoded_pairs(base, images, masks, self.recipe, parts, _TRIMAP, **self.decoding)
+        pairs = decoded_pairs(base, images, masks[0], self.recipe, parts, _TRIMAP, **self.decoding)
+        self.findings.left_out += pairs.left_out
+        self.findings.notices += untaught(MASK_CLASSES, pairs.present())
         targets = {"label": labels, "mask": pairs.masks}
         return assemble(pairs.images, targets, digest(pairs.fingerprint, labels), pairs.parts, mapped=True)
 
-    def _listed(self) -> tuple[list[str], Tensor, dict[str, Tensor]]:
-        """Image ids, their labels (M,) int64, and the rows of `train` and `test`."""
+    def _lists(self) -> dict[str, dict[str, int]]:
+        """The breed of each image, by its id, of `train` and `test`."""
         wanted = f"{_FOLDER}/{{images,annotations}} of Oxford-IIIT Pet"
-        ids: list[str] = []
-        labels: list[int] = []
-        given = {}
+        there = all((self.root / _FOLDER / name).is_dir() for name in ("images", "annotations"))
+        lists = {}
         for split, official in (("train", "trainval"), ("test", "test")):
-            from_torchvision("OxfordIIITPet", self.root, wanted, download=self.download, split=official)
-            path, start = self.root / _FOLDER / "annotations" / f"{official}.txt", len(ids)
-            for line in path.read_text().splitlines():
-                name, number, *_ = line.split()  # and species and breed inside it
-                if not 1 <= int(number) <= len(BREEDS):
-                    raise DataError(f"expected breeds 1..{len(BREEDS)} in {path}, received {line!r}; {_REMEDY}")
-                ids.append(name)
-                labels.append(int(number) - 1)
-            given[split] = torch.arange(start, len(ids))
-        return ids, torch.tensor(labels, dtype=torch.int64), given
+            if not there:
+                from_torchvision("OxfordIIITPet", self.root, wanted, download=self.download, split=official)
+            path = self.root / _FOLDER / "annotations" / f"{official}.txt"
+            lists[split] = {name: _breed(name, words, path) for name, words in listed(path, self.findings).items()}
+        tell_shared(lists, self.findings)
+        return lists
+
+
+def _breed(name: str, words: Sequence[str], path: Path) -> int:
+    """From 0; what follows an id in a list is its breed from 1, its species, and its breed inside it."""
+    if not words or not words[0].isdecimal() or not 1 <= int(words[0]) <= len(BREEDS):
+        line = " ".join([name, *words])
+        raise DataError(f"expected breeds 1..{len(BREEDS)} in {path}, received {line!r}; {_REMEDY}")
+    return int(words[0]) - 1

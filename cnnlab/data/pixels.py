@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from cnnlab.data.mask_pixels import Meaning, class_numbers
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -30,7 +32,7 @@ class Recipe:
     `fit`: `crop` resizes the shorter side to `resize` and cuts the middle out; `letterbox` fits the whole
     image in and fills the rest with black (a mask: with void, 255); `stretch` resizes each side by itself.
     `mask` reads class numbers: no conversion, nearest neighbour. Images are resized bilinearly with
-    antialiasing.
+    antialiasing. `meaning`: the classes that a mask's values, or colours, stand for; `None` takes values as they are.
 
     `value_range`: (low, high), the values of a pixel of more than 8 bits that become 0 and 255, others by the
     straight line between them, beyond it cut off; `None` takes 0 and 65,535, and refuses floats and what 16 bits do
@@ -45,6 +47,7 @@ class Recipe:
     mask: bool = False
     value_range: tuple[float, float] | None = None
     max_pixels: int = MAX_PIXELS
+    meaning: Meaning | None = None
 
     def __repr__(self) -> str:
         """What decides the pixels; the same text as ever where nothing new does: runs are known by it."""
@@ -52,7 +55,8 @@ class Recipe:
             f"channels={self.channels}, height={self.height}, width={self.width}, fit={self.fit!r}, "
             f"resize={self.resize}, mask={self.mask}"
         )
-        return f"Recipe({text})" if self.value_range is None else f"Recipe({text}, value_range={self.value_range})"
+        more = {"value_range": self.value_range, "meaning": self.meaning}
+        return f"Recipe({text}{''.join(f', {name}={value}' for name, value in more.items() if value is not None)})"
 
 
 def checked_range(value_range: Sequence[float] | None) -> tuple[float, float] | None:
@@ -122,7 +126,11 @@ class Pixels:
             part = part.crop(_unturned((0, top, self.size[0], bottom), self._image.size, self._method))
         if self._method is not None:
             part = part.transpose(self._method)
-        return class_numbers(part) if self._recipe.mask else converted(part, self._recipe, self.depth)
+        return (
+            class_numbers(part, self._recipe.meaning)
+            if self._recipe.mask
+            else converted(part, self._recipe, self.depth)
+        )
 
 
 _FLIP_ACROSS, _FLIP_DOWN, _QUARTER, _HALF, _THREE_QUARTERS, _TRANSPOSE, _TRANSVERSE = range(7)
@@ -217,40 +225,29 @@ def _ranged(values: np.ndarray[Any, Any], low: float, high: float) -> np.ndarray
     return np.floor(np.nan_to_num(part, nan=0.0).clip(0, 255) + 0.5).astype(np.uint8)
 
 
-def class_numbers(image: Image) -> Image:
-    """The mask's values as mode L; a palette's indices are the values.
+def fitted(pixels: Pixels, recipe: Recipe, like: tuple[int, int] | None = None) -> Image:
+    """The image at the recipe's size.
 
-    Raises:
-        ValueError: it holds colours, or numbers beyond 255.
+    Args:
+        like: (width, height) of another image, whose place it takes; `None` for its own.
     """
-    from PIL import Image as pillow
-
-    if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-        raise ValueError(f"expected a greyscale or palette image of class numbers, received {image.mode}")
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 255:
-        raise ValueError(f"expected class numbers 0..255, received {values.min()}..{values.max()}")
-    return pillow.fromarray(values.astype(np.uint8))
-
-
-def fitted(pixels: Pixels, recipe: Recipe) -> Image:
-    """The image at the recipe's size."""
     from PIL import Image as pillow
 
     target = (recipe.width, recipe.height)
     if recipe.fit == "stretch":
         return _resized(pixels, target, recipe)
     if recipe.fit == "crop":
-        return _cut(pixels, target, recipe)
-    left, top, width, height = letterbox(pixels.size[1], pixels.size[0], recipe.height, recipe.width)
+        return _cut(pixels, target, recipe, like or pixels.size)
+    across, down = like or pixels.size
+    left, top, width, height = letterbox(down, across, recipe.height, recipe.width)
     canvas = pillow.new(pixels.mode, target, 255 if recipe.mask else 0)
     canvas.paste(_resized(pixels, (width, height), recipe), (left, top))
     return canvas
 
 
-def _cut(pixels: Pixels, target: tuple[int, int], recipe: Recipe) -> Image:
+def _cut(pixels: Pixels, target: tuple[int, int], recipe: Recipe, like: tuple[int, int]) -> Image:
     """The middle of the resized image. Of a long strip only that part is resized: the same but for rounding."""
-    scaled, left, top = cropped(*pixels.size, recipe)
+    scaled, left, top = cropped(*like, recipe)
     right, bottom = left + recipe.width, top + recipe.height
     if scaled[0] * scaled[1] > max(_MANY, _LONG * target[0] * target[1]):
         across, down = pixels.size[0] / scaled[0], pixels.size[1] / scaled[1]

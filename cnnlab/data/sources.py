@@ -8,7 +8,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
-from cnnlab.data.decode import Item, Recipe
+from torch import Tensor
+
+from cnnlab.data.decode import Fitted, Item, Recipe
 from cnnlab.data.entries import entry_key
 from cnnlab.errors import DataError
 
@@ -72,3 +74,20 @@ class Listing:
     def key(self, recipe: Recipe) -> str:
         """Names what the recipe makes of these files."""
         return entry_key(recipe, self._key)
+
+
+class FittedListing(Listing):
+    """Files each of which takes the place of an image of another size.
+
+    Args:
+        sizes: (N, 2) int64, the (height, width) of those images.
+    """
+
+    def __init__(self, root: Path, files: Sequence[str], sizes: Tensor) -> None:
+        super().__init__(root, files)
+        self.like: list[tuple[int, int]] = [(max(1, height), max(1, width)) for height, width in sizes.tolist()]
+        text = f"{self._key} {self.like}"
+        self._key = blake2b(text.encode(), digest_size=12).hexdigest()
+
+    def items(self, rows: Sequence[int]) -> list[Item]:
+        return [Fitted(os.path.join(self.root, self.files[row]), self.like[row]) for row in rows]  # noqa: PTH118

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from cnnlab.data.cache import decoded
 from cnnlab.data.decode import Recipe, letterbox
-from cnnlab.data.formats import EXTENSIONS
+from cnnlab.data.found import Findings
+from cnnlab.data.lists import Folder, leave_out, listed, tell_shared
 from cnnlab.data.pixels import MAX_PIXELS, checked_range
 from cnnlab.data.sources import Listing
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned, require_fractions
 from cnnlab.errors import DataError
 from cnnlab.protocols import DataSpec, Split
-from cnnlab.schema import NonNegativeInt, PositiveInt
+from cnnlab.schema import Loading, NonNegativeInt, PositiveInt
 
 _LAYOUT = "ROOT/JPEGImages/<id>.jpg, ROOT/Annotations/<id>.xml, ROOT/ImageSets/Main/{train,val,test}.txt"
 
@@ -42,10 +43,14 @@ class VocBoxes:
         val, test: fractions of the training images for a split without a list in ImageSets/Main, by class.
         split_seed: seed of the split, apart from the run's.
         limit, imbalance: thin the training split (see `cnnlab.data.splits`).
-        on_error: whether an unreadable image ends the run or is left out.
+        on_error: whether an unreadable image or annotation, or a listed image without one of them, ends the run or is
+            left out.
         cache, workers: see `cnnlab.data.cache.decoded`.
         max_pixels, value_range: see `cnnlab.data.folder.ImageFolder`.
+        loading: the config's section; `None` takes its defaults.
     """
+
+    streams = False
 
     def __init__(
         self,
@@ -64,6 +69,7 @@ class VocBoxes:
         workers: NonNegativeInt | None = None,
         max_pixels: PositiveInt = MAX_PIXELS,
         value_range: tuple[float, ...] | None = None,
+        loading: Loading | None = None,
     ) -> None:
         require_fractions(val, test)
         self.root = Path(root).expanduser()
@@ -78,6 +84,10 @@ class VocBoxes:
         self.on_error: Literal["raise", "skip"] = on_error
         self.cache = cache
         self.workers = workers
+        self.loading = loading or Loading()
+        self.findings = Findings()
+        self._told = Findings()
+        self._unusable: dict[str, str] = {}
 
     def spec(self) -> DataSpec:
         """Reads the annotations, where they alone name the classes, but no image. Raises `DataError`."""
@@ -85,12 +95,20 @@ class VocBoxes:
         return DataSpec(3, size, self._classes, targets=frozenset({"label", "box"}))
 
     def load(self) -> dict[str, Split]:
-        ids = [name for names in self._lists.values() for name in names]
-        labels = torch.tensor([self._label(name) for name in ids])
-        given, start = {}, 0
+        folder = Folder.of(self.root, "JPEGImages")
+        every = [*dict.fromkeys(name for names in self._lists.values() for name in names)]
+        objects = self._objects
+        self.findings = Findings([*self._told.notices])
+        folder.tell_unlisted(every, self.findings)
+        lacking = [*self._unusable.items(), *folder.lacking([name for name in every if name in objects])]
+        out = leave_out(lacking, len(every), self.on_error, self.findings, "mend them")
+        ids: list[str] = []
+        given = {}
         for split, names in self._lists.items():
-            given[split] = torch.arange(start, start + len(names))
-            start += len(names)
+            start = len(ids)
+            ids += [name for name in names if name not in out]
+            given[split] = torch.arange(start, len(ids))
+        labels = torch.tensor([self._label(name) for name in ids])
         parts = partitioned(
             given,
             labels,
@@ -101,10 +119,16 @@ class VocBoxes:
             imbalance=self.imbalance,
             seed=self.split_seed,
         )
-        files = self._files(ids)
+        listing = Listing(self.root, [folder.of_id(name) for name in ids])
         store = decoded(
-            Listing(self.root, files), self.recipe, on_error=self.on_error, cache=self.cache, workers=self.workers
+            listing,
+            self.recipe,
+            on_error=self.on_error,
+            cache=self.cache,
+            workers=self.workers,
+            patience=self.loading.patience,
         )
+        self.findings.leave_out(listing, store.failures)
         pixels = torch.tensor([self._objects[name][1] for name in ids])
         boxes = fitted_boxes(pixels, store.sizes, self.recipe)
         parts = store.readable(parts)
@@ -127,20 +151,37 @@ class VocBoxes:
             path = folder / f"{split}.txt"
             if path.is_file():
                 named = "test" if split == "val" and self.val_as_test else split
-                lists.setdefault(named, [line.split()[0] for line in path.read_text().splitlines() if line.strip()])
+                if named in lists:
+                    self._told.notices.append(
+                        f"data: {path} is not used, as data.val_as_test=true takes val.txt for it"
+                    )
+                    continue
+                lists[named] = [*listed(path, self._told)]
         if not lists.get("train"):
             what = "an empty list" if "train" in lists else "nothing"
             raise DataError(
                 f"expected the ids of the training images in {folder / 'train.txt'}, received {what}; "
                 f"type data.root=FOLDER, laid out as {_LAYOUT}"
             )
+        tell_shared(lists, self._told)
         return lists
 
     @cached_property
     def _objects(self) -> dict[str, tuple[str, tuple[float, float, float, float]]]:
-        """Class and box (x1, y1, x2, y2; pixels from 0) of each listed image's largest object."""
+        """Class and box (x1, y1, x2, y2; pixels from 0) of each listed image's largest object.
+
+        Raises `DataError` for an annotation that cannot be used, unless it is left out.
+        """
         folder = self.root / "Annotations"
-        return {name: _largest(folder / f"{name}.xml") for names in self._lists.values() for name in names}
+        found = {}
+        for name in dict.fromkeys(name for names in self._lists.values() for name in names):
+            try:
+                found[name] = _largest(folder / f"{name}.xml")
+            except DataError as error:
+                if self.on_error == "raise":
+                    raise
+                self._unusable[name] = str(error)
+        return found
 
     @cached_property
     def _classes(self) -> tuple[str, ...]:
@@ -155,24 +196,6 @@ class VocBoxes:
                 "or complete data.classes"
             )
         return self._classes.index(kind)
-
-    def _files(self, ids: list[str]) -> list[str]:
-        """The image of each id, relative to the root."""
-        folder = self.root / "JPEGImages"
-        if not folder.is_dir():
-            raise DataError(f"expected images in {folder}, received no such folder; lay them out as {_LAYOUT}")
-        by_id = {
-            path.stem: f"JPEGImages/{path.name}"
-            for path in sorted(folder.iterdir())
-            if path.suffix.lower() in EXTENSIONS
-        }
-        missing = [name for name in ids if name not in by_id]
-        if missing:
-            raise DataError(
-                f"expected an image of every listed id in {folder}, received none for {len(missing)} of "
-                f"{len(ids)}, the first {missing[0]}; remove those ids from ImageSets/Main"
-            )
-        return [by_id[name] for name in ids]
 
 
 def _largest(path: Path) -> tuple[str, tuple[float, float, float, float]]:

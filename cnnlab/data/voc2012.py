@@ -8,19 +8,23 @@ from typing import Any, Literal
 import torch
 
 from cnnlab.data.decode import Recipe
-from cnnlab.data.fetch import from_torchvision, require_files
-from cnnlab.data.masks import decoded_pairs
+from cnnlab.data.fetch import from_torchvision
+from cnnlab.data.found import Findings
+from cnnlab.data.lists import Folder, leave_out, listed, tell_shared
+from cnnlab.data.mask_pixels import Meaning
+from cnnlab.data.pairs import decoded_pairs, untaught
 from cnnlab.data.pixels import MAX_PIXELS, checked_range
 from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, partitioned
 from cnnlab.data.voc import VocBoxes
 from cnnlab.errors import DataError
-from cnnlab.protocols import DataSpec, Split
-from cnnlab.schema import NonNegativeInt, PositiveInt
+from cnnlab.protocols import VOID, DataSpec, Split
+from cnnlab.schema import Loading, NonNegativeInt, PositiveInt
 
 CLASSES = tuple(
     """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep
     sofa train tvmonitor""".split()
 )
+_MEANING: Meaning = (*((number, number) for number in range(len(CLASSES) + 1)), (VOID, VOID))
 _FOLDER = Path("VOCdevkit") / "VOC2012"
 _REMEDY = f"remove {_FOLDER} from data.root and type data.download=true"
 
@@ -40,13 +44,16 @@ class Voc2012:
         val: fraction of the training images that selects the checkpoint, by class where there are labels.
         split_seed: seed of the split, apart from the run's.
         limit, imbalance: thin the training split (see `cnnlab.data.splits`).
-        on_error: whether an unreadable file ends the run or is left out.
+        on_error: whether an unreadable file, or a listed image without its files, ends the run or is left out.
         cache, workers: see `cnnlab.data.cache.decoded`.
         max_pixels, value_range: see `cnnlab.data.folder.ImageFolder`.
+        loading: the config's section; `None` takes its defaults.
 
     Raises:
         ValueError: `imbalance` with masks, which have no label to count.
     """
+
+    streams = False
 
     def __init__(
         self,
@@ -64,6 +71,7 @@ class Voc2012:
         workers: NonNegativeInt | None = None,
         max_pixels: PositiveInt = MAX_PIXELS,
         value_range: tuple[float, ...] | None = None,
+        loading: Loading | None = None,
     ) -> None:
         if target == "mask" and imbalance is not None:
             raise ValueError(
@@ -79,7 +87,10 @@ class Voc2012:
         self.split_seed = split_seed
         self.limit = limit
         self.imbalance = imbalance
+        self.on_error: Literal["raise", "skip"] = on_error
         self.decoding: dict[str, Any] = {"on_error": on_error, "cache": cache, "workers": workers}
+        self.loading = loading or Loading()
+        self.findings = Findings()
         self.max_pixels = max_pixels
         self.value_range = checked_range(value_range)
 
@@ -93,14 +104,12 @@ class Voc2012:
     def load(self) -> dict[str, Split]:
         base = self.root / _FOLDER
         kind = "VOCDetection" if self.target == "box" else "VOCSegmentation"
-        # torchvision would ask for the archive although it is unpacked
-        download = self.download and not base.is_dir()
-        wanted = f"{_FOLDER}/{{JPEGImages,Annotations,ImageSets,SegmentationClass}} of VOC 2012"
-        for image_set in ("train", "val"):
-            from_torchvision(kind, self.root, wanted, download=download and image_set == "train", image_set=image_set)
+        if not base.is_dir():
+            wanted = f"{_FOLDER}/{{JPEGImages,Annotations,ImageSets,SegmentationClass}} of VOC 2012"
+            from_torchvision(kind, self.root, wanted, download=self.download, image_set="train")
         if self.target == "mask":
             return self._masks(base)
-        return VocBoxes(
+        boxes = VocBoxes(
             str(base),
             self.size,
             self.fit,
@@ -112,23 +121,35 @@ class Voc2012:
             imbalance=self.imbalance,
             max_pixels=self.max_pixels,
             value_range=self.value_range,
+            loading=self.loading,
             **self.decoding,
-        ).load()
+        )
+        splits = boxes.load()
+        self.findings = boxes.findings
+        return splits
 
     def _masks(self, base: Path) -> dict[str, Split]:
-        listed = {}
+        self.findings = Findings()
+        lists = {}
         for split, image_set in (("train", "train"), ("test", "val")):
             path = base / "ImageSets" / "Segmentation" / f"{image_set}.txt"
-            listed[split] = path.read_text().split()
-            if not listed[split]:
+            lists[split] = [*listed(path, self.findings)]
+            if not lists[split]:
                 raise DataError(f"expected the ids of images in {path}, received an empty file; {_REMEDY}")
-        ids = [name for names in listed.values() for name in names]
-        images, masks = [f"{name}.jpg" for name in ids], [f"{name}.png" for name in ids]
-        require_files(base, "JPEGImages", images, _REMEDY)
-        require_files(base, "SegmentationClass", masks, _REMEDY)
-        train = len(listed["train"])
+        tell_shared(lists, self.findings)
+        every = [*dict.fromkeys(name for names in lists.values() for name in names)]
+        folders = [Folder.of(base, below) for below in ("JPEGImages", "SegmentationClass")]
+        folders[0].tell_unlisted(every, self.findings)
+        lacking = [item for folder in folders for item in folder.lacking(every)]
+        out = leave_out(lacking, len(every), self.on_error, self.findings, _REMEDY)
+        ids: list[str] = []
+        given = {}
+        for split, names in lists.items():
+            start = len(ids)
+            ids += [name for name in names if name not in out]
+            given[split] = torch.arange(start, len(ids))
         parts = partitioned(
-            {"train": torch.arange(train), "test": torch.arange(train, len(ids))},
+            given,
             None,
             len(CLASSES) + 1,
             val=self.val,
@@ -137,13 +158,10 @@ class Voc2012:
             imbalance=None,
             seed=self.split_seed,
         )
-        pairs = decoded_pairs(
-            base,
-            [f"JPEGImages/{name}" for name in images],
-            [f"SegmentationClass/{name}" for name in masks],
-            Recipe(3, self.size, self.size, self.fit, value_range=self.value_range, max_pixels=self.max_pixels),
-            parts,
-            {number: number for number in range(len(CLASSES) + 1)},
-            **self.decoding,
-        )
+        images, masks = [[folder.of_id(name) for name in ids] for folder in folders]
+        recipe = Recipe(3, self.size, self.size, self.fit, value_range=self.value_range, max_pixels=self.max_pixels)
+        patience = self.loading.patience
+        pairs = decoded_pairs(base, images, masks, recipe, parts, _MEANING, patience=patience, **self.decoding)
+        self.findings.left_out += pairs.left_out
+        self.findings.notices += untaught(("background", *CLASSES), pairs.present())
         return assemble(pairs.images, {"mask": pairs.masks}, pairs.fingerprint, pairs.parts, mapped=True)

@@ -106,7 +106,7 @@ def test_unusable_annotations_are_named(tmp_path: Path) -> None:
         boxes(root).spec()
     annotate(root, "train3", [("cat", (1, 1, 4, 4))])
     (root / "JPEGImages" / "train5.png").unlink()
-    with pytest.raises(DataError, match="the first train5"):
+    with pytest.raises(DataError, match="train5: no file of its name in JPEGImages"):
         boxes(root).load()
 
 
@@ -165,14 +165,14 @@ def test_unusable_masks_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"received 7 in masks/train/4\.png"):
         masks(root).load()
     Image.fromarray(np.zeros((12, 12), np.uint8)).save(path)
-    with pytest.raises(DataError, match=r"masks/train/4\.png has \(12, 12\), its image \(12, 16\)"):
+    with pytest.raises(DataError, match=r"masks/train/4\.png: expected .*, 12 x 16, received 12 x 12"):
         masks(root).load()
     save_plain(path, size=(16, 12))
     with pytest.raises(DataError, match="greyscale or palette"):
         masks(root).load()
     assert len(masks(root, on_error="skip").load()["train"]) == 5
     path.unlink()
-    with pytest.raises(DataError, match="1 names, the first 4"):
+    with pytest.raises(DataError, match=r"images/train/4\.png: no mask of its name"):
         masks(root).load()
 
 
@@ -193,7 +193,7 @@ def test_masks_of_0_and_255_for_two_classes_are_refused(tmp_path: Path) -> None:
     root = make_masks(tmp_path / "data", {"train": 6, "val": 2, "test": 2})
     for path in (root / "masks").rglob("*.png"):
         Image.fromarray(np.where(np.arange(16) < 8, 0, 255).astype(np.uint8)[None].repeat(12, 0)).save(path)
-    with pytest.raises(DataError, match="no pixel would be `green`; save them with 1"):
+    with pytest.raises(DataError, match=r"no pixel would be `green`; type data\.values=\[0,255\]"):
         masks(root).load()
 
 

@@ -16,9 +16,11 @@ from PIL import Image
 from torchvision import datasets
 
 from cnnlab.data.pet import BREEDS, OxfordPet
+from cnnlab.data.pool import DecodingPool
 from cnnlab.data.voc2012 import CLASSES, Voc2012
 from cnnlab.errors import DataError
 from cnnlab.protocols import VOID
+from cnnlab.schema import Loading
 
 Make = Callable[..., Any]
 
@@ -97,14 +99,14 @@ def test_unusable_pets_are_named(tmp_path: Path) -> None:
     base = make_pets(tmp_path) / "oxford-iiit-pet"
     trimap = base / "annotations" / "trimaps" / "Abyssinian_trainval0.png"
     Image.fromarray(np.zeros((16, 24), np.uint8)).save(trimap)
-    with pytest.raises(DataError, match=r"class numbers 1..3 or 255 .* received 0 in .*Abyssinian_trainval0\.png"):
+    with pytest.raises(DataError, match=r"Abyssinian_trainval0\.png: expected 1, 2, 3, 255 in a mask, received 0"):
         OxfordPet(True, str(tmp_path), size=16).load()
     trimap.unlink()
-    with pytest.raises(DataError, match=r"the first Abyssinian_trainval0\.png; remove .*data\.download=true"):
+    with pytest.raises(DataError, match=r"(?s)Abyssinian_trainval0: no .* in annotations/trimaps.*data\.download=true"):
         OxfordPet(True, str(tmp_path), size=16).load()
     assert len(OxfordPet(root=str(tmp_path), size=16).load()["train"]) > 0
     (base / "images" / "Abyssinian_test1.jpg").unlink()
-    with pytest.raises(DataError, match=r"received none for 1 of them, the first Abyssinian_test1\.jpg"):
+    with pytest.raises(DataError, match="1 of 24:\n  Abyssinian_test1: no file of its name in images"):
         OxfordPet(root=str(tmp_path), size=16).load()
     (base / "annotations" / "test.txt").write_text("Abyssinian_1 38 1 1\n")
     with pytest.raises(DataError, match=r"breeds 1\.\.37"):
@@ -170,7 +172,7 @@ def test_unusable_voc_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2008_train0\.xml, received 'unicorn'"):
         Voc2012(root=str(tmp_path), size=16).load()
     (base / "SegmentationClass" / "2008_train1.png").unlink()
-    with pytest.raises(DataError, match=r"the first 2008_train1\.png"):
+    with pytest.raises(DataError, match="2008_train1: no file of its name in SegmentationClass"):
         Voc2012("mask", str(tmp_path), size=16).load()
     (base / "ImageSets" / "Segmentation" / "val.txt").write_text("")
     with pytest.raises(DataError, match="an empty file"):
@@ -241,3 +243,84 @@ def test_a_plain_colour_is_no_mask(tmp_path: Path) -> None:
     save_plain(base / "annotations" / "trimaps" / "Abyssinian_trainval0.png", size=(24, 16))
     with pytest.raises(DataError, match="greyscale or palette"):
         OxfordPet(True, str(tmp_path), size=16).load()
+
+
+# ---- what the lists say
+
+
+def test_lists_are_read_as_editors_save_them_and_what_is_odd_in_them_is_told(tmp_path: Path) -> None:
+    base = make_pets(tmp_path) / "oxford-iiit-pet"
+    train = base / "annotations" / "trainval.txt"
+    lines = train.read_text().splitlines()
+    again = [lines[0], "", "# a remark", lines[1]]
+    train.write_bytes("\r\n".join([*lines, *again]).encode("utf-16"))
+    test = base / "annotations" / "test.txt"
+    test.write_text(test.read_text() + lines[2] + "\n")
+    save_plain(base / "images" / "Stray_1.jpg")
+    save_plain(base / "images" / "._Stray_2.jpg")
+    data = OxfordPet(root=str(tmp_path), size=16, val=1 / 3)
+    splits = data.load()
+    assert {name: len(split) for name, split in splits.items()} == {"train": 12, "val": 6, "test": 7}
+    names = [line.split()[0] for line in lines]
+    twice, shared, unlisted = data.findings.notices
+    assert twice == f"data: {train} lists {names[0]}, {names[1]} more than once; each counts once"
+    assert shared.startswith(f"data: 1 images are in train and in test ({names[2]});")
+    assert unlisted == f"data: 1 files of {base / 'images'} are in no list (images/Stray_1.jpg); not used"
+    train.write_bytes(b"Abyssinian_\xff 1 1 1\n")
+    with pytest.raises(DataError, match=r"trainval\.txt, line 1: expected text in UTF-8"):
+        data.load()
+
+
+def test_files_that_pets_lack_are_refused_or_left_out(tmp_path: Path) -> None:
+    base = make_pets(tmp_path) / "oxford-iiit-pet"
+    (base / "images" / "Abyssinian_trainval0.jpg").unlink()
+    (base / "annotations" / "trimaps" / "Abyssinian_trainval1.png").unlink()
+    (base / "images" / "Abyssinian_trainval2.jpg").write_bytes(b"no image")
+    data = OxfordPet(True, str(tmp_path), size=16, on_error="skip")
+    assert sum(len(split) for split in data.load().values()) == 24 - 3
+    assert dict(data.findings.left_out).keys() == {
+        "Abyssinian_trainval0", "Abyssinian_trainval1", "images/Abyssinian_trainval2.jpg"
+    }  # fmt: skip
+    save_plain(base / "images" / "Abyssinian_trainval3.png")
+    with pytest.raises(DataError, match=r"images/Abyssinian_trainval3\.jpg and images/Abyssinian_trainval3\.png"):
+        data.load()
+
+
+@pytest.mark.parametrize("target", ["box", "mask"])
+def test_files_that_voc_lacks_are_refused_or_left_out(tmp_path: Path, target: Any) -> None:
+    base = make_voc2012(tmp_path) / "VOCdevkit" / "VOC2012"
+    (base / "JPEGImages" / "2008_train0.jpg").unlink()
+    wanted = "Annotations/2008_train1.xml" if target == "box" else "SegmentationClass/2008_train1.png"
+    (base / wanted).unlink()
+    (base / "JPEGImages" / "2008_val0.jpg").write_bytes(b"no image")
+    save_plain(base / "JPEGImages" / "2007_0.jpg")
+    for kind in ("Main", "Segmentation"):
+        path = base / "ImageSets" / kind / "train.txt"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"2008_val1\n2008_train5\n")
+    with pytest.raises(DataError, match="2008_train1"):
+        Voc2012(target, str(tmp_path), size=16).load()
+    data = Voc2012(target, str(tmp_path), size=16, on_error="skip")
+    splits = data.load()
+    assert len(splits["train"]) + len(splits["val"]) == 12 - 2 + 1 and len(splits["test"]) == 3
+    assert dict(data.findings.left_out).keys() == {"2008_train0", "2008_train1", "JPEGImages/2008_val0.jpg"}
+    told = "\n".join(data.findings.notices)
+    assert "2008_train5 more than once" in told and "1 images are in train and in test (2008_val1)" in told
+    assert "(JPEGImages/2007_0.jpg); not used" in told
+
+
+def test_a_hung_disk_is_waited_for_as_long_as_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The setting reaches the decoding processes of each set, for images and for masks."""
+    make_pets(tmp_path)
+    make_voc2012(tmp_path)
+    asked: list[float | None] = []
+
+    class Pool(DecodingPool):
+        def __init__(self, workers: int, patience: float | None) -> None:
+            asked.append(patience)
+            super().__init__(0, patience)
+
+    monkeypatch.setattr("cnnlab.data.cache.DecodingPool", Pool)
+    common: dict[str, Any] = {"root": str(tmp_path), "size": 16, "workers": 1, "loading": Loading(patience=7.0)}
+    for data in (OxfordPet(**common), OxfordPet(masks=True, **common), Voc2012(**common), Voc2012("mask", **common)):
+        data.load()
+    assert asked == [7.0] * 4, "images and masks of each; images are in the cache the second time"

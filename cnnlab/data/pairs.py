@@ -1,0 +1,162 @@
+"""Images and their masks, decoded alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnnlab.data.cache import Store, decoded, without
+from cnnlab.data.decode import Recipe, letterbox
+from cnnlab.data.found import first_lines, first_names
+from cnnlab.data.mask_pixels import Meaning
+from cnnlab.data.sources import FittedListing, Listing
+from cnnlab.data.splits import digest
+from cnnlab.errors import DataError
+from cnnlab.protocols import VOID
+
+
+@dataclass
+class Pairs:
+    """`images` (M, C, H, W) and `masks` (M, H, W), uint8, mapped; `parts`: the rows of each split whose files could be
+    read; `fingerprint` of the pixels; `left_out`: the files that could not be read, with the reason."""
+
+    images: Tensor
+    masks: Tensor
+    parts: dict[str, Tensor]
+    fingerprint: str
+    left_out: list[tuple[str, str]]
+    scaled: list[str]
+    """The masks that have another size than their images."""
+    _inside: _Inside
+
+    def notices(self) -> list[str]:
+        """A line where masks were scaled."""
+        if not self.scaled:
+            return []
+        count, name = len(self.scaled), self.scaled[0]
+        return [f"data: {count:,} masks have another size than their images ({name}), and are scaled to it"]
+
+    def first(self) -> dict[int, int]:
+        """The values that occur in the masks, each with the first row that has it."""
+        found = np.flatnonzero(self._inside.values.any(0)).tolist()
+        return {value: int(self._inside.values[:, value].argmax()) for value in found}
+
+    def present(self) -> dict[str, frozenset[int]]:
+        """The values that occur in each split's masks, void among them."""
+        values = self._inside.values
+        return {
+            name: frozenset(np.flatnonzero(values[rows.numpy()].any(0)).tolist()) for name, rows in self.parts.items()
+        }
+
+
+@dataclass
+class _Inside:
+    """The masks without what a letterbox adds."""
+
+    masks: Tensor
+    sizes: Tensor
+    recipe: Recipe
+
+    @cached_property
+    def values(self) -> np.ndarray[Any, Any]:
+        """(M, 256) bool: which values each mask has; none, of one that could not be read."""
+        found = np.zeros((len(self.masks), 256), bool)
+        masks = self.masks.numpy()
+        for row, (height, width) in enumerate(self.sizes.tolist()):
+            mask = masks[row]
+            if self.recipe.fit == "letterbox" and height and width:
+                left, top, across, down = letterbox(height, width, self.recipe.height, self.recipe.width)
+                mask = mask[top : top + down, left : left + across]
+            if height:
+                found[row] = np.bincount(mask.ravel(), minlength=256) > 0
+        return found
+
+
+def decoded_pairs(
+    root: Path,
+    images: Sequence[str],
+    masks: Sequence[str],
+    recipe: Recipe,
+    parts: Mapping[str, Tensor],
+    meaning: Meaning | None,
+    *,
+    scale: bool = False,
+    on_error: Literal["raise", "skip"],
+    cache: str | None,
+    workers: int | None,
+    patience: float | None,
+) -> Pairs:
+    """Images and their masks (files relative to `root`, pair by pair).
+
+    Args:
+        recipe: of the images.
+        parts: rows by split.
+        meaning: the class, or `VOID`, that each value or colour in a mask's file stands for; `None` takes its values.
+        scale: whether a mask of another size than its image is scaled to it, rather than refused.
+        on_error, cache, workers, patience: see `cnnlab.data.cache.decoded`.
+
+    Raises:
+        DataError: an unreadable file, a mask of another size than its image, or with what has no meaning.
+    """
+    options: dict[str, Any] = {"on_error": on_error, "cache": cache, "workers": workers, "patience": patience}
+    pictures = decoded(Listing(root, images), recipe, **options)
+    listing = FittedListing(root, masks, pictures.sizes) if scale else Listing(root, masks)
+    numbers = decoded(listing, replace(recipe, channels=1, mask=True, value_range=None, meaning=meaning), **options)
+    parts = numbers.readable(pictures.readable(parts))
+    other = _of_another_size(parts, pictures, numbers)
+    left_out = [(images[row], why) for row, why in pictures.failures]
+    left_out += [(masks[row], why) for row, why in numbers.failures]
+    if not scale:
+        misfits = [(row, _misfit(row, pictures, numbers)) for row in other]
+        if misfits and on_error == "raise":
+            lines = "\n".join(f"  {line}" for line in first_lines([f"{masks[row]}: {why}" for row, why in misfits]))
+            raise DataError(
+                f"expected masks of their images' size, received {len(misfits)} of another:\n{lines}\nrepair them, or "
+                "type data.on_error=skip to leave them out"
+            )
+        parts = without(misfits, parts)
+        left_out += [(masks[row], why) for row, why in misfits]
+    readable = (pictures.sizes > 0).all(1, keepdim=True) & (numbers.sizes > 0).all(1, keepdim=True)
+    inside = _Inside(numbers.images[:, 0], pictures.sizes * readable, recipe)
+    fingerprint = digest(pictures.fingerprint, numbers.fingerprint)
+    scaled = [masks[row] for row in other] if scale else []
+    return Pairs(pictures.images, numbers.images[:, 0], parts, fingerprint, left_out, scaled, inside)
+
+
+def _of_another_size(parts: Mapping[str, Tensor], pictures: Store, masks: Store) -> list[int]:
+    rows = torch.cat([*parts.values()]).sort().values
+    return rows[(pictures.sizes[rows] != masks.sizes[rows]).any(1)].tolist()
+
+
+def _misfit(row: int, pictures: Store, masks: Store) -> str:
+    has, wanted = (" x ".join(map(str, store.sizes[row].tolist())) for store in (masks, pictures))
+    return f"expected a mask of its image's height and width, {wanted}, received {has}"
+
+
+def untaught(classes: Sequence[str], present: Mapping[str, frozenset[int]]) -> list[str]:
+    """Notices of classes that no training pixel teaches, and of splits that measure nothing.
+
+    Raises `DataError` where there is no target at all.
+    """
+    missing = [name for number, name in enumerate(classes) if number not in present["train"]]
+    if len(missing) == len(classes):
+        raise DataError("expected classes in the training masks, received void alone; mend the masks")
+
+    notices = []
+    if missing:
+        notices.append(
+            f"data: no pixel of the training masks is {first_names(missing)}, which the network cannot learn; what is "
+            f"void ({VOID}, unless told) counts nowhere"
+        )
+    return notices + [
+        f"data: {split} has no pixel that is not void; its metrics are not defined, and choose no checkpoint"
+        for split, found in present.items()
+        if found <= {VOID}
+    ]
