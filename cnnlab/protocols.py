@@ -295,7 +295,8 @@ class Intervention:
 
 
 class Listener:
-    """Told what happens; overrides what it cares about. Listeners never change a run's numbers."""
+    """Told what happens; overrides what it cares about. Listeners change nothing: what decides is the run's own
+    (`cnnlab.train.run.Run`), each of them gets a copy of records and figures, and their order does not matter."""
 
     def restored(self) -> list[str]:
         """What was missing when a checkpoint was taken up again, in lines that the run's start tells."""
@@ -315,16 +316,15 @@ class Listener:
         """A record for `stats.jsonl`: `step`, `epoch` and the probes' tags."""
 
     def on_epoch(self, run: Any, figures: dict[str, float]) -> None:
-        """After an epoch and its evaluation, whose metrics are `figures` (empty when none was due)."""
-
-    def on_stop(self, run: Any) -> None:
-        """Between two updates, when the run is to stop and the next batch does not come."""
+        """After an epoch and its evaluation, whose metrics are `figures` (empty when none was due), and what followed
+        from them: the selection, the plateau's rate, whether the run goes on."""
 
     def on_save(self, run: Any) -> None:
-        """On every rank, before rank 0 writes a checkpoint: bring together what is spread over the ranks."""
+        """On every rank, before rank 0 writes a checkpoint: bring together what is spread over the ranks. All records
+        and statistics up to here have been told."""
 
     def on_trained(self, run: Any) -> None:
-        """After the last epoch, before the test split is evaluated."""
+        """After the last epoch, before the test split is evaluated; the network has the weights that val chose."""
 
     def on_end(self, run: Any, error: BaseException | None) -> None:
         """Once, whatever ended the run."""

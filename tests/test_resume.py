@@ -119,13 +119,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     """What came after the checkpoint is cut off the records and written again."""
     run = make_run(*EVERYTHING, *OPTIMIZERS["sgd"], f"trainer.checkpoint_minutes={minutes}", folder=tmp_path)
 
-    class Kill(Listener):
-        def on_step(self, run, result):
-            if run.clock.step == after:
-                run.observer.drain()
-                raise Killed
+    settle = run.settle
 
-    run.listeners.append(Kill())
+    def killed(result):
+        settle(result)
+        if run.clock.step == after:
+            run.observer.drain()
+            raise Killed
+
+    run.settle = killed
     monkeypatch.setattr(run, "_finish", lambda error: None)
     with pytest.raises(Killed):
         fit(run)

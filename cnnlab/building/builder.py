@@ -42,11 +42,11 @@ from cnnlab.protocols import Batch, Data, DataSpec, Split
 from cnnlab.runs.folder import RunDir
 from cnnlab.schema import Groups, Layout, Loading, Regularization, Stats, StepKind, Trainer
 from cnnlab.tasks import Task
-from cnnlab.train.checkpointer import Checkpointer, Progress
+from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.origin import Origin, chosen, described, load_own
-from cnnlab.train.recorder import Evidence, Recorder
+from cnnlab.train.recorder import Evidence, Progress, Recorder
 from cnnlab.train.run import Run
-from cnnlab.train.state import Selection
+from cnnlab.train.selection import Selection
 from cnnlab.train.step import Forward
 
 MIN_STATISTICS_BATCH = 2
@@ -188,6 +188,7 @@ class _Builder:
             total_steps=total_steps,
             interventions=interventions,
             patience=self.regularization.patience,
+            checkpointer=Checkpointer(enabled=self.trainer.checkpoint, minutes=self.trainer.checkpoint_minutes),
             resumed=self.resumed,
             left_out=self.findings.left_out,
         )
@@ -386,12 +387,7 @@ class _Builder:
         for name, part in parts.items():
             if part is not None and hasattr(part, "state_dict"):
                 run.state.register(name, part)
-        run.listeners = [
-            recorder,
-            evidence,
-            Progress(),
-            Checkpointer(enabled=self.trainer.checkpoint, minutes=self.trainer.checkpoint_minutes),
-        ]
+        run.listeners = [recorder, evidence, Progress()]
 
         def receive(record: dict[str, Any]) -> None:
             run.tell("on_stats", {**run.place(record["step"]), **record})

@@ -53,6 +53,8 @@ class TensorBoard(Listener):
         self._max_layers = max_layers
         self._picture_every = picture_every
         self._events: EventFile | None = None
+        self._early: list[tuple[int, list[Any]]] = []
+        """What others draw before this listener is told of the start."""
         self._histories: dict[str, History] = {}
         self._taken = 0
         self._next_picture = picture_every
@@ -75,6 +77,9 @@ class TensorBoard(Listener):
         if not going_on:
             start = events.hparams_session_start(self._hparams, time.time())
             self._events.add(run.clock.step, [start, events.layout(_layout(()))])
+        early, self._early = self._early, []
+        for step, values in early:
+            self._add(step, values)
 
     def on_record(self, run: Any, record: dict[str, Any]) -> None:
         from cnnlab.sinks.events import hparams_experiment, scalar
@@ -126,8 +131,10 @@ class TensorBoard(Listener):
         self._add(step, values)
 
     def _add(self, step: int, values: list[Any]) -> None:
-        assert self._events is not None, "on_start comes first"
-        self._events.add(step, values)
+        if self._events is None:
+            self._early.append((step, values))
+        else:
+            self._events.add(step, values)
 
     def _statistics(
         self, record: Mapping[str, Any], quantities: Mapping[str, tuple[list[str], list[float]]]

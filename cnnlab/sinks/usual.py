@@ -50,13 +50,10 @@ class Unfailing(Listener):
 
 
 def attach(run: Any, folder: RunDir, stream: TextIO) -> Console:
-    """Lets a console on `stream` and TensorBoard listen to the run; returns the console.
-
-    They go before the checkpointer, which comes last.
-    """
+    """Lets a console on `stream` and TensorBoard listen to the run; returns the console."""
     console = Console(stream, live=run.trainer.progress)
     shown = Unfailing(console)
     board = TensorBoard(folder.tensorboard)
     pictures = [SamplePictures(board)] if run.config["stats"]["pictures"] else []
-    run.listeners[-1:-1] = [shown, board, *pictures]
+    run.listeners += [shown, board, *pictures]
     return console

@@ -7,48 +7,31 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from cnnlab.errors import CheckpointError, InterruptedRun
-from cnnlab.protocols import Listener, StepResult
 from cnnlab.runs import checkpoint
 from cnnlab.runs.folder import write_atomically
 from cnnlab.train.origin import chosen, is_chosen, load_own
-from cnnlab.train.run import Run
+
+if TYPE_CHECKING:
+    from cnnlab.train.run import Run
 
 _DUE = 1 << 10
 """A flag above every signal's number: a checkpoint is due, on all ranks at the same step."""
-_TELL_AT_LEAST, _TELL_AT_MOST = 1.0, 30.0
-"""Seconds from one progress note to the next."""
 
 
-class Progress(Listener):
-    """Keeps `steps` in `run.json` true while the run goes on, for whoever reads it, also after a kill.
+class Checkpointer:
+    """Writes `last.pt` and `best.pt`, and ends an interrupted run.
 
-    What it says is half of what is done, at least, and at most half a minute old: the intervals grow with the run.
-    """
+    The run calls it after its listeners: what they keep in the State is complete by then. Where there is no file for
+    the best weights (a run from Python without a folder, `trainer.checkpoint=false`), they are kept in memory.
 
-    def __init__(self) -> None:
-        self._began = self._told_at = time.monotonic()
-
-    def on_start(self, run: Run) -> None:
-        self._began = self._told_at = time.monotonic()
-
-    def on_step(self, run: Run, result: StepResult) -> None:
-        now = time.monotonic()
-        if now - self._told_at >= min(_TELL_AT_MOST, max(_TELL_AT_LEAST, self._told_at - self._began)):
-            self._told_at = now
-            with suppress(OSError):  # a full disk: what must be written says so
-                run.record_progress()
-
-
-class Checkpointer(Listener):
-    """Writes `last.pt` and `best.pt`, selects by the monitored metric, and ends an interrupted run.
-
-    It comes last among the listeners: what the others keep in the State is complete by then. Where there is no file
-    for the best weights (a run from Python without a folder, `trainer.checkpoint=false`), they are kept in memory.
+    Args:
+        enabled: whether anything is written.
+        minutes: between two checkpoints inside an epoch.
     """
 
     def __init__(self, *, enabled: bool, minutes: float):
@@ -59,9 +42,10 @@ class Checkpointer(Listener):
         self._saved_at = time.monotonic()
         self._vote: Callable[[], int] = lambda: 0
 
-    def on_start(self, run: Run) -> None:
+    def begin(self, run: Run) -> None:
+        """The first checkpoint of a run; or its files made whole, where a kill left a part of them."""
         if not run.resumed:
-            self._save(run)
+            self.save(run)
         elif run.folder is not None and run.is_main and self.enabled:
             self._complete(run)
 
@@ -76,32 +60,33 @@ class Checkpointer(Listener):
                 return
         write_atomically(folder.best, folder.last.read_bytes())
 
-    def on_step(self, run: Run, result: StepResult) -> None:
+    def after_step(self, run: Run) -> None:
+        """A checkpoint where one is due. Raises `InterruptedRun` where the run was asked to stop."""
         due = self.enabled and time.monotonic() - self._saved_at >= self._seconds
         vote = run.ranks.vote(run.interrupted_by or (_DUE if due else 0))
         if run.ranks.world > 1:  # counted a step later, so that no rank waits for the others here
             vote, self._vote = self._vote, vote
         wish = vote()
         if wish:
-            self._save(run)
+            self.save(run)
             self._stop_for(run, wish)
 
-    def on_stop(self, run: Run) -> None:
-        self._save(run)
+    def stop(self, run: Run) -> None:
+        """Between two updates, when the next batch does not come. Raises `InterruptedRun`."""
+        self.save(run)
         self._stop_for(run, run.interrupted_by)
 
-    def on_epoch(self, run: Run, figures: dict[str, float]) -> None:
-        better = False
-        if figures:
-            value = figures[f"val/{run.selection.metric}"]
-            better = run.selection.offer(value, **run.place())
-            if hasattr(run.schedule, "observe"):
-                run.schedule.observe(value, run.selection.direction)
-        self._save(run, best=better)
+    def after_epoch(self, run: Run, *, best: bool) -> None:
+        """The checkpoint of an epoch. Raises `InterruptedRun` where the run was asked to stop.
+
+        Args:
+            best: whether its weights are the best so far.
+        """
+        self.save(run, best=best)
         self._stop_for(run, run.ranks.any(run.interrupted_by))
 
-    def on_trained(self, run: Run) -> None:
-        """The test split is evaluated with the weights that val chose."""
+    def take_best(self, run: Run) -> None:
+        """Gives the network the weights that val chose, with which the test split is evaluated."""
         run.saved = True
         best = run.ranks.share(self._chosen(run) if run.is_main else None)
         if best is not None:
@@ -117,7 +102,8 @@ class Checkpointer(Listener):
         state = chosen(run.folder, run.config, run.selection.state_dict(), None)
         return None if state is None else {name: state[name] for name in ("origin", *_evaluated(run))}
 
-    def _save(self, run: Run, *, best: bool = False) -> None:
+    def save(self, run: Run, *, best: bool = False) -> None:
+        """Writes what there is. Raises `DivergedError` rather than to overwrite what did not diverge."""
         self._saved_at = time.monotonic()
         pending = self._vote()
         self._vote = lambda: 0 if pending == _DUE else pending
@@ -127,7 +113,7 @@ class Checkpointer(Listener):
             self._best = None if in_file else _on_cpu(state)
         if not self.enabled:
             return
-        run.tell("on_save")
+        run.complete_state()
         if run.folder is not None and run.is_main:
             # In this order: killed between the two, the last one stands in for the best (`_complete`).
             paths = [run.folder.last, run.folder.best] if best else [run.folder.last]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cnnlab.data.loader import Loader
 from cnnlab.observe.observer import Look
-from cnnlab.train.run import Run, describe_sums
+from cnnlab.train.run import Run
 from cnnlab.train.state import Totals
 
 
@@ -25,6 +25,7 @@ def fit(run: Run) -> dict[str, float]:
         while not run.complete():
             train_epoch(run)
             close_epoch(run)
+        run.checkpointer.take_best(run)
         run.tell("on_trained")
         run.metrics = evaluate(run, "test")
     return run.metrics
@@ -44,21 +45,24 @@ def updates(run: Run) -> Iterator[Look]:
             result = run.step(batch, count, run.clock.step, look)
         run.clock.advance(count)
         run.tell("on_step", result)
+        run.settle(result)
         yield look
 
 
 def close_epoch(run: Run) -> None:
-    """Evaluates on val when it is due or the run is over, and lets the listeners select, save and stop."""
+    """Evaluates on val when it is due or the run is over, decides what follows from it, and saves."""
     run.clock.close(run.steps_per_epoch)
     due = run.clock.epoch % run.trainer.eval_every == 0 or run.finished()
     figures = evaluate(run, "val") if due else {}
+    better = run.decide(figures)
     run.tell("on_epoch", figures)
+    run.checkpointer.after_epoch(run, best=better)
 
 
 def evaluate(run: Run, name: str) -> dict[str, float]:
     """The metrics of the split `name` over all ranks, as `val/accuracy`; the network as it is evaluated."""
-    figures = describe_sums(run.task, measure(run, run.loaders[name]))
-    run.tell("on_record", {**run.place(), "split": name, **figures})
+    figures = run.describe(measure(run, run.loaders[name]))
+    run.record({**run.place(), "split": name, **figures})
     return {f"{name}/{metric}": value for metric, value in figures.items()}
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from cnnlab.errors import CheckpointError
 from cnnlab.runs import checkpoint
 from cnnlab.runs.folder import EARLIER_HASH, PLACES, RunDir, config_hash
-from cnnlab.train.state import Clock, require_selection
+from cnnlab.train.selection import require_selection
+from cnnlab.train.state import Clock
 
 SHOWN = 3
 """Names in a message before it counts the rest."""

@@ -1,11 +1,12 @@
-"""Listeners that turn what happens into records: metrics, statistics, and evidence for a later diagnosis."""
+"""Listeners that keep what happens: metrics, statistics, and evidence for a later diagnosis."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnnlab import measure
-from cnnlab.errors import DivergedError
 from cnnlab.machine.ranks import Ranks
 from cnnlab.protocols import Listener, StepResult
 from cnnlab.runs.disk import append_to, writing
 from cnnlab.runs.folder import RunDir, write_atomically
 from cnnlab.sinks.jsonl import JsonlSink, read_records
 from cnnlab.sinks.records import as_first_version
-from cnnlab.train.run import Run, describe_sums
-from cnnlab.train.state import Arriving
+from cnnlab.train.run import Run
+
+_TELL_AT_LEAST, _TELL_AT_MOST = 1.0, 30.0
+"""Seconds from one progress note to the next."""
+
+
+class Progress(Listener):
+    """Keeps `steps` in `run.json` true while the run goes on, for whoever reads it, also after a kill.
+
+    What it says is half of what is done, at least, and at most half a minute old: the intervals grow with the run.
+    """
+
+    def __init__(self) -> None:
+        self._began = self._told_at = time.monotonic()
+
+    def on_start(self, run: Run) -> None:
+        self._began = self._told_at = time.monotonic()
+
+    def on_step(self, run: Run, result: StepResult) -> None:
+        now = time.monotonic()
+        if now - self._told_at >= min(_TELL_AT_MOST, max(_TELL_AT_LEAST, self._told_at - self._began)):
+            self._told_at = now
+            with suppress(OSError):  # a full disk: what must be written says so
+                run.record_progress()
 
 
 class Recorder(Listener):
-    """Adds up the steps' sums, emits training records, stops a run that diverged, and writes the JSONL files.
+    """Writes the JSONL files.
 
     What the files hold, TensorBoard's among them, is part of the State: a resumed run cuts what came after its
     checkpoint and writes it again, so there are neither gaps nor doubles; what is missing from before it is told.
@@ -38,35 +59,10 @@ class Recorder(Listener):
         self._stats = JsonlSink(folder.stats, digits=5) if folder is not None else None
         self._events = folder.tensorboard if folder is not None else None
         self._missing: list[str] = []
-        self._coming: tuple[dict[str, Any], Arriving] | None = None
-
-    def on_step(self, run: Run, result: StepResult) -> None:
-        run.totals.add(result.sums)
-        if run.device.type == "cpu" and run.ranks.world == 1 and not math.isfinite(float(result.sums["data_loss"])):
-            self._diverged(run)  # at once where reading the loss is free; else at the next record, on all ranks
-        clock = run.clock
-        at_end = clock.batch == run.steps_per_epoch or run.finished()
-        if clock.step % run.trainer.log_every == 0 or at_end:
-            self._tell(run)
-            record = {**run.place(), "split": "train", "lr": run.last_lr}
-            if run.ranks.world > 1:
-                run.tell("on_record", {**record, **describe_sums(run.task, run.totals.take())})
-            else:
-                self._coming = record, run.totals.take_later()
-        if self._coming is not None and (at_end or self._coming[1].ready()):
-            self._tell(run)
-
-    def _tell(self, run: Run) -> None:
-        """Hands over the record whose figures were on their way, waiting for them if need be."""
-        if self._coming is not None:
-            (record, sums), self._coming = self._coming, None
-            run.tell("on_record", {**record, **describe_sums(run.task, sums.wait())})
 
     def on_record(self, run: Run, record: dict[str, Any]) -> None:
         if self._metrics is not None:
             self._write(run, self._metrics, record)
-        if not math.isfinite(record["loss"]):
-            self._diverged(run, record["split"])
 
     def on_stats(self, run: Run, record: dict[str, Any]) -> None:
         if self._stats is None:
@@ -76,31 +72,6 @@ class Recorder(Listener):
 
     def _write(self, run: Run, sink: JsonlSink, record: Mapping[str, Any]) -> None:
         sink.write(as_first_version(record, run.clock.epoch) if self._first_version else record)
-
-    def on_save(self, run: Run) -> None:
-        """Nothing is left unwritten, and what diverged since the last record does not overwrite what did not."""
-        self._tell(run)
-        run.observer.drain()
-        run.totals.gather()
-        if not bool(measure.total_norm(run.step.parameters).isfinite()):
-            self._diverged(run)
-
-    def on_end(self, run: Run, error: BaseException | None) -> None:
-        run.observer.drain()
-
-    def _diverged(self, run: Run, split: str = "train") -> None:
-        rate = run.last_lr
-        where = f"by step {run.clock.step} (epoch {run.clock.epoch}); expected a finite loss"
-        if split == "train" or not bool(measure.total_norm(run.step.parameters).isfinite()):
-            raise DivergedError(
-                f"the loss became non-finite {where}. Try a smaller rate (optim.lr={rate / 10:.2g}; it was {rate:.2g} "
-                "here) or trainer.clip_norm=1"
-            )
-        raise DivergedError(
-            f"the loss on {split} is non-finite {where}, and that of the training is not. The last updates may have "
-            f"been too large, or a batch norm's running moments too young: try optim.lr={rate / 10:.2g}, or "
-            "trainer.precision=fp32 (bf16 overflows later than fp16), a larger norm.momentum, or trainer.eval_every"
-        )
 
     def restored(self) -> list[str]:
         return self._missing

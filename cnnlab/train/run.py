@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -18,15 +19,18 @@ from cnnlab.errors import CheckpointError, CnnlabError, DivergedError, Interrupt
 from cnnlab.machine.interrupts import answered_by, raises, watcher
 from cnnlab.machine.ranks import Ranks
 from cnnlab.observe.observer import Observer
-from cnnlab.protocols import Batch, DataSpec, Listener, Schedule
+from cnnlab.protocols import Batch, DataSpec, Listener, Schedule, StepResult
 from cnnlab.runs.checkpoint import State
 from cnnlab.runs.folder import RunDir
 from cnnlab.schema import Precision, Trainer
 from cnnlab.tasks import Task
+from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.forward import Forward
 from cnnlab.train.interventions import Interventions
+from cnnlab.train.meter import Meter, require_finite, require_finite_weights
 from cnnlab.train.objective import Mode, Objective
-from cnnlab.train.state import Clock, Selection, Totals
+from cnnlab.train.selection import Selection
+from cnnlab.train.state import Clock, Totals
 from cnnlab.train.step import EagerStep
 
 _log = logging.getLogger(__name__)
@@ -55,6 +59,7 @@ class Run:
     total_steps: int
     interventions: Interventions = field(default_factory=Interventions)
     patience: int | None = None
+    checkpointer: Checkpointer = field(default_factory=lambda: Checkpointer(enabled=False, minutes=math.inf))
     listeners: list[Listener] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
@@ -73,6 +78,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.totals = Totals(self.ranks, self.device)
+        self.meter = Meter()
         self.last_lr = self.lr()
         """The base learning rate of the last update."""
 
@@ -143,7 +149,7 @@ class Run:
                 self._set_lr()
                 yield batch, count
         except NotAwaited:
-            self.tell("on_stop")
+            self.checkpointer.stop(self)
         self.clock.training.stop()
         self.observer.pause()
 
@@ -158,8 +164,18 @@ class Run:
                 group["lr"] = rate
 
     def tell(self, event: str, *arguments: Any) -> None:
+        """Tells all listeners, each with a copy of the records."""
         for listener in self.listeners:
-            getattr(listener, event)(self, *arguments)
+            getattr(listener, event)(self, *(dict(a) if isinstance(a, dict) else a for a in arguments))
+
+    def describe(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        """See `describe_sums`."""
+        return describe_sums(self.task, sums)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Tells a record of `metrics.jsonl`. Raises `DivergedError` where its loss is not finite."""
+        self.tell("on_record", record)
+        require_finite(self, record)
 
     def averaged(self) -> AbstractContextManager[None]:
         """The network as it is evaluated: with the moving averages where there are any."""
@@ -208,6 +224,39 @@ class Run:
         """Rank 0's buffers on every rank: each has seen other samples, and one network is evaluated."""
         self.ranks.share_(list(self.model.buffers()))
 
+    # ---- what decides ----
+
+    def settle(self, result: StepResult) -> None:
+        """What follows from an update: its part of the records, a checkpoint where one is due, the end where the loss
+        is not finite (`DivergedError`) or the run was asked to stop (`InterruptedRun`)."""
+        self.meter.add(self, result)
+        self.checkpointer.after_step(self)
+
+    def decide(self, figures: Mapping[str, float]) -> bool:
+        """What follows from an evaluation: whether it is the best so far, what a plateau does to the rate, and
+        (`stopped_early`) whether the run goes on.
+
+        Args:
+            figures: its metrics, as `val/accuracy`; empty where none was due.
+        """
+        if not figures:
+            return False
+        value = figures[f"val/{self.selection.metric}"]
+        if hasattr(self.schedule, "observe"):
+            self.schedule.observe(value, self.selection.direction)
+        return self.selection.offer(value, **self.place())
+
+    def complete_state(self) -> None:
+        """Before a checkpoint: nothing is left untold, and what is spread over the ranks is brought together.
+
+        Raises `DivergedError` for weights that are not finite.
+        """
+        self.meter.flush(self)
+        self.observer.drain()
+        self.totals.gather()
+        require_finite_weights(self)
+        self.tell("on_save")
+
     # ---- going on with a checkpoint ----
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -252,6 +301,7 @@ class Run:
         try:
             with self._signals():
                 self.tell("on_start")
+                self.checkpointer.begin(self)
                 yield
         except BaseException as caught:
             error = caught
@@ -274,9 +324,10 @@ class Run:
             self._record_status(status, reason)
         except OSError as caught:
             refused = caught
-        for listener in self.listeners:
+        ends = [lambda listener=listener: listener.on_end(self, error or refused) for listener in self.listeners]
+        for end in [self.observer.drain, *ends]:
             try:
-                listener.on_end(self, error or refused)
+                end()
             except OSError as caught:
                 if error is None and refused is None:
                     _log.warning("%s", caught)

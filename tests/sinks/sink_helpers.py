@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnnlab.train.state import Selection
+from cnnlab.train.selection import Selection
 
 
 def fake_run(directory: Path | None = None, *, step: int = 0, resumed: bool = False, **changes: Any) -> Any:

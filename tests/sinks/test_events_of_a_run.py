@@ -27,7 +27,7 @@ def written(folder: Path, *overrides: str) -> tuple[Any, EventAccumulator]:
     """A run with TensorBoard listening, and its event files as TensorBoard reads them."""
     run = make_run(*overrides, folder=folder)
     board = TensorBoard(RunDir(folder).tensorboard, picture_every=2)
-    run.listeners[-1:-1] = [board, SamplePictures(board)]
+    run.listeners += [board, SamplePictures(board)]
     fit(run)
     found = EventAccumulator(str(RunDir(folder).tensorboard), {"images": 0, "scalars": 0, "histograms": 0})
     found.Reload()

@@ -180,7 +180,7 @@ def test_val_is_shown_with_predictions_and_the_run_stays_what_it_was(tmp_path: P
         overrides = (*overrides[:-1], "regularization=ema")
     run = make_run(*overrides, folder=tmp_path / "shown")
     board = TensorBoard(RunDir(tmp_path / "shown").tensorboard)
-    run.listeners[-1:-1] = [board, SamplePictures(board)]
+    run.listeners += [board, SamplePictures(board)]
     fit(run)
     found = EventAccumulator(str(board.folder), {"images": 0})
     found.Reload()

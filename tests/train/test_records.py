@@ -42,7 +42,7 @@ def test_a_join_on_step_and_epoch_pairs_what_belongs_together(tmp_path: Path, ta
     run, norms = make_run(*TASKS[task], *EACH_STEP, folder=tmp_path), Norms()
     run.listeners.insert(0, norms)
     board = TensorBoard(RunDir(tmp_path).tensorboard)
-    run.listeners.insert(-1, board)
+    run.listeners.append(board)
     fit(run)
     metrics, stats = list(read_records(tmp_path / "metrics.jsonl")), list(read_records(tmp_path / "stats.jsonl"))
     trained = {r["step"]: r for r in metrics if r["split"] == "train"}

@@ -17,12 +17,19 @@ from cnnlab.sinks.tensorboard import TensorBoard
 from cnnlab.train import fit
 from cnnlab.train.recorder import sample_losses
 
-OVERRIDES = ("stats=full", "stats.every=1", "probe.histograms.every=2", "trainer.log_every=1", "schedule=constant")
+OVERRIDES = (
+    "stats=full",
+    "stats.every=1",
+    "probe.histograms.every=2",
+    "trainer.log_every=1",
+    "schedule=constant",
+    "stats.max_overhead=null",
+)
 
 
 def run_on(run, folder: Path, stop: int | None = None) -> None:
     board = TensorBoard(RunDir(folder).tensorboard, picture_every=2)
-    run.listeners[-1:-1] = [board, SamplePictures(board)]
+    run.listeners += [board, SamplePictures(board)]
     if stop is None:
         fit(run)
         return
