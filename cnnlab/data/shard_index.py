@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import posixpath
 import tarfile
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,7 +27,7 @@ from cnnlab.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 """Part of every key: raised when the index changes its meaning."""
 Array = np.ndarray[Any, Any]
 
@@ -44,7 +47,9 @@ class ShardIndex:
     """The samples of several shards, in the order of the shards and of the members in each.
 
     `shards` the tar files; `shard` (N,) which one a sample is in; `offset` and `size` (N,) of its image there, in
-    bytes; `label` (N,); `keys` the samples' names. `bytes` of all images; `fingerprint` of names, places and labels.
+    bytes; `label` (N,); `keys` the samples' names; `broken`: (shard: member, reason) of what would be samples but for
+    something that they lack; `unused`: (shard: member) of what belongs to none. `bytes` of all images; `fingerprint` of
+    names, places and labels.
     """
 
     shards: Sequence[Path]
@@ -53,6 +58,8 @@ class ShardIndex:
     size: Array
     label: Array
     keys: list[str]
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.bytes = int(self.size.sum())
@@ -88,7 +95,7 @@ def indexed(shards: Sequence[Path], label: str, cache: str | None) -> ShardIndex
         cache: folder of the cache; see `cnnlab.data.places.cache_folder`.
 
     Raises:
-        DataError: a shard is missing, damaged or compressed, or has samples without a label.
+        DataError: a shard is missing, damaged or compressed, has a key twice, or a label that is no class number.
     """
     folder = cache_folder(cache) / "shards"
     columns: list[dict[str, Array]] = []
@@ -109,22 +116,38 @@ def indexed(shards: Sequence[Path], label: str, cache: str | None) -> ShardIndex
             writable = writable and _store(stored, found)
         columns.append(found)
     counts = [len(found["offset"]) for found in columns]
-    names = [found["keys"].tobytes().decode(errors="surrogateescape") for found in columns]
     return ShardIndex(
         shards=shards,
         shard=np.repeat(np.arange(len(shards)), counts),
         offset=np.concatenate([found["offset"] for found in columns]),
         size=np.concatenate([found["size"] for found in columns]),
         label=np.concatenate([found["label"] for found in columns]),
-        keys=[key for text in names if text for key in text.split("\n")],
+        keys=[key for found in columns for key in _lines(found["keys"])],
+        broken=[
+            (f"{path}: {member}", reason)
+            for path, found in zip(shards, columns)
+            for member, _, reason in (line.partition("\t") for line in _lines(found["broken"]))
+        ],
+        unused=[f"{path}: {name}" for path, found in zip(shards, columns) for name in _lines(found["unused"])],
     )
+
+
+def _column(lines: Iterable[str]) -> Array:
+    """Texts as bytes, a line each: an archive of arrays holds no lists."""
+    text = "\n".join(" ".join(line.split("\n")) for line in lines)
+    return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
+
+
+def _lines(column: Array) -> list[str]:
+    text = column.tobytes().decode(errors="surrogateescape")
+    return text.split("\n") if text else []
 
 
 def _stored(path: Path) -> dict[str, Array] | None:
     """A shard's index, or `None` where there is none that is whole."""
     try:
         with np.load(path) as archive:
-            found = {name: archive[name] for name in ("offset", "size", "label", "keys")}
+            found = {name: archive[name] for name in ("offset", "size", "label", "keys", "broken", "unused")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return found if len(found["offset"]) == len(found["size"]) == len(found["label"]) else None
@@ -155,92 +178,150 @@ def _store(path: Path, columns: dict[str, Array]) -> bool:
         return False
 
 
+@dataclass
+class _Member:
+    """A file in a tar: its full name, and where its bytes are; of a link, those of what it leads to."""
+
+    name: str
+    offset: int
+    size: int
+
+
+_Members = dict[str, _Member]
+"""Those of one key, by extension."""
+
+
 def _scanned(path: Path, label: str) -> dict[str, Array]:
     """Offsets, sizes and labels of one shard's images, from the tar headers; only labels are read."""
     keys: list[str] = []
     places: list[tuple[int, int, int]] = []
+    broken: list[str] = []
     unused: list[str] = []
     try:
-        with tarfile.open(path, "r:") as archive:  # "r:": not compressed, for only then an offset can be read
-            for key, members in _told_apart(_samples(archive), label, unused):
-                images = _images(members)
-                if len(images) > 1 or label not in members:
-                    has = ", ".join(f".{extension}" for extension in members)
+        # "r:": not compressed, for only then an offset can be read.
+        with tarfile.open(path, "r:") as archive, path.open("rb") as file:
+            members = _members(archive, broken)
+            for key, own in _samples(members, label, path, unused):
+                images = _images(own)
+                if len(images) > 1:
                     raise DataError(
-                        f"expected one image and its .{label} for each key in {path}, received {has} for {key}; "
-                        "name the member that holds the class number by data.label"
+                        f"expected one image for each key in {path}, received {', '.join(i.name for i in images)}"
                     )
-                places.append((images[0].offset_data, images[0].size, _label(archive, members[label], label, path)))
+                if label not in own:
+                    has = ", ".join(f".{extension}" for extension in own)
+                    broken.append(f"{images[0].name}\tno .{label} beside it; its key has {has}")
+                    continue
+                places.append((images[0].offset, images[0].size, _label(file, own[label], label, path)))
                 keys.append(key)
     except (tarfile.TarError, OSError) as error:
         raise DataError(
             f"expected an uncompressed tar file that is whole in {path}, received: {error}; fetch it again"
         ) from error
     if not keys:
-        raise DataError(f"expected images in {path}, received none; mend data.shards")
-    if unused:
-        _log.warning(
-            "%s: %d file%s without an image and a .%s of the same key, the first is %s; not used",
-            path.name,
-            len(unused),
-            "s" * (len(unused) > 1),
-            label,
-            unused[0],
+        lacks = f"; {broken[0].replace(chr(9), ': ')}" if broken else ""
+        raise DataError(
+            f"expected images with a .{label} in {path}, received none{lacks}; mend data.shards, or name the member "
+            "that holds the class number by data.label"
         )
+    _require_once(keys, path)
     table = np.array(places, dtype=np.int64)
-    names = np.frombuffer("\n".join(keys).encode(errors="surrogateescape"), np.uint8)
-    return {"offset": table[:, 0], "size": table[:, 1], "label": table[:, 2], "keys": names}
+    return {
+        "offset": table[:, 0],
+        "size": table[:, 1],
+        "label": table[:, 2],
+        "keys": _column(keys),
+        "broken": _column(broken),
+        "unused": _column(unused),
+    }
 
 
-def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Each key with its members by extension; those of one key are neighbours, as the convention has it."""
-    current: str | None = None
-    members: dict[str, tarfile.TarInfo] = {}
+def _require_once(keys: Sequence[str], path: Path) -> None:
+    """Raises `DataError` where a key comes again, behind others: as `tar -r` writes a member anew."""
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"expected each key once in {path}, received {len(twice)} that are there again ({twice[0]}); write the "
+            "shard anew with the one that counts"
+        )
+
+
+def _members(archive: tarfile.TarFile, broken: list[str]) -> list[_Member]:
+    """The visible files in order. A hard or symbolic link is the file that it leads to inside the shard.
+
+    Args:
+        broken: gets links that lead to none.
+    """
+    files: dict[str, tuple[int, int]] = {}
+    aims: dict[str, str] = {}
+    names = []
     for member in archive:
-        if not member.isfile() or member.name.rpartition("/")[2].startswith((".", "__")):
+        name = posixpath.normpath(member.name)
+        if member.isreg():
+            files[name] = (member.offset_data, member.size)
+        elif member.islnk():
+            # What it leads to is before it, but may be written anew behind it: its bytes are those of now.
+            aim = posixpath.normpath(member.linkname)
+            if aim in files:
+                files[name] = files[aim]
+            aims[name] = aim
+        elif member.issym():
+            aims[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+        else:
             continue
-        key, extension = key_and_extension(member.name)
-        if key != current:
-            if current is not None:
-                yield current, members
-            current, members = key, {}
-        members[extension] = member
-    if current is not None:
-        yield current, members
+        if not member.name.rpartition("/")[2].startswith((".", "__")):
+            names.append(member.name)
+    found = []
+    for full in names:
+        name, seen = posixpath.normpath(full), set[str]()
+        while name not in files and name in aims and name not in seen:
+            seen.add(name)
+            name = aims[name]
+        if name in files:
+            found.append(_Member(full, *files[name]))
+        else:
+            broken.append(f"{full}\ta link to {name}, which is not in the shard")
+    return found
 
 
-def _images(members: Mapping[str, tarfile.TarInfo]) -> list[tarfile.TarInfo]:
-    return [member for extension, member in members.items() if f".{extension}" in EXTENSIONS]
+def _samples(members: Iterable[_Member], label: str, path: Path, unused: list[str]) -> Iterator[tuple[str, _Members]]:
+    """Each key that has an image, with its members; those of one key are neighbours, as the convention has it.
 
-
-def _told_apart(
-    samples: Iterable[tuple[str, dict[str, tarfile.TarInfo]]], label: str, unused: list[str]
-) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """The samples with images. A key ends at its first dot (`7.seg.png` belongs to `7`); where that leaves no image,
-    keys have dots themselves (`cam1.0000.jpg` with `cam1.0000.cls`) and end at the last one.
+    A key ends at its first dot. Members that have dots beyond it are samples of their own where they are an image and
+    its label (`cam1.0000.jpg` with `cam1.0000.cls`), or where the plain key has no image; else they belong to the plain
+    key (`7.seg.png` to `7`).
 
     Args:
         unused: gets the names of the members that belong to no sample.
     """
-    for key, members in samples:
-        if _images(members):
-            yield key, members
-            continue
-        dotted: dict[str, dict[str, tarfile.TarInfo]] = {}
-        for extension, member in members.items():
+    for key, group in groupby(members, key=lambda member: key_and_extension(member.name)[0]):
+        plain: _Members = {}
+        dotted: dict[str, _Members] = {}
+        for member in group:
+            _, extension = key_and_extension(member.name)
             more, _, last = extension.rpartition(".")
-            dotted.setdefault(f"{key}.{more}" if more else key, {})[last] = member
-        for longer, found in dotted.items():
-            if _images(found) and label in found:
-                yield longer, found
-            else:
-                unused += [member.name for member in found.values()]
+            own = dotted.setdefault(f"{key}.{more}", {}) if more else plain
+            if last in own:
+                raise DataError(
+                    f"expected each member once in {path}, received {member.name} twice; write the shard anew with the "
+                    "one that counts"
+                )
+            own[last] = member
+        alone = {longer: own for longer, own in dotted.items() if _images(own) and (label in own or not _images(plain))}
+        if _images(plain):
+            yield key, plain
+        else:
+            idle = [plain, *(own for longer, own in dotted.items() if longer not in alone)]
+            unused += [member.name for own in idle for member in own.values()]
+        yield from alone.items()
 
 
-def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, kind: str, path: Path) -> int:
-    file = archive.extractfile(member)
-    assert file is not None
-    text = file.read()
+def _images(members: Mapping[str, _Member]) -> list[_Member]:
+    return [member for extension, member in members.items() if f".{extension}" in EXTENSIONS]
+
+
+def _label(file: BinaryIO, member: _Member, kind: str, path: Path) -> int:
+    file.seek(member.offset)
+    text = file.read(member.size)
     try:
         value = json.loads(text)["label"] if kind == "json" else int(text)
         if isinstance(value, bool) or value != int(value) or int(value) < 0:

@@ -14,7 +14,9 @@ from torch import Tensor
 from cnnlab import rng
 from cnnlab.data.cache import unreadable, without
 from cnnlab.data.decode import Recipe
+from cnnlab.data.found import Findings, class_names, first_lines
 from cnnlab.data.pixels import MAX_PIXELS, checked_range
+from cnnlab.data.shard_copies import require_shards_once, tell_copies
 from cnnlab.data.shard_index import ShardIndex, indexed
 from cnnlab.data.splits import Fraction, Imbalance, Limit, partitioned, require_fractions
 from cnnlab.data.stream import StreamSplit, streamed
@@ -51,8 +53,9 @@ class WebDataset:
     """Classification of images in tar files of the WebDataset convention (Aizman, Maltby, Breuel 2019).
 
     A sample is a run of members with one key: an image and, beside it, its class number, as `000123.jpg` and
-    `000123.cls`. The shards' headers are read once into an index; images are then read by offset and decoded
-    anew each epoch, as those of a folder are (see `cnnlab.data.folder`): never unpacked, never stored decoded.
+    `000123.cls`. Links inside a shard are followed; a key twice in a shard is refused. The shards' headers are read
+    once into an index; images are then read by offset and decoded anew each epoch, as those of a folder are (see
+    `cnnlab.data.folder`): never unpacked, never stored decoded.
 
     Args:
         shards: the training shards: a path with braces (`train-{0000..0009}.tar`), with `*`, or of one file.
@@ -65,8 +68,8 @@ class WebDataset:
         val, test: fractions of the training samples for a split without shards, by class.
         split_seed: seed of the split, apart from the run's.
         limit, imbalance: thin the training split (see `cnnlab.data.splits`).
-        on_error: whether an image that cannot be decoded ends the run when its batch is due, or all are tried
-            first, once, and such ones left out.
+        on_error: whether an image that cannot be decoded ends the run when its batch is due, and one without its
+            label or a link that leads nowhere at once, or all are tried first, once, and such ones left out.
         cache: folder of the index; `None` takes `$CNNLAB_CACHE` or `~/.cache/cnnlab`.
         max_pixels, value_range: see `cnnlab.data.folder.ImageFolder`.
         loading: the config's section; `None` takes its defaults.
@@ -119,6 +122,7 @@ class WebDataset:
         self.imbalance = imbalance
         self.on_error = on_error
         self.cache = cache
+        self.findings = Findings()
 
     def spec(self) -> DataSpec:
         """Reads the shards' headers where nothing else tells the classes. Raises `DataError`."""
@@ -126,7 +130,10 @@ class WebDataset:
         return DataSpec(self.recipe.channels, size, self._class_names)
 
     def load(self) -> dict[str, Split]:
+        self.findings = Findings()
+        require_shards_once(self._shards, self.findings)
         index, classes = self._index, self._class_names
+        self._tell_unused(index)
         wrong = np.flatnonzero(index.label >= len(classes))
         if len(wrong):
             raise DataError(
@@ -152,8 +159,33 @@ class WebDataset:
                 workers=self.loading.workers,
                 patience=self.loading.patience,
             )
+            self.findings.leave_out(index, failures)
             parts = without(failures, parts)
+        tell_copies(index, parts, self.findings)
         return streamed(ShardSplit, index, self.recipe, labels, parts, self.loading)
+
+    def _tell_unused(self, index: ShardIndex) -> None:
+        """What belongs to no sample is told. Raises `DataError` for what lacks something, unless it is left out."""
+        if index.unused:
+            count = len(index.unused)
+            self.findings.notices.append(
+                f"data: {count:,} member{'s' * (count > 1)} without an image of the same key: not used "
+                f"({index.unused[0]})"
+            )
+        if not index.broken:
+            return
+        lines = first_lines([f"{name}: {reason}" for name, reason in index.broken])
+        if self.on_error == "raise":
+            named = "\n".join(f"  {line}" for line in lines)
+            raise DataError(
+                f"expected an image and its .{self.label} for each key, received {len(index.broken)} without:\n"
+                f"{named}\nmend them, name the member that holds the class number by data.label, or type "
+                "data.on_error=skip to leave them out"
+            )
+        self.findings.left_out += index.broken
+        self.findings.notices.append(
+            f"data: {len(index.broken):,} of the shards lack something, and are left out: {'; '.join(lines)}"
+        )
 
     @cached_property
     def _shards(self) -> dict[str, list[Path]]:
@@ -180,13 +212,10 @@ class WebDataset:
             return _numbers(range(self.classes))
         if self.classes is None:
             return _numbers(range(int(self._index.label.max()) + 1))
-        try:
-            lines = Path(self.classes).expanduser().read_text().splitlines()
-        except OSError as error:
-            raise DataError(
-                f"expected class names, one a line, in {self.classes}, received: {error}; type data.classes=NUMBER"
-            ) from error
-        return tuple(line.strip() for line in lines if line.strip())
+        path = Path(self.classes).expanduser()
+        if not path.exists():
+            raise DataError(f"expected class names, one a line, in {path}, received nothing; type data.classes=NUMBER")
+        return class_names(path)
 
 
 def _numbers(numbers: Iterable[int]) -> tuple[str, ...]:

@@ -55,21 +55,119 @@ def tar(path: Path, members: dict[str, bytes]) -> None:
             archive.addfile(member, io.BytesIO(content))
 
 
-def test_keys_may_have_dots_and_what_belongs_to_no_sample_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    picture = io.BytesIO()
-    Image.new("L", (8, 8), 7).save(picture, "PNG")
+def picture(level: int, side: int = 8) -> bytes:
+    out = io.BytesIO()
+    Image.new("L", (side, side), level).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_keys_may_have_dots_and_what_belongs_to_no_sample_is_told(tmp_path: Path) -> None:
     members = {}
     for n in range(30):
-        members |= {f"cam{n % 3}.{n:04d}.png": picture.getvalue(), f"cam{n % 3}.{n:04d}.cls": b"%d" % (n % 3)}
-    members |= {"7.png": picture.getvalue(), "7.seg.png": picture.getvalue(), "7.cls": b"1"}
+        members |= {f"cam{n % 3}.{n:04d}.png": picture(n), f"cam{n % 3}.{n:04d}.cls": b"%d" % (n % 3)}
+    members |= {"7.png": picture(7), "7.seg.png": picture(8), "7.cls": b"1"}
     members |= {"lost.0001.txt": b"no image", "lost.0002.cls": b"2"}
-    tar(tmp_path / "s" / "train-0000.tar", members)
-    index = shard_index.indexed([tmp_path / "s" / "train-0000.tar"], "cls", str(tmp_path / "cache"))
-    assert index.keys == [*(f"cam{n % 3}.{n:04d}" for n in range(30)), "7"]
-    assert index.label.tolist() == [*(n % 3 for n in range(30)), 1]
-    assert "2 files without an image and a .cls of the same key, the first is lost.0001.txt" in caplog.text
+    tar(tmp_path / "s.tar", members)
+    for _ in range(2):  # from the remembered index, too
+        data = dataset(str(tmp_path / "s.tar"), tmp_path)
+        data.load()
+        index = data._index
+        assert index.keys == [*(f"cam{n % 3}.{n:04d}" for n in range(30)), "7"]
+        assert index.label.tolist() == [*(n % 3 for n in range(30)), 1]
+        told = f"data: 2 members without an image of the same key: not used ({tmp_path / 's.tar'}: lost.0001.txt)"
+        assert data.findings.notices == [told]
+
+
+def test_a_plain_key_hides_no_dotted_ones(tmp_path: Path) -> None:
+    members = {"cam1.png": picture(1), "cam1.cls": b"1", "cam1.depth.png": picture(9)}
+    for n in range(8):
+        members |= {f"cam1.{n:04d}.png": picture(10 + n), f"cam1.{n:04d}.cls": b"%d" % (n % 2)}
+    tar(tmp_path / "s.tar", members)
+    index = shard_index.indexed([tmp_path / "s.tar"], "cls", str(tmp_path / "cache"))
+    assert index.keys == ["cam1", *(f"cam1.{n:04d}" for n in range(8))] and not index.unused and not index.broken
+
+
+def test_links_are_what_they_lead_to_inside_the_shard(tmp_path: Path) -> None:
+    members = {}
+    for n in range(10):
+        members |= {f"a/{n}.png": picture(n), f"a/{n}.cls": b"%d" % (n % 2)}
+    tar(tmp_path / "s.tar", members)
+    with tarfile.open(tmp_path / "s.tar", "a") as archive:
+        for name, kind, aim in [("b/x.png", tarfile.LNKTYPE, "a/3.png"), ("b/x.cls", tarfile.SYMTYPE, "../a/3.cls"),
+                                ("b/y.png", tarfile.SYMTYPE, "x.png"), ("b/y.cls", tarfile.LNKTYPE, "a/2.cls"),
+                                ("b/z.png", tarfile.SYMTYPE, "/data/z.png"), ("b/z.cls", tarfile.LNKTYPE, "a/2.cls"),
+                                ("b/loop.png", tarfile.SYMTYPE, "loop.png")]:  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, aim
+            archive.addfile(member)
+    data = dataset(str(tmp_path / "s.tar"), tmp_path, on_error="skip")
+    splits = data.load()
+    assert data._index.keys[10:] == ["b/x", "b/y"] and data._index.label.tolist()[10:] == [1, 0]
+    levels = torch.cat([split.fetch(torch.arange(len(split)))["image"][:, 0, 0, 0] for split in splits.values()])
+    assert sorted(levels.tolist()) == sorted([*range(10), 3, 3])
+    assert data.findings.left_out == [
+        (f"{tmp_path}/s.tar: b/z.png", "a link to /data/z.png, which is not in the shard"),
+        (f"{tmp_path}/s.tar: b/loop.png", "a link to b/loop.png, which is not in the shard"),
+    ]
+    assert any("1 member without an image" in told and "b/z.cls" in told for told in data.findings.notices)
+    with pytest.raises(DataError, match=r"b/z\.png: a link to /data/z\.png"):
+        dataset(str(tmp_path / "s.tar"), tmp_path).load()
+
+
+@pytest.mark.parametrize("name", ["5.png", "cam.0001.png", "5.JPG"])
+def test_an_image_without_its_label_is_refused_or_left_out_whatever_its_key(tmp_path: Path, name: str) -> None:
+    members = {f"a/{n}.{kind}": b"0" if kind == "cls" else picture(n) for n in range(10) for kind in ("png", "cls")}
+    tar(tmp_path / "s.tar", members | {name: picture(3)})
+    with pytest.raises(DataError, match=rf"received 1 without:\n  .*s\.tar: {name}: no \.cls beside it"):
+        dataset(str(tmp_path / "s.tar"), tmp_path).load()
+    data = dataset(str(tmp_path / "s.tar"), tmp_path, on_error="skip")
+    assert sum(map(len, data.load().values())) == 10
+    assert [left for left, _ in data.findings.left_out] == [f"{tmp_path}/s.tar: {name}"]
+
+
+def test_a_key_twice_in_a_shard_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    members = {f"{n}.{kind}": b"0" if kind == "cls" else picture(n) for n in range(10) for kind in ("png", "cls")}
+    for more, told in (({"9.png": picture(0)}, r"received 9\.png twice"),
+                       ({"3.png": picture(0), "3.cls": b"1"}, r"1 that are there again \(3\)")):  # fmt: skip
+        tar(path, members)
+        with tarfile.open(path, "a") as archive:
+            for name, content in more.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        with pytest.raises(DataError, match=told):
+            dataset(str(path), tmp_path).load()
+
+
+def test_copies_in_other_shards_and_shards_of_two_splits_are_told(tmp_path: Path) -> None:
+    """Not a key that comes again with another image, as where each shard counts from 0."""
+    pattern = write(tmp_path / "a", count=2)
+    copied = {"part.0/00003.png": picture(3), "part.0/00003.cls": b"0"}
+    tar(tmp_path / "one.tar", copied | {"1.png": picture(200), "1.cls": b"1"})
+    tar(tmp_path / "two.tar", copied | {"1.png": picture(201), "1.cls": b"1"})
+    data = dataset(pattern, tmp_path, val_shards=str(tmp_path / "one.tar"), test_shards=str(tmp_path / "two.tar"))
+    data.load()
+    assert len(picture(200)) == len(picture(201))
+    (told,) = data.findings.notices
+    assert told.startswith(f"data: 1 samples are in val and in test ({tmp_path}/one.tar: part.0/00003, at byte")
+    (tmp_path / "link.tar").hardlink_to(tmp_path / "one.tar")
+    with pytest.raises(DataError, match=r"each shard of train once, received .*link\.tar and .*one\.tar"):
+        dataset(str(tmp_path / "[lo]*n*.tar"), tmp_path).load()
+    data = dataset(pattern, tmp_path, val_shards=pattern, test_shards=str(tmp_path / "one.tar"))
+    data.load()
+    (told,) = data.findings.notices
+    assert told.startswith("data: 2 shards of train are those of val, too (train-0000.tar); the figures of val are not")
+
+
+def test_names_of_classes_are_read_as_editors_save_them(tmp_path: Path) -> None:
+    pattern = write(tmp_path, count=2)
+    (tmp_path / "names.txt").write_bytes("\ufeffcat\r\nd\u00f6g\r\nemu\r\n".encode("utf-16-le"))
+    assert dataset(pattern, tmp_path, classes=str(tmp_path / "names.txt")).spec().classes == ("cat", "d\u00f6g", "emu")
+    for content, told in ((b"cat\ncat\nemu\n", "received cat twice"), (b"\xff\n", "expected text in UTF-8")):
+        (tmp_path / "names.txt").write_bytes(content)
+        with pytest.raises(DataError, match=told):
+            dataset(pattern, tmp_path, classes=str(tmp_path / "names.txt")).spec()
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -187,7 +285,9 @@ def test_a_broken_image_is_named_or_skipped(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train-0000\.tar: x/broken, at byte"):
         for split in dataset(pattern, tmp_path).load().values():
             split.fetch(torch.arange(len(split)))
-    splits = dataset(pattern, tmp_path, on_error="skip").load()
+    data = dataset(pattern, tmp_path, on_error="skip")
+    splits = data.load()
+    assert [name.partition(", at")[0] for name, _ in data.findings.left_out] == [f"{tmp_path}/train-0000.tar: x/broken"]
     assert sum(len(split.fetch(torch.arange(len(split)))["label"]) for split in splits.values()) == 12
 
 
