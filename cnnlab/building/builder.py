@@ -191,6 +191,7 @@ class _Builder:
             checkpointer=Checkpointer(enabled=self.trainer.checkpoint, minutes=self.trainer.checkpoint_minutes),
             resumed=self.resumed,
             left_out=self.findings.left_out,
+            files=self.findings.files,
         )
         self.wire(run, pipeline, placement)
         run.facts = facts(run, placement, pipeline, self.traits)
@@ -366,7 +367,7 @@ class _Builder:
         own = run.folder if run.is_main else None
         recorder = Recorder(own)
         evidence = Evidence(own, len(run.loaders["train"].split), run.device, self.ranks)
-        origin = Origin(self.config, self.described(run), self.chosen(run, placement))
+        origin = Origin(self.config, self.described(run), self.chosen(run, placement), run.files, run.dir)
         run.origin = origin
         parts: dict[str, Any] = {
             "origin": origin,

@@ -12,6 +12,7 @@ from cnnlab.composing.composer import Composed
 from cnnlab.inspect.flops import forward_flops
 from cnnlab.machine.interrupts import watcher
 from cnnlab.machine.ranks import join, leave
+from cnnlab.runs import data_files
 from cnnlab.runs.folder import RunDir, config_hash, environment
 from cnnlab.sinks.usual import attach
 from cnnlab.train import fit
@@ -73,6 +74,7 @@ def _started(composed: Composed, folder: RunDir, ranks: Any, going_on: bool, jso
     console = attach(run, folder, sys.stderr if json_output else sys.stdout)
     for notice in run.notices:
         console.notice(notice)
+    data_files.write(folder.path, run.files)
     folder.update(**_opening(composed, run))
     return run
 

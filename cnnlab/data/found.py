@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from cnnlab.data.formats import EXTENSIONS
 from cnnlab.data.sources import Sources
 from cnnlab.errors import DataError
+from cnnlab.runs.data_files import MOST_FILES
 from cnnlab.usertext import read_text
 
 SHOWN = 5
@@ -24,11 +27,26 @@ _OF_SYSTEMS = ("__MACOSX", "@eaDir")
 
 @dataclass
 class Findings:
-    """What whoever starts a run should know of its data: `notices`, a sentence each, and `left_out`, each file (or
-    folder) that could not be read with the reason."""
+    """What whoever starts a run should know of its data: `notices`, a sentence each; `left_out`, each file (or folder)
+    that could not be read with the reason; and `files`, those of each split with their lengths (see
+    `cnnlab.runs.data_files`)."""
 
     notices: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    files: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def record(self, parts: Mapping[str, Tensor], sources: Sources, *more: Sources) -> None:
+        """Keeps which files each split has, unless they are very many.
+
+        Args:
+            parts: rows by split.
+            more: what belongs to each row of `sources`, as masks do; counts in its length.
+        """
+        if sum(map(len, parts.values())) > MOST_FILES:
+            return
+        for split, rows in parts.items():
+            marks = [(sources.mark(row), sum(other.mark(row)[1] for other in more)) for row in rows.tolist()]
+            self.files[split] = {name: length + besides for (name, length), besides in marks}
 
     def leave_out(self, sources: Sources, failures: Iterable[tuple[int, str]]) -> None:
         """Records rows of `sources` that failed, with the reason."""

@@ -63,6 +63,7 @@ class ShardIndex:
 
     def __post_init__(self) -> None:
         self.bytes = int(self.size.sum())
+        self._base = os.path.commonpath([path.absolute().parent for path in self.shards])
         hasher = blake2b(digest_size=8)
         for path in self.shards:
             hasher.update(f"{path.name}\n".encode())
@@ -82,6 +83,9 @@ class ShardIndex:
 
     def name(self, row: int) -> str:
         return f"{self.shards[self.shard[row]]}: {self.keys[row]}, at byte {self.offset[row]:,}"
+
+    def mark(self, row: int) -> tuple[str, int]:
+        return f"{os.path.relpath(self.shards[self.shard[row]], self._base)}: {self.keys[row]}", int(self.size[row])
 
     def key(self, recipe: Recipe) -> str:
         return entry_key(recipe, self._key)

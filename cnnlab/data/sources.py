@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -31,6 +32,10 @@ class Sources(Protocol):
         """The row in a message."""
         ...
 
+    def mark(self, row: int) -> tuple[str, int]:
+        """A name of the row that stays where the data set is moved, and its length in bytes."""
+        ...
+
     def key(self, recipe: Recipe) -> str: ...
 
 
@@ -48,6 +53,7 @@ class Listing:
         self.root = root
         self.files = files
         self.bytes = 0
+        self._lengths = array("q")
         key, content = (blake2b(digest_size=size) for size in (12, 8))
         for name in files:
             try:
@@ -58,6 +64,7 @@ class Listing:
             content.update(named + b"\n")
             key.update(named + f"\0{status.st_mtime_ns}\n".encode())
             self.bytes += status.st_size
+            self._lengths.append(status.st_size)
         self._key = key.hexdigest()
         self.fingerprint = content.hexdigest()
         """Of the names and sizes, for want of pixels: times change when a data set is copied."""
@@ -70,6 +77,9 @@ class Listing:
 
     def name(self, row: int) -> str:
         return self.files[row]
+
+    def mark(self, row: int) -> tuple[str, int]:
+        return self.files[row], self._lengths[row]
 
     def key(self, recipe: Recipe) -> str:
         """Names what the recipe makes of these files."""

@@ -73,7 +73,16 @@ _RECORD: dict[str, stored.Kind] = {
 }
 """What those who read a run rely on in its `run.json`."""
 _BEST: dict[str, stored.Kind] = {"metric": stored.TEXT, "value": stored.or_null(stored.NUMBER), "epoch": stored.COUNT}
-_PARTS = ("run.json", "metrics.jsonl", "stats.jsonl", "error.txt", "evidence", "tensorboard", "checkpoints")
+_PARTS = (
+    "run.json",
+    "files.json.gz",
+    "metrics.jsonl",
+    "stats.jsonl",
+    "error.txt",
+    "evidence",
+    "tensorboard",
+    "checkpoints",
+)
 """What a run leaves beside `.hydra`, and begins anew where it begins again."""
 _TORN = re.compile(r"\..+\.\d+\.tmp")
 

@@ -7,10 +7,12 @@ end, by `cnnlab eval`), and the best ones are those of the step that the run's s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cnnlab.errors import CheckpointError
-from cnnlab.runs import checkpoint
+from cnnlab.runs import checkpoint, data_files
+from cnnlab.runs.data_files import Files
 from cnnlab.runs.folder import EARLIER_HASH, PLACES, RunDir, config_hash
 from cnnlab.train.selection import require_selection
 from cnnlab.train.state import Clock
@@ -31,12 +33,23 @@ class Origin:
         config: the run's; its hash must be equal where the checkpoint is loaded.
         data: what is known of the data (see `described`); its fingerprints and class names must be equal.
         choices: device, precision, step and layout. A resumed run is built with them (`device.as_recorded`).
+        files: of each split, as they are now.
+        folder: where the run keeps what they were.
     """
 
-    def __init__(self, config: Mapping[str, Any], data: Mapping[str, Any], choices: Mapping[str, str]):
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        data: Mapping[str, Any],
+        choices: Mapping[str, str],
+        files: Files,
+        folder: Path | None = None,
+    ):
         self.config = config
         self.data = dict(data)
         self.choices = dict(choices)
+        self.files = files
+        self.folder = folder
 
     def state_dict(self) -> dict[str, Any]:
         fingerprints = " ".join(f"{name}:{value}" for name, value in self.data["fingerprints"].items())
@@ -46,11 +59,20 @@ class Origin:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes nothing over. Raises `ValueError` for the origin of another run's checkpoint."""
         require_config(state, self.config)
-        if found := changes(recorded_data(state), self.data):
+        if found := self.changes(state, self.folder):
             raise ValueError(
                 f"its data is not what this run finds: {found}. A run goes on with the data that it had: put it back, "
                 "or, where it lies elsewhere now, type data.root=FOLDER"
             )
+
+    def changes(self, before: Mapping[str, Any], folder: Path | None) -> str:
+        """In words, how the data differs from what it was; the empty text where it is the same.
+
+        Args:
+            before: the origin in a checkpoint, and the `folder` of its run, which knows the files' names.
+        """
+        was = data_files.read(folder) if folder is not None and self.files else None
+        return changes(recorded_data(before), self.data, data_files.compared(was, self.files) if was else "")
 
 
 def described(fingerprints: Mapping[str, str], samples: Mapping[str, int], **more: Any) -> dict[str, Any]:
@@ -82,8 +104,13 @@ def require_config(origin: Mapping[str, Any], config: Mapping[str, Any]) -> None
         raise ValueError(f"it is another run's: its config is {found}, and that of this run {own}")
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In words, how data differs from what it was; the empty text where it is the same."""
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], files: str = "") -> str:
+    """In words, how data differs from what it was; the empty text where it is the same.
+
+    Args:
+        before, now: see `described`.
+        files: in words, how its files differ, where that is known.
+    """
     told = []
     for name, words in (("classes", "classes"), ("mask_classes", "the masks' classes")):
         if name in before and list(before[name]) != list(now[name]):
@@ -94,6 +121,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     counts = [f"{name} {was[name]:,} -> {has[name]:,}" for name in has if name in was and was[name] != has[name]]
     if counts:
         told.append(f"samples: {', '.join(counts)}")
+    if files:
+        told.append(files)
     if not told:
         other = [name for name, value in now["fingerprints"].items() if before["fingerprints"].get(name) != value]
         told.append(f"as many samples, and others, or other splits of them ({', '.join(sorted(other))})")

@@ -21,6 +21,7 @@ from cnnlab.machine.ranks import Ranks
 from cnnlab.observe.observer import Observer
 from cnnlab.protocols import Batch, DataSpec, Listener, Schedule, StepResult
 from cnnlab.runs.checkpoint import State
+from cnnlab.runs.data_files import Files
 from cnnlab.runs.folder import RunDir
 from cnnlab.schema import Precision, Trainer
 from cnnlab.tasks import Task
@@ -65,6 +66,8 @@ class Run:
     notices: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """Each file of the data that could not be read, with the reason."""
+    files: Files = field(default_factory=dict)
+    """Those of each split, with their lengths."""
     state: State = field(default_factory=State)
     clock: Clock = field(default_factory=Clock)
     metrics: dict[str, float] = field(default_factory=dict)

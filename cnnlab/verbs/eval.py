@@ -133,7 +133,7 @@ def opened(
     from cnnlab.building.trial import check
     from cnnlab.data.loader import Loader
     from cnnlab.train.loop import measure
-    from cnnlab.train.origin import changes, recorded_data
+    from cnnlab.train.origin import recorded_data
     from cnnlab.train.run import describe_sums
 
     composed = reopened(folder, trust)
@@ -149,7 +149,7 @@ def opened(
     check(composed)
     run = build(composed, resumed=True, choices=choices)
     before, now = recorded_data(origin), run.origin.data
-    found = changes(before, now)
+    found = run.origin.changes(origin, folder.path)
     if found and not data:
         root = config["data"].get("root")
         on_purpose = f"; to evaluate on it as it is now, type data.root={root}" if root is not None else ""
