@@ -52,7 +52,7 @@ def test_what_is_gone_new_moved_or_replaced_is_named():
     }
     assert data_files.compared(FILES, now) == (
         "files: 1 gone (b/\udce9 \n2.png), 1 new (new.png), 1 of train now in test (a/0.png), 1 of train now in val "
-        "(a/1.png), 1 of test now in train (b/4.png), 1 of another length (a/3.png)"
+        "(a/1.png), 1 more in another split, 1 of another length (a/3.png)"
     )
 
 

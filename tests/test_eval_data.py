@@ -11,6 +11,8 @@ import pytest
 from cli_runs import TINY, Answer
 from PIL import Image
 
+from cnnlab.runs import data_files
+
 Cli = Callable[..., Answer]
 
 
@@ -63,6 +65,31 @@ def test_data_that_has_changed_is_refused_with_what_changed(cli: Cli, change: Ca
     renamed = "a" not in [path.name for path in Path("photos").iterdir()]
     assert answer.code == (5 if renamed else 0), answer.err
     assert renamed or "other than the run had" in answer.out
+
+
+def of_the_run(split: str) -> list[str]:
+    return list((data_files.read(Path("run")) or {})[split])
+
+
+@pytest.mark.usefixtures("run")
+def test_what_is_gone_new_or_in_another_split_is_named(cli: Cli):
+    kept = {split: of_the_run(split) for split in ("train", "val", "test")}
+    assert len({name for names in kept.values() for name in names}) == 20
+    assert Path("photos", kept["train"][0]).is_file()
+    add(Path("photos"))
+    message = cli("eval", "run").err
+    assert "files: 1 new (a/new.png)" in message and "of train now in test (" in message
+    assert message.partition("of train now in test (")[2].partition(")")[0] in kept["train"]
+    (Path("photos") / "a" / "new.png").unlink()
+    gone = Path("photos") / kept["val"][0]
+    content = gone.read_bytes()
+    gone.write_bytes(content + b" ")  # the same pixels: the same data
+    assert cli("eval", "run").code == 0
+    gone.unlink()
+    for command in (("eval", "run"), ("train", "resume=run", "trainer.epochs=2")):
+        assert f"1 gone ({kept['val'][0]})" in cli(*command).err
+    (Path("run") / data_files.NAME).write_bytes(b"damaged")
+    assert "samples: " in cli("eval", "run").err
 
 
 @pytest.mark.usefixtures("run")

@@ -173,8 +173,10 @@ class ImageFolder:
                 raise
             return self._streamed(listing, recipe, labels, parts)
         self.findings.leave_out(listing, store.failures)
+        parts = store.readable(parts)
+        self.findings.record(parts, listing)
         source = digest(store.fingerprint, labels)
-        return assemble(store.images, {"label": labels}, source, store.readable(parts), mapped=True)
+        return assemble(store.images, {"label": labels}, source, parts, mapped=True)
 
     def _streamed(self, listing: Listing, recipe: Recipe, labels: Tensor, parts: dict[str, Tensor]) -> dict[str, Split]:
         if self.on_error == "skip":
@@ -183,6 +185,7 @@ class ImageFolder:
             )
             self.findings.leave_out(listing, failures)
             parts = without(failures, parts)
+        self.findings.record(parts, listing)
         return streamed(StreamSplit, listing, recipe, labels, parts, self.loading)
 
     def _layout(self, walk: Walk, findings: Findings) -> Layout:

@@ -134,6 +134,7 @@ class MaskFolder:
             pairs = pairs if reading.meaning is None else read(reading)
         self.findings.left_out += pairs.left_out
         self.findings.notices += [*pairs.notices(), *untaught(classes, pairs.present())]
+        self.findings.record(pairs.parts, *pairs.sources)
         source = digest(pairs.fingerprint, classes)
         return assemble(pairs.images, {"mask": pairs.masks}, source, pairs.parts, mapped=True)
 

@@ -32,6 +32,8 @@ class Pairs:
     parts: dict[str, Tensor]
     fingerprint: str
     left_out: list[tuple[str, str]]
+    sources: tuple[Listing, Listing]
+    """The images' files and the masks'."""
     scaled: list[str]
     """The masks that have another size than their images."""
     _inside: _Inside
@@ -106,7 +108,8 @@ def decoded_pairs(
         DataError: an unreadable file, a mask of another size than its image, or with what has no meaning.
     """
     options: dict[str, Any] = {"on_error": on_error, "cache": cache, "workers": workers, "patience": patience}
-    pictures = decoded(Listing(root, images), recipe, **options)
+    pictured = Listing(root, images)
+    pictures = decoded(pictured, recipe, **options)
     listing = FittedListing(root, masks, pictures.sizes) if scale else Listing(root, masks)
     numbers = decoded(listing, replace(recipe, channels=1, mask=True, value_range=None, meaning=meaning), **options)
     parts = numbers.readable(pictures.readable(parts))
@@ -127,7 +130,9 @@ def decoded_pairs(
     inside = _Inside(numbers.images[:, 0], pictures.sizes * readable, recipe)
     fingerprint = digest(pictures.fingerprint, numbers.fingerprint)
     scaled = [masks[row] for row in other] if scale else []
-    return Pairs(pictures.images, numbers.images[:, 0], parts, fingerprint, left_out, scaled, inside)
+    return Pairs(
+        pictures.images, numbers.images[:, 0], parts, fingerprint, left_out, (pictured, listing), scaled, inside
+    )
 
 
 def _of_another_size(parts: Mapping[str, Tensor], pictures: Store, masks: Store) -> list[int]:

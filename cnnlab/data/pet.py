@@ -139,11 +139,14 @@ class OxfordPet:
             listing = Listing(base, images)
             store = decoded(listing, self.recipe, **self.decoding)
             self.findings.leave_out(listing, store.failures)
+            parts = store.readable(parts)
+            self.findings.record(parts, listing)
             source = digest(store.fingerprint, labels)
-            return assemble(store.images, {"label": labels}, source, store.readable(parts), mapped=True)
+            return assemble(store.images, {"label": labels}, source, parts, mapped=True)
         pairs = decoded_pairs(base, images, masks[0], self.recipe, parts, _TRIMAP, **self.decoding)
         self.findings.left_out += pairs.left_out
         self.findings.notices += untaught(MASK_CLASSES, pairs.present())
+        self.findings.record(pairs.parts, *pairs.sources)
         targets = {"label": labels, "mask": pairs.masks}
         return assemble(pairs.images, targets, digest(pairs.fingerprint, labels), pairs.parts, mapped=True)
 

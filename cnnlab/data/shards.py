@@ -162,6 +162,7 @@ class WebDataset:
             self.findings.leave_out(index, failures)
             parts = without(failures, parts)
         tell_copies(index, parts, self.findings)
+        self.findings.record(parts, index)
         return streamed(ShardSplit, index, self.recipe, labels, parts, self.loading)
 
     def _tell_unused(self, index: ShardIndex) -> None:

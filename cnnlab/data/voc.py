@@ -139,6 +139,7 @@ class VocBoxes:
                     f"expected boxes that lie in their images, received {len(outside)} that do not, "
                     f"the first {pixels[outside[0]].tolist()} of {ids[outside[0]]}; repair its annotation"
                 )
+        self.findings.record(parts, listing)
         source = digest(store.fingerprint, labels, boxes)
         return assemble(store.images, {"label": labels, "box": boxes}, source, parts, mapped=True)
 

@@ -164,4 +164,5 @@ class Voc2012:
         pairs = decoded_pairs(base, images, masks, recipe, parts, _MEANING, patience=patience, **self.decoding)
         self.findings.left_out += pairs.left_out
         self.findings.notices += untaught(("background", *CLASSES), pairs.present())
+        self.findings.record(pairs.parts, *pairs.sources)
         return assemble(pairs.images, {"mask": pairs.masks}, pairs.fingerprint, pairs.parts, mapped=True)

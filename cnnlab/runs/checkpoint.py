@@ -20,6 +20,8 @@ from cnnlab.runs.folder import write_atomically
 
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64
+_LONGEST = 800
+"""Characters of a reason; torch lists every tensor that does not fit."""
 
 
 class Stateful(Protocol):
@@ -63,7 +65,7 @@ class State:
             try:
                 self._parts[name].load_state_dict(state[name])
             except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-                reason = " ".join(str(error).split())[:400]
+                reason = " ".join(str(error).split())[:_LONGEST]
                 raise CheckpointError(f"{where}: its {name} does not fit this run: {reason}") from error
 
 

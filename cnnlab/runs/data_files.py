@@ -63,7 +63,11 @@ def compared(before: Files, now: Files) -> str:
         for split in sorted(has[name] - was[name]):
             for left in sorted(was[name] - has[name]) or sorted(was[name]):
                 moves.setdefault((left, split), []).append(name)
-    told += [f"{len(names):,} of {one} now in {other} ({_first(names)})" for (one, other), names in moves.items()]
+    # First what was trained on, and is now measured.
+    largest = sorted(moves.items(), key=lambda move: (move[0][0] != "train", -len(move[1])))
+    told += [f"{len(names):,} of {one} now in {other} ({names[0]})" for (one, other), names in largest[:2]]
+    if largest[2:]:
+        told.append(f"{sum(len(names) for _, names in largest[2:]):,} more in another split")
     lengths = [{name: size for own in files.values() for name, size in own.items()} for files in (before, now)]
     other = sorted(name for name in common if lengths[0][name] != lengths[1][name])
     if other:
