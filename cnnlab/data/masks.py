@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ class MaskFolder:
             void; without a classes.txt, all of them are classes.
         ignore: values (`[0]`), or colours, that are void.
         scale_masks: whether a mask of another size than its image is scaled to it, by nearest neighbour.
+        mask_name: what a mask is called, `*` being the name of its image (`*_L`), both without their suffixes.
         channels: 3 (colour) or 1 (grey).
         val, test: fractions of the training images for a split that the folder does not have.
         split_seed: seed of the split, apart from the run's.
@@ -67,6 +68,7 @@ class MaskFolder:
         colours: str | tuple[tuple[Value, ...], ...] | None = None,
         ignore: tuple[Value | tuple[Value, ...], ...] | None = None,
         scale_masks: bool = False,
+        mask_name: str = "*",
         channels: Literal[1, 3] = 3,
         val: Fraction = 0.1,
         test: Fraction = 0.2,
@@ -82,6 +84,11 @@ class MaskFolder:
         if len(size) != 2:
             raise ValueError(f"expected data.size=[height,width], received {list(size)}")
         require_fractions(val, test)
+        if mask_name.count("*") != 1 or "/" in mask_name:
+            raise ValueError(
+                f"expected data.mask_name='*_mask' with one * for the image's name, received {mask_name!r}"
+            )
+        self.mask_name = mask_name.split("*")
         self.findings = Findings()
         self.root = Path(root).expanduser()
         self.recipe = Recipe(
@@ -133,7 +140,7 @@ class MaskFolder:
             reading = decided(self.root, classes, {value: masks[row] for value, row in pairs.first().items()})
             pairs = pairs if reading.meaning is None else read(reading)
         self.findings.left_out += pairs.left_out
-        self.findings.notices += [*pairs.notices(), *untaught(classes, pairs.present())]
+        self.findings.notices += [*pairs.notices, *untaught(classes, pairs.present())]
         self.findings.record(pairs.parts, *pairs.sources)
         source = digest(pairs.fingerprint, classes)
         return assemble(pairs.images, {"mask": pairs.masks}, source, pairs.parts, mapped=True)
@@ -193,10 +200,11 @@ class MaskFolder:
         if self.on_error == "raise" or len(lone) == total:
             lines = "\n".join(f"  {line}" for line in first_lines([f"{name}: {why}" for name, why in lone]))
             there = f" (there is {first_names(surplus)} without an image)" if surplus else ""
+            called = _called(Path(lone[0][0]).stem, surplus)
             raise DataError(
                 f"expected a mask of each image's name in {self.root / 'masks'}, received none for {len(lone)} of "
-                f"{total}:\n{lines}\nadd or rename them{there}, as {_LAYOUT}, or type data.on_error=skip to leave such "
-                "images out"
+                f"{total}:\n{lines}\nadd or rename them{there}, as {_LAYOUT}{called}, or type data.on_error=skip to "
+                "leave such images out"
             )
         self.findings.left_out += lone
         self.findings.notices.append(f"data: {len(lone):,} images have no mask, and are left out ({lone[0][0]})")
@@ -216,8 +224,10 @@ class MaskFolder:
         files: dict[str, dict[str, str]] = {}
         for split in [name for name in SPLITS if name in splits]:
             files[split] = {}
+            below = splits[split].relative_to(self.root)
+            before, behind = self.mask_name if kind == "masks" else ("", "")
             for name in found[split]:
-                key = Path(name).relative_to(splits[split].relative_to(self.root)).with_suffix("").as_posix()
+                key = _key(Path(name).relative_to(below), before, behind) or name  # which no image has
                 other = files[split].setdefault(key, name)
                 if other != name:
                     raise DataError(
@@ -225,3 +235,20 @@ class MaskFolder:
                         f"{name}; rename or remove one of them"
                     )
         return files
+
+
+def _key(path: Path, before: str, behind: str) -> str | None:
+    """The name of the image that a file belongs to; `None` where it is not called so."""
+    name = path.stem
+    if not (name.startswith(before) and name.endswith(behind)) or len(name) <= len(before) + len(behind):
+        return None
+    return path.with_name(name[len(before) : len(name) - len(behind)]).as_posix()
+
+
+def _called(name: str, masks: Sequence[str]) -> str:
+    """What to type where a mask has the image's name, and more."""
+    for mask in masks:
+        before, found, behind = Path(mask).stem.partition(name)
+        if found and before + behind:
+            return f", or type data.mask_name='{before}*{behind}'"
+    return ""

@@ -34,16 +34,9 @@ class Pairs:
     left_out: list[tuple[str, str]]
     sources: tuple[Listing, Listing]
     """The images' files and the masks'."""
-    scaled: list[str]
-    """The masks that have another size than their images."""
+    notices: list[str]
+    """Of masks that have another size than their images."""
     _inside: _Inside
-
-    def notices(self) -> list[str]:
-        """A line where masks were scaled."""
-        if not self.scaled:
-            return []
-        count, name = len(self.scaled), self.scaled[0]
-        return [f"data: {count:,} masks have another size than their images ({name}), and are scaled to it"]
 
     def first(self) -> dict[int, int]:
         """The values that occur in the masks, each with the first row that has it."""
@@ -113,36 +106,60 @@ def decoded_pairs(
     listing = FittedListing(root, masks, pictures.sizes) if scale else Listing(root, masks)
     numbers = decoded(listing, replace(recipe, channels=1, mask=True, value_range=None, meaning=meaning), **options)
     parts = numbers.readable(pictures.readable(parts))
-    other = _of_another_size(parts, pictures, numbers)
     left_out = [(images[row], why) for row, why in pictures.failures]
     left_out += [(masks[row], why) for row, why in numbers.failures]
-    if not scale:
-        misfits = [(row, _misfit(row, pictures, numbers)) for row in other]
-        if misfits and on_error == "raise":
-            lines = "\n".join(f"  {line}" for line in first_lines([f"{masks[row]}: {why}" for row, why in misfits]))
-            raise DataError(
-                f"expected masks of their images' size, received {len(misfits)} of another:\n{lines}\nrepair them, or "
-                "type data.on_error=skip to leave them out"
-            )
-        parts = without(misfits, parts)
-        left_out += [(masks[row], why) for row, why in misfits]
-    readable = (pictures.sizes > 0).all(1, keepdim=True) & (numbers.sizes > 0).all(1, keepdim=True)
-    inside = _Inside(numbers.images[:, 0], pictures.sizes * readable, recipe)
-    fingerprint = digest(pictures.fingerprint, numbers.fingerprint)
-    scaled = [masks[row] for row in other] if scale else []
+    misfits, scaled = _of_another_size(parts, pictures, numbers, scale)
+    unfit = [(masks[row], why) for row, why in misfits]
+    if unfit and on_error == "raise":
+        lines = "\n".join(f"  {line}" for line in first_lines([f"{name}: {why}" for name, why in unfit]))
+        raise DataError(
+            f"expected masks of their images' size, received {len(unfit)} of another:\n{lines}\nrepair them, or type "
+            "data.on_error=skip to leave them out"
+        )
+    readable = (pictures.sizes > 0).all(1) & (numbers.sizes > 0).all(1)
+    if not scale:  # what takes another place than its image is not looked into
+        readable &= (pictures.sizes == numbers.sizes).all(1)
+    inside = _Inside(numbers.images[:, 0], pictures.sizes * readable[:, None], recipe)
     return Pairs(
-        pictures.images, numbers.images[:, 0], parts, fingerprint, left_out, (pictured, listing), scaled, inside
+        pictures.images,
+        numbers.images[:, 0],
+        without(misfits, parts),
+        digest(pictures.fingerprint, numbers.fingerprint),
+        left_out + unfit,
+        (pictured, listing),
+        _notices(unfit, [masks[row] for row in scaled]),
+        inside,
     )
 
 
-def _of_another_size(parts: Mapping[str, Tensor], pictures: Store, masks: Store) -> list[int]:
+def _of_another_size(
+    parts: Mapping[str, Tensor], pictures: Store, masks: Store, scale: bool
+) -> tuple[list[tuple[int, str]], list[int]]:
+    """The masks that have another size than their images: those that cannot be used, with the reason, and others.
+
+    One whose sides are swapped is no smaller image of the same: one of the two was turned.
+    """
     rows = torch.cat([*parts.values()]).sort().values
-    return rows[(pictures.sizes[rows] != masks.sizes[rows]).any(1)].tolist()
+    other = rows[(pictures.sizes[rows] != masks.sizes[rows]).any(1)].tolist()
+    turned = [torch.equal(pictures.sizes[row], masks.sizes[row].flip(0)) for row in other]
+    unfit = [
+        (row, _misfit(row, pictures, masks, swapped)) for row, swapped in zip(other, turned) if swapped or not scale
+    ]
+    return unfit, [row for row, swapped in zip(other, turned) if scale and not swapped]
 
 
-def _misfit(row: int, pictures: Store, masks: Store) -> str:
+def _misfit(row: int, pictures: Store, masks: Store, turned: bool) -> str:
     has, wanted = (" x ".join(map(str, store.sizes[row].tolist())) for store in (masks, pictures))
-    return f"expected a mask of its image's height and width, {wanted}, received {has}"
+    remedy = "; turn it as its image is shown" if turned else ""
+    return f"expected a mask of its image's height and width, {wanted}, received {has}{remedy}"
+
+
+def _notices(unfit: Sequence[tuple[str, str]], scaled: Sequence[str]) -> list[str]:
+    told = []
+    for names, what in (([name for name, _ in unfit], "are left out"), (scaled, "are scaled to it")):
+        if names:
+            told.append(f"data: {len(names):,} masks have another size than their images ({names[0]}), and {what}")
+    return told
 
 
 def untaught(classes: Sequence[str], present: Mapping[str, frozenset[int]]) -> list[str]:

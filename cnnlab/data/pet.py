@@ -145,7 +145,7 @@ class OxfordPet:
             return assemble(store.images, {"label": labels}, source, parts, mapped=True)
         pairs = decoded_pairs(base, images, masks[0], self.recipe, parts, _TRIMAP, **self.decoding)
         self.findings.left_out += pairs.left_out
-        self.findings.notices += untaught(MASK_CLASSES, pairs.present())
+        self.findings.notices += [*pairs.notices, *untaught(MASK_CLASSES, pairs.present())]
         self.findings.record(pairs.parts, *pairs.sources)
         targets = {"label": labels, "mask": pairs.masks}
         return assemble(pairs.images, targets, digest(pairs.fingerprint, labels), pairs.parts, mapped=True)

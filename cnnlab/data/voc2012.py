@@ -163,6 +163,6 @@ class Voc2012:
         patience = self.loading.patience
         pairs = decoded_pairs(base, images, masks, recipe, parts, _MEANING, patience=patience, **self.decoding)
         self.findings.left_out += pairs.left_out
-        self.findings.notices += untaught(("background", *CLASSES), pairs.present())
+        self.findings.notices += [*pairs.notices, *untaught(("background", *CLASSES), pairs.present())]
         self.findings.record(pairs.parts, *pairs.sources)
         return assemble(pairs.images, {"mask": pairs.masks}, pairs.fingerprint, pairs.parts, mapped=True)

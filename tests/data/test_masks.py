@@ -273,6 +273,17 @@ def test_a_mask_of_another_size_is_refused_left_out_or_scaled(tmp_path: Path) ->
         assert np.array_equal(mask, NUMBERS[::2].repeat(2, 0) if number == 1 else NUMBERS)
 
 
+def test_a_mask_that_lies_across_its_image_is_not_scaled(tmp_path: Path) -> None:
+    """The image is turned by its EXIF, and the mask was painted on what is not."""
+    root = make(tmp_path, NUMBERS[:, :4], count=8)
+    put(root / "masks" / "1.png", NUMBERS[:, :4].T)
+    with pytest.raises(DataError, match=r"masks/1\.png: .* 8 x 4, received 4 x 8; turn it as its image is shown"):
+        read(root, scale_masks=True)
+    _, told, data = read(root, scale_masks=True, on_error="skip")
+    assert [name for name, _ in data.findings.left_out] == ["masks/1.png"]
+    assert told == ["data: 1 masks have another size than their images (masks/1.png), and are left out"]
+
+
 @pytest.mark.parametrize("fit", ["letterbox", "crop"])
 def test_a_scaled_mask_takes_its_images_place_to_the_pixel(tmp_path: Path, fit: Any) -> None:
     """101 x 75 is letterboxed to another place than a third of it, 34 x 25."""
@@ -307,6 +318,23 @@ def test_missing_masks_are_refused_or_left_out_and_surplus_ones_counted(tmp_path
         path.rename(path.with_stem(path.stem + "_gt"))
     with pytest.raises(DataError, match="none for 8 of 8"):
         read(root, on_error="skip")
+
+
+@pytest.mark.parametrize("name", ["*_L", "mask_*", "gt.*.labels"])
+def test_masks_may_be_called_after_their_images(tmp_path: Path, name: str) -> None:
+    """CamVid's are `0001TP_006690_L.png`."""
+    root = make(tmp_path, NUMBERS, count=11)
+    for path in [*(root / "masks").iterdir()]:
+        path.rename(path.with_stem(name.replace("*", path.stem)))
+    with pytest.raises(DataError, match="none for 11 of 11") as refused:
+        read(root)
+    assert f"type data.mask_name='{name}'" in str(refused.value)
+    mask, told, _ = read(root, mask_name=name)
+    assert np.array_equal(mask, NUMBERS) and told == []
+    put(root / "masks" / "1.png", NUMBERS)
+    assert read(root, mask_name=name)[1] == ["data: 1 masks have no image (masks/1.png); not used"]
+    with pytest.raises(ValueError, match=r"one \* for the image's name"):
+        MaskFolder(str(root), mask_name="_L")
 
 
 def test_what_two_splits_share_by_links_is_told(tmp_path: Path) -> None:
