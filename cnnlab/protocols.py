@@ -209,6 +209,17 @@ class Loss(Protocol):
     def __call__(self, logits: Tensor, target: Tensor) -> Tensor: ...
 
 
+class Penalty(Protocol):
+    """A term of the loss that depends on the weights alone, added to the mean over a batch's samples."""
+
+    def __call__(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The weights that train, by name, to a scalar with its graph; its strength included.
+
+        It is computed once an update, and may not wait for the device. Newton-CG differentiates it twice.
+        """
+        ...
+
+
 class Init(Protocol):
     """Fills a network's parameters in place, each from its own stream (seed, "init", name)."""
 
@@ -248,7 +259,8 @@ class StepResult:
     """What one update leaves behind: tensors on the device; whoever reads them synchronizes.
 
     `sums` adds up over steps: `count` (samples), `data_loss` (sum over samples), where a task has several losses
-    `data_loss/NAME` of each (before its weight), `penalty` (times samples), and whatever the task measures.
+    `data_loss/NAME` of each (before its weight), `penalty` (times samples), where it has several terms `penalty/NAME`
+    of each, and whatever the task measures.
     """
 
     sums: dict[str, Tensor]
@@ -310,7 +322,7 @@ class Listener:
 
     def on_record(self, run: Any, record: dict[str, Any]) -> None:
         """A record for `metrics.jsonl`: `step`, `epoch`, `split`, `loss`, `data_loss` and its parts `data_loss/NAME`,
-        `penalty`, `lr`, metrics."""
+        `penalty` and its terms `penalty/NAME`, `lr`, metrics."""
 
     def on_stats(self, run: Any, record: dict[str, Any]) -> None:
         """A record for `stats.jsonl`: `step`, `epoch` and the probes' tags."""

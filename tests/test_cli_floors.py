@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
     {"composing", "runs"},
     {"sinks"},
     {"inspect"},
-    {"data", "models", "heads", "init", "optim", "losses", "augment", "interventions"},
+    {"data", "models", "heads", "init", "optim", "losses", "penalties", "augment", "interventions"},
     {"tasks", "observe"},
     {"train"},
     {"building"},

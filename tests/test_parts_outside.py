@@ -19,7 +19,12 @@ Cli = Callable[..., Answer]
 
 OUTSIDE = Path(__file__).parent / "outside"
 GROUPS = ("model", "optim", "loss", "init", "augment", "task")
-ALL = (*(f"{group}=outside" for group in GROUPS), "probe=[outside,gradients]", "intervention=outside")
+ALL = (
+    *(f"{group}=outside" for group in GROUPS),
+    "probe=[outside,gradients]",
+    "intervention=outside",
+    "penalty=outside",
+)
 FEW_STEPS = (
     "data.limit=64",
     "trainer.batch_size=32",
@@ -31,7 +36,7 @@ FEW_STEPS = (
 
 
 def test_one_file_and_one_yaml_each():
-    for group in (*GROUPS, "probe", "intervention"):
+    for group in (*GROUPS, "probe", "intervention", "penalty"):
         assert (OUTSIDE / f"outside_{group}.py").is_file()
         assert (OUTSIDE / group / "outside.yaml").is_file()
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from cli_runs import TINY, Answer
 
-from cnnlab.building.trial import KINDS
+from cnnlab.composing.groups import GROUPS
 from cnnlab.composing.signature import check_part
 from cnnlab.composing.trust import Trust
 from cnnlab.errors import CheckpointError, UsageError
@@ -124,13 +124,15 @@ def test_verbs_refuse_it(stored: dict[str, Any], cli: Cli, tmp_path: Path, verb:
 def test_what_is_reached_through_an_allowed_package(group: str, name: str, partial: bool):
     """Nothing is a part but what is one by its class or by what it says it returns."""
     node = {"_target_": name, "_partial_": partial}
-    assert check_part(node, group, (), KINDS[group], Trust(stored=True))
+    assert check_part(node, group, (), GROUPS[group].kinds, Trust(stored=True))
 
 
 @pytest.mark.parametrize("name", ["torch.hub.load", "torch.nn.Module", "torch.jit.load"])
 def test_a_nested_one_is_looked_at_too(name: str):
     node = {"_target_": "cnnlab.models.cnn.CNN", "activation": {"_target_": name, "_partial_": True}}
-    found = check_part(node, "model", ("num_classes", "in_channels", "image_size"), KINDS["model"], Trust(stored=True))
+    found = check_part(
+        node, "model", ("num_classes", "in_channels", "image_size"), GROUPS["model"].kinds, Trust(stored=True)
+    )
     assert bool(found) == (name != "torch.nn.Module")
 
 

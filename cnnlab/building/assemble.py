@@ -17,9 +17,11 @@ from cnnlab.models.dropout import has_dropout, set_dropout_kind
 from cnnlab.optim.decay import decouple_decay
 from cnnlab.optim.groups import parameter_groups
 from cnnlab.optim.traits import Traits, keep_kernels, place_rates
-from cnnlab.protocols import ConvNet, DataSpec, Head, Intervention
+from cnnlab.penalties import L1, L2
+from cnnlab.protocols import ConvNet, DataSpec, Head, Intervention, Penalty
 from cnnlab.schema import DropoutKind, Groups, Regularization
 from cnnlab.tasks import Task
+from cnnlab.train.forward import Penalties
 from cnnlab.train.interventions import Interventions
 
 
@@ -158,6 +160,24 @@ def make_interventions(config: Mapping[str, Any], regularization: Regularization
     if regularization.ema:
         found["ema"] = Ema(regularization.ema)
     return Interventions(found)
+
+
+def make_penalties(config: Mapping[str, Any], regularization: Regularization) -> Penalties:
+    """The terms of the loss that depend on the weights alone. Raises `ValueError` for two of one name."""
+    found: dict[str, Penalty] = {}
+    if regularization.l1:
+        found["l1"] = L1(regularization.l1)
+    if regularization.l2:
+        found["l2"] = L2(regularization.l2)
+    for name, node in config.get("penalty", {}).items():
+        if node is not None and name in found:
+            raise ValueError(
+                f"`penalty.{name}`: regularization.{name} has this name in the records; give it another in its YAML, "
+                f"or type regularization.{name}=0"
+            )
+        if node is not None:
+            found[name] = make(node)
+    return Penalties(found)
 
 
 def make_optimizer(config: Mapping[str, Any], model: nn.Module, groups: Groups, **fast: Any) -> torch.optim.Optimizer:

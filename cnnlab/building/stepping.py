@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +11,13 @@ import torch
 from cnnlab.data.loader import Loader
 from cnnlab.data.places import cache_folder
 from cnnlab.errors import UsageError
-from cnnlab.losses.penalty import l1, l2
 from cnnlab.machine.device import Placement, has_compiler
 from cnnlab.machine.ranks import Ranks
 from cnnlab.observe.taps import Taps
 from cnnlab.optim.traits import Traits
 from cnnlab.protocols import Batch
-from cnnlab.schema import Precision, Regularization, StepKind, Trainer
-from cnnlab.train.forward import Forward, Penalty
+from cnnlab.schema import Precision, StepKind, Trainer
+from cnnlab.train.forward import Forward, Penalties
 from cnnlab.train.interventions import Interventions
 from cnnlab.train.step import CapturedStep, ClosureStep, CompiledStep, EagerStep, GraphClosureStep
 from cnnlab.train.steps import trial
@@ -34,7 +32,7 @@ class StepMaker:
     traits: Traits
     placement: Placement
     trainer: Trainer
-    regularization: Regularization
+    penalties: Penalties
     interventions: Interventions
     ranks: Ranks
     seed: int
@@ -47,7 +45,7 @@ class StepMaker:
         arguments: dict[str, Any] = {
             "seed": self.seed,
             "ranks": self.ranks,
-            "penalty": penalty(self.regularization),
+            "penalties": self.penalties,
             "interventions": self.interventions,
             "scaler": torch.amp.GradScaler(self.placement.device.type) if half else None,
             "accumulate": self.trainer.accumulate,
@@ -94,17 +92,3 @@ class StepMaker:
 
     def first_batch(self) -> tuple[Batch, int]:
         return self.train.first()
-
-
-def penalty(regularization: Regularization) -> Penalty | None:
-    """The term of the loss that depends on the weights alone; `None` where there is none."""
-    first, second = regularization.l1, regularization.l2
-    if not first and not second:
-        return None
-
-    def total(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        found = list(weights.values())
-        terms = ([first * l1(found)] if first else []) + ([second * l2(found)] if second else [])
-        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
-
-    return total

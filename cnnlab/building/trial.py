@@ -15,11 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnnlab.augment import Barrier, Colour, Geometric, Normalize
-from cnnlab.building.assemble import make_network, make_optimizer, make_pipeline, spec_for_task, task_class
+from cnnlab.building.assemble import (
+    make_network,
+    make_optimizer,
+    make_penalties,
+    make_pipeline,
+    spec_for_task,
+    task_class,
+)
 from cnnlab.composing.composer import Composed, Composer
 from cnnlab.composing.groups import GROUPS
-from cnnlab.composing.kinds import is_part, public_name
+from cnnlab.composing.kinds import is_part, lacking, public_name
 from cnnlab.composing.make import make
 from cnnlab.composing.signature import accepts, bind_section, check_part, check_section, locate
 from cnnlab.composing.trust import Trust
@@ -27,9 +33,9 @@ from cnnlab.composing.values import check_value
 from cnnlab.errors import ConfigError, DataError, UsageError, did_you_mean, short
 from cnnlab.machine.device import place
 from cnnlab.optim.traits import Traits
-from cnnlab.protocols import ConvNet, Data, DataSpec, Head, Init, Intervention, Loss, Probe, Schedule
+from cnnlab.protocols import ConvNet, DataSpec, Intervention
 from cnnlab.schema import DataPath, Decoder, DropoutKind, Groups, Loading, Regularization, Stats, Trainer
-from cnnlab.tasks import Task
+from cnnlab.train.forward import Penalties
 
 
 @dataclass(frozen=True)
@@ -49,31 +55,10 @@ SECTIONS = {
 }
 VALUES: dict[str, Any] = {"seed": int, "name": str, "resume": str | None}
 
-LATER = ("intervention",)
-"""Groups that a stored run may be older than; it had none of their parts."""
 MAX_NAME = 255
 """Bytes of a file's name that the usual file systems take."""
 MAX_PATH = 2000
 """Bytes of an experiment's name: with the folders around it, a path has 4,096."""
-
-FACTORY = Callable[..., nn.Module]
-KINDS: dict[str, tuple[Any, ...]] = {
-    "data": (Data,),
-    "task": (Task,),
-    "model": (nn.Module,),
-    "head": (Head,),
-    "activation": (FACTORY,),
-    "norm": (FACTORY,),
-    "init": (Init,),
-    "loss": (Loss,),
-    "optim": (torch.optim.Optimizer,),
-    "schedule": (Schedule,),
-    "normalize": (Normalize,),
-    "augment": (Geometric, Colour, Barrier),
-    "probe": (Probe,),
-    "intervention": (Intervention,),
-}
-"""What a part of each group is, which its class or its annotations say before it is made."""
 
 
 def checked(composer: Composer, overrides: Sequence[str], number: int | None = None) -> Composed:
@@ -135,7 +120,7 @@ def _static(config: Mapping[str, Any], trust: Trust) -> Iterator[list[str]]:
         yield _check_name(config["name"])
     for name, group in GROUPS.items():
         yield (_check_mapping if group.named else _check_group)(
-            name, config.get(name, {} if name in LATER else None), trust
+            name, config.get(name, {} if group.later else None), trust
         )
     known = [*SECTIONS, *VALUES, *GROUPS]
     for key in config:
@@ -166,13 +151,13 @@ def _check_group(name: str, node: Any, trust: Trust) -> list[str]:
         return [] if optional else [f"`{name}`: expected a part, received none; type {name}=OPTION"]
     if group.factory and is_part(node) and node.get("_partial_") is not True:
         return [f"`{name}`: expected `_partial_: true` in its YAML; the network makes a new one at each place"]
-    return check_part(node, name, _wired(name, node, trust), KINDS[name], trust)
+    return check_part(node, name, _wired(name, node, trust), group.kinds, trust)
 
 
 def _check_mapping(name: str, node: Any, trust: Trust) -> list[str]:
     if not isinstance(node, Mapping) or is_part(node):
         return [f"`{name}`: expected parts by name, as in `{{my_part: {{_target_: package.module.Name}}}}`"]
-    kinds = KINDS[name]
+    kinds = GROUPS[name].kinds
     return [found for own, part in node.items() for found in check_part(part, f"{name}.{own}", (), kinds, trust)]
 
 
@@ -233,10 +218,8 @@ class _Trial:
     def part(self, group: str, node: Any, **wired: Any) -> Any:
         """The part, which has what its group asks for."""
         made = make(node, **wired)
-        lacking = [name for name in GROUPS[group].has if made is not None and not hasattr(made, name)]
-        if lacking:
-            names = ", ".join(f"`{name}`" for name in lacking)
-            raise ValueError(f"{node['_target_']} has no {names}; see {GROUPS[group].described}")
+        if made is not None and (problem := lacking(made, GROUPS[group].kinds)):
+            raise ValueError(f"{node['_target_']} {problem}")
         return made
 
     # ---- each part by itself ----
@@ -341,6 +324,7 @@ class _Trial:
         if model is None:
             return
         self.attempt("head", lambda: headed(model, spec), "head")
+        self.attempt("penalty", lambda: penalized(self.config, model, regularization), "penalty")
         if self.sound("init"):
             validate = getattr(make(self.config["init"]), "validate", None)
             self.attempt("init", lambda: validate and validate(model), "init")
@@ -396,3 +380,19 @@ def headed(model: nn.Module, spec: DataSpec) -> None:
             f"{spec.size[0]}x{spec.size[1]} ({str(error).splitlines()[0]}); type another head, norm or model, or "
             "larger images"
         ) from error
+
+
+def penalized(config: Mapping[str, Any], model: nn.Module, regularization: Regularization) -> None:
+    """Lets the penalties see the shapes of a network's weights. Raises `ValueError` with the reason where one refuses.
+
+    What reads values, and cannot run so, is left to the first batch.
+    """
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, penalty in make_penalties(config, regularization).named.items():
+        try:
+            Penalties({name: penalty})(weights)
+        except Exception as error:  # a third party's formula may raise anything
+            if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
+                continue
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(text if text.startswith("`") else f"`penalty.{name}`: {text}") from error

@@ -1,37 +1,47 @@
 """The groups of parts that an experiment is composed of, a row each. Loads no torch.
 
-A new group is one row here, a folder of options in `configs/`, a line in `configs/config.yaml`, and whoever makes it
-(see `cnnlab.building.assemble`).
+A new group is one row here and a folder of options in `configs/`; a line in `configs/config.yaml` where it has a
+default; and whoever makes its parts (see `cnnlab.building.assemble`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Group:
     """What is known of a group's parts before one is made."""
 
+    kind: tuple[str, ...]
+    """What a part is, any of these: full names of protocols and classes, which `kinds` loads."""
     wired: tuple[str, ...] = ()
     """Parameters that the builder passes by name to whichever part takes them."""
-    has: tuple[str, ...] = ()
-    """What a part must have."""
-    described: str = ""
-    """Where that is described."""
     optional: bool = False
     """Whether null is an answer: the choice is then the network's, or the task's."""
     factory: bool = False
     """Whether the network makes the part anew at each place, from a partial."""
     named: bool = False
     """Whether the node maps names to parts, in order."""
+    later: bool = False
+    """Whether a stored run may be older than the group; it has none of its parts."""
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The protocols and classes themselves; of a factory, what it makes."""
+        parts = [name.rpartition(".") for name in self.kind]
+        found = tuple(getattr(import_module(module), name) for module, _, name in parts)
+        return tuple(Callable[..., kind] for kind in found) if self.factory else found
 
 
 GROUPS: Mapping[str, Group] = {
-    "data": Group(wired=("loading",), has=("spec", "load"), described="cnnlab.protocols.Data"),
-    "task": Group(wired=("loss", "spec")),
+    "data": Group(("cnnlab.protocols.Data",), wired=("loading",)),
+    "task": Group(("cnnlab.tasks.Task",), wired=("loss", "spec")),
     "model": Group(
+        ("torch.nn.Module",),
         wired=(
             "num_classes",
             "in_channels",
@@ -40,9 +50,10 @@ GROUPS: Mapping[str, Group] = {
             "norm",
             "dropout",
             "stochastic_depth",
-        )
+        ),
     ),
     "head": Group(
+        ("cnnlab.protocols.Head",),
         wired=(
             "stage_channels",
             "pool_channels",
@@ -55,18 +66,15 @@ GROUPS: Mapping[str, Group] = {
         ),
         optional=True,
     ),
-    "activation": Group(optional=True, factory=True),
-    "norm": Group(optional=True, factory=True),
-    "init": Group(has=("__call__",), described="cnnlab.protocols.Init"),
-    "loss": Group(wired=("num_classes", "class_counts"), has=("__call__",), described="cnnlab.protocols.Loss"),
-    "optim": Group(),
-    "schedule": Group(has=("factor",), described="cnnlab.protocols.Schedule"),
-    "normalize": Group(),
-    "augment": Group(named=True),
-    "intervention": Group(
-        has=("attach", "batch", "gradients", "weights", "mode", "evaluated", "state_dict", "load_state_dict"),
-        described="cnnlab.protocols.Intervention",
-        named=True,
-    ),
-    "probe": Group(has=("name", "every", "needs", "supports", "read"), described="cnnlab.protocols.Probe", named=True),
+    "activation": Group(("torch.nn.Module",), optional=True, factory=True),
+    "norm": Group(("torch.nn.Module",), optional=True, factory=True),
+    "init": Group(("cnnlab.protocols.Init",)),
+    "loss": Group(("cnnlab.protocols.Loss",), wired=("num_classes", "class_counts")),
+    "optim": Group(("torch.optim.Optimizer",)),
+    "schedule": Group(("cnnlab.protocols.Schedule",)),
+    "normalize": Group(("cnnlab.augment.Normalize",)),
+    "augment": Group(("cnnlab.augment.Geometric", "cnnlab.augment.Colour", "cnnlab.augment.Barrier"), named=True),
+    "penalty": Group(("cnnlab.protocols.Penalty",), named=True, later=True),
+    "intervention": Group(("cnnlab.protocols.Intervention",), named=True, later=True),
+    "probe": Group(("cnnlab.protocols.Probe",), named=True),
 }

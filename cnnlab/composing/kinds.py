@@ -234,6 +234,25 @@ def _has(cls: type, name: str) -> bool:
     return any(name in vars(base) for base in cls.__mro__)
 
 
+def lacking(made: Any, kinds: Sequence[Any]) -> str | None:
+    """What keeps an object from being any of the `kinds`, as `'has no `factor`; see ...'`, or `None`."""
+    problems = []
+    for kind in kinds:
+        if _is_protocol(kind):
+            names = [name for name in (*_attributes(kind), *_methods(kind)) if not hasattr(made, name)]
+            listed = ", ".join(f"`{name}`" for name in names)
+            problems.append(f"has no {listed}; see {public_name(kind)}" if names else None)
+        elif is_factory(kind):
+            problems.append(None if callable(made) else f"gave {type(made).__name__}, which is no callable")
+        else:
+            problems.append(None if isinstance(made, kind) else f"gave {type(made).__name__}; see {public_name(kind)}")
+    return None if None in problems else problems[0]
+
+
+def _attributes(kind: Any) -> list[str]:
+    return [name for base in kind.__mro__ for name in vars(base).get("__annotations__", {}) if not name.startswith("_")]
+
+
 # ---- where it comes from ----
 
 

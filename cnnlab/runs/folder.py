@@ -87,7 +87,7 @@ _PARTS = (
 _TORN = re.compile(r"\..+\.\d+\.tmp")
 
 
-UNSAID = (("head._target_", None),)
+UNSAID: tuple[tuple[str, Any], ...] = (("head._target_", None), ("penalty", {}))
 """Keys that came later, with the value that means what runs without them did: their hashes stay."""
 
 

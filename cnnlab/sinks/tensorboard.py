@@ -221,8 +221,8 @@ def _layout(quantities: Any) -> dict[str, dict[str, list[str]]]:
     page = {
         "training": {
             "loss": ["(train|val)/loss$"],
-            "metrics": ["(train|val)/(?!(loss|data_loss|penalty)$|data_loss/)"],
-            "loss parts": ["(train|val)/(data_loss(/.*)?|penalty)$"],
+            "metrics": ["(train|val)/(?!(loss|data_loss|penalty)$|(data_loss|penalty)/)"],
+            "loss parts": ["(train|val)/(data_loss|penalty)(/.*)?$"],
             "learning rate": ["lr$"],
         }
     }

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnnlab.protocols import Batch, Outputs, as_outputs
+from cnnlab.protocols import Batch, Outputs, Penalty, as_outputs
 from cnnlab.tasks import Task
 
-Penalty = Callable[[Mapping[str, Tensor]], Tensor]
-"""A term of the loss that depends on the weights alone: those that train, by name, to a scalar."""
 Sums = dict[str, Tensor]
 
 
@@ -60,6 +58,34 @@ class Forward:
         return {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in merged.items()}
 
 
+class Penalties:
+    """The penalties of a run by name, in the order in which they are added up; false where there are none."""
+
+    def __init__(self, named: Mapping[str, Penalty] | None = None):
+        self.named = dict(named or {})
+
+    def __bool__(self) -> bool:
+        return bool(self.named)
+
+    def __call__(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Sums]:
+        """Their sum with its graph, and without: `penalty`, and where there are several `penalty/NAME` of each.
+
+        Raises `ValueError` for a penalty that gives no scalar.
+        """
+        terms = {name: penalty(weights) for name, penalty in self.named.items()}
+        for name, term in terms.items():
+            if not isinstance(term, Tensor) or term.shape != ():
+                found = f"{tuple(term.shape)}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
+                raise ValueError(f"`penalty.{name}`: expected it to give a scalar tensor, received {found}")
+        first, *others = terms.values()
+        total = sum(others, first)
+        parts = terms if len(terms) > 1 else {}
+        return total, {"penalty": total.detach(), **{f"penalty/{name}": t.detach() for name, t in parts.items()}}
+
+
+NO_PENALTIES = Penalties()
+
+
 def pieces(batch: Batch, count: int) -> list[Batch]:
     """`count` micro-batches, as even as they can be; fewer where one would be empty."""
     count = min(count, len(batch["index"]))
@@ -73,19 +99,20 @@ def minimized(
     forward: Callable[[Batch], tuple[Tensor, Sums]],
     piece: Batch,
     count: int,
-    penalty: Penalty | None,
+    penalties: Penalties,
     weights: Mapping[str, Tensor],
 ) -> tuple[Tensor, Tensor, Sums]:
     """A micro-batch's part of what is minimized: the sum of its losses over the `count` samples of the whole batch, and
-    the penalty, where it is this part that has it.
+    the penalties, where it is this part that has them.
 
     Returns:
-        that scalar with its graph; the samples' losses (N,), detached; the sums of `Forward`, and `penalty`.
+        that scalar with its graph; the samples' losses (N,), detached; the sums of `Forward`, and those of `Penalties`
+        times `count`.
     """
     losses, sums = forward(piece)
     total = losses.sum() / count
-    if penalty is not None:
-        term = penalty(weights)
+    if penalties:
+        term, parts = penalties(weights)
         total = total + term
-        sums["penalty"] = term.detach() * count
+        sums |= {name: value * count for name, value in parts.items()}
     return total, losses.detach(), sums

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from cnnlab import measure, rng
 from cnnlab.machine.ranks import Ranks
 from cnnlab.protocols import Batch, StepResult
-from cnnlab.train.forward import Forward, Penalty, Sums, minimized, pieces
+from cnnlab.train.forward import NO_PENALTIES, Forward, Penalties, Sums, minimized, pieces
 from cnnlab.train.interventions import Interventions
 
 Result = TypeVar("Result")
@@ -35,7 +35,7 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class Objective:
-    """f(θ) = Σ losses of the batch / count + penalty(θ), on a fixed batch and with fixed random numbers.
+    """f(θ) = Σ losses of the batch / count + penalties(θ), on a fixed batch and with fixed random numbers.
 
     It is what one update minimizes: the task's losses by their weights, over all micro-batches and ranks, in the
     precision of the run. Nothing is left behind: weights, `.grad`, buffers, modes and generators are afterwards what
@@ -58,7 +58,7 @@ class Objective:
         forward: network, task and precision.
         batch: this rank's part, on the device, as the network gets it.
         count: samples of the whole batch over all ranks; `None` takes those of `batch`.
-        penalty: the term that depends on the weights alone, or `None`. Rank 0 adds it.
+        penalties: the terms that depend on the weights alone. Rank 0 adds them.
         mode: see `Mode`; `None` leaves the network as it stands.
         dtype: float32 or float64: weights, buffers and batch are cast, and there is no autocast. `None` computes as
             the run does.
@@ -72,7 +72,7 @@ class Objective:
     forward: Forward
     batch: Batch
     count: int | None = None
-    penalty: Penalty | None = None
+    penalties: Penalties = NO_PENALTIES
     mode: Mode | None = None
     dtype: torch.dtype | None = None
     accumulate: int = 1
@@ -224,7 +224,7 @@ class Objective:
         for index, piece in enumerate(pieces(batch, self.accumulate)):
             rng.reseed(forward.device, self.seed, "dropout", self.number, index, self.ranks.rank)
             first = index == 0 and self.ranks.is_main
-            yield minimized(forward, piece, count, self.penalty if first else None, trained)
+            yield minimized(forward, piece, count, self.penalties if first else NO_PENALTIES, trained)
 
     def _placed(self, theta: Mapping[str, Tensor], work: Callable[[], Result], *, moving: bool = False) -> Result:
         """What `work` gives while the network has the weights θ, and buffers of its own.

@@ -189,10 +189,11 @@ class Run:
         self.interventions.train(self.model, self.clock.epoch)
 
     def with_penalty(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The sums of an evaluation, on the CPU, with the penalty of the weights at hand, where the loss has one."""
-        if self.step.penalty is None:
+        """The sums of an evaluation, on the CPU, with the penalties of the weights at hand, where the loss has such."""
+        if not self.step.penalties:
             return sums
-        return {**sums, "penalty": self.step.penalty(self.step.weights).detach().cpu() * sums["count"]}
+        _, found = self.step.penalties(self.step.weights)
+        return {**sums, **{name: value.cpu() * sums["count"] for name, value in found.items()}}
 
     def objective(
         self,
@@ -390,10 +391,14 @@ def _status_of(error: BaseException | None) -> tuple[str, str | None]:
 
 
 def describe_sums(task: Task, sums: dict[str, Any]) -> dict[str, float]:
-    """A record's figures from summed measures: `loss`, `data_loss` and its parts, `penalty` and the task's metrics."""
+    """A record's figures from summed measures: `loss`, `data_loss` and `penalty`, each followed by its parts, and the
+    task's metrics."""
     count = sums.pop("count").item()
     data_loss = (sums.pop("data_loss") / count).item()
-    parts = {name: (sums.pop(name) / count).item() for name in list(sums) if name.startswith("data_loss/")}
+    parts, terms = (
+        {name: (sums.pop(name) / count).item() for name in list(sums) if name.startswith(prefix)}
+        for prefix in ("data_loss/", "penalty/")
+    )
     penalty = (sums.pop("penalty") / count).item() if "penalty" in sums else 0.0
-    figures = {"loss": data_loss + penalty, "data_loss": data_loss, **parts, "penalty": penalty}
+    figures = {"loss": data_loss + penalty, "data_loss": data_loss, **parts, "penalty": penalty, **terms}
     return {**figures, **task.metrics(sums)}

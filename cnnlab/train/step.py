@@ -16,7 +16,7 @@ from cnnlab.errors import DivergedError, UsageError
 from cnnlab.machine.ranks import Ranks
 from cnnlab.observe.observer import Look
 from cnnlab.protocols import Batch, StepResult
-from cnnlab.train.forward import Forward, Penalty, minimized, pieces
+from cnnlab.train.forward import NO_PENALTIES, Forward, Penalties, minimized, pieces
 from cnnlab.train.interventions import Interventions
 from cnnlab.train.objective import Objective
 
@@ -33,7 +33,7 @@ class EagerStep:
         parameters: those that train.
         seed: of the dropout stream.
         ranks: the processes that share each batch.
-        penalty: a term of the loss that depends on the weights alone, or `None`.
+        penalties: terms of the loss that depend on the weights alone.
         interventions: what may change the run, at the phases `batch`, `gradients` and `weights`.
         scaler: for fp16.
         accumulate: micro-batches an update.
@@ -50,7 +50,7 @@ class EagerStep:
         *,
         seed: int,
         ranks: Ranks,
-        penalty: Penalty | None = None,
+        penalties: Penalties = NO_PENALTIES,
         interventions: Interventions | None = None,
         scaler: torch.amp.GradScaler | None = None,
         accumulate: int = 1,
@@ -68,7 +68,7 @@ class EagerStep:
         """The same by name."""
         self.seed = seed
         self.ranks = ranks
-        self.penalty = penalty
+        self.penalties = penalties
         self.interventions = interventions or Interventions()
         self.scaler = scaler
         self.accumulate = accumulate
@@ -105,8 +105,9 @@ class EagerStep:
         losses = []
         for index, piece in enumerate(pieces(batch, self.accumulate)):
             self.reseed(number, index)
-            penalty = self.penalty if index == 0 and self.ranks.is_main else None  # equal on all ranks: one adds it
-            total, loss, piece_sums = minimized(self.forward, piece, count, penalty, self.weights)
+            first = index == 0 and self.ranks.is_main  # penalties are equal on all ranks: one adds them
+            penalties = self.penalties if first else NO_PENALTIES
+            total, loss, piece_sums = minimized(self.forward, piece, count, penalties, self.weights)
             (total if self.scaler is None else self.scaler.scale(total)).backward()
             look.forward_done()
             losses.append(loss)
@@ -130,7 +131,7 @@ class EagerStep:
             self.evaluator,
             batch,
             count,
-            penalty=self.penalty,
+            penalties=self.penalties,
             accumulate=self.accumulate,
             seed=self.seed,
             number=number,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -19,7 +18,7 @@ from cnnlab.machine.ranks import Ranks
 from cnnlab.observe.observer import Look
 from cnnlab.protocols import Batch, DataSpec, Outputs
 from cnnlab.tasks import Task
-from cnnlab.train.forward import Forward
+from cnnlab.train.forward import Forward, Penalties
 from cnnlab.train.objective import Mode, Objective
 
 CPU = torch.device("cpu")
@@ -72,9 +71,11 @@ def close(first, second, tolerance: float = 1e-10) -> bool:
     return all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(first, second, strict=True))
 
 
-def decay(strength: float) -> Callable:
+def decay(strength: float) -> Penalties:
     """λ/2·Σw² of all parameters."""
-    return lambda weights: strength / 2 * torch.stack([w.square().sum() for w in weights.values()]).sum()
+    return Penalties(
+        {"decay": lambda weights: strength / 2 * torch.stack([w.square().sum() for w in weights.values()]).sum()}
+    )
 
 
 # ---- what it is ----
@@ -85,7 +86,7 @@ def test_linear_regression_has_its_closed_form():
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, CLASSES, bias=False))
     batch = batch_of(20, 6)
     batch["label"] = torch.randn(20, CLASSES, generator=torch.Generator().manual_seed(3))
-    f = objective_of(model, batch, squared, penalty=decay(0.1), dtype=torch.float64)
+    f = objective_of(model, batch, squared, penalties=decay(0.1), dtype=torch.float64)
     x, y, w = batch["image"].double(), batch["label"].double(), model[1].weight.detach().double()
     (v,) = direction_of(f)
     assert f.value().item() == pytest.approx(
@@ -112,7 +113,7 @@ def test_gradients_and_products_are_those_of_torch_func():
     model = network(norm=False, dropout=0.0).double()
     batch = batch_of(8, 1, 4, 4)
     batch["image"] = batch["image"].double()
-    f = objective_of(model, batch, task=Two, weights={"size": 0.2}, accumulate=3, penalty=decay(0.01))
+    f = objective_of(model, batch, task=Two, weights={"size": 0.2}, accumulate=3, penalties=decay(0.01))
     theta = {name: p.detach() for name, p in model.named_parameters()}
 
     def plain(theta):
@@ -334,9 +335,9 @@ def test_a_part_of_the_batch_on_each_rank_makes_the_whole():
 
     model, batch = network(norm=False, dropout=0.0), batch_of(8, 1, 4, 4)
     parts = [{name: t[i::2] for name, t in batch.items()} for i in (0, 1)]
-    whole = objective_of(model, batch, penalty=decay(0.1))
+    whole = objective_of(model, batch, penalties=decay(0.1))
     halves = [
-        objective_of(model, part, count=8, penalty=decay(0.1), ranks=ranks)
+        objective_of(model, part, count=8, penalties=decay(0.1), ranks=ranks)
         for part, ranks in zip(parts, (Ranks(), Second()), strict=True)
     ]
     assert sum(half.value().item() for half in halves) == pytest.approx(whole.value().item(), rel=1e-6)
