@@ -21,6 +21,8 @@ from cnnlab.protocols import VOID, DataSpec, Split
 from cnnlab.schema import Loading, NonNegativeInt, PositiveInt
 
 _LAYOUT = "ROOT/images/{train,val,test}/<image>, ROOT/masks/{train,val,test}/<same name>.png, ROOT/classes.txt"
+_TRIED = 20
+"""Names that are looked at to find out what masks are called."""
 
 
 class MaskFolder:
@@ -200,7 +202,7 @@ class MaskFolder:
         if self.on_error == "raise" or len(lone) == total:
             lines = "\n".join(f"  {line}" for line in first_lines([f"{name}: {why}" for name, why in lone]))
             there = f" (there is {first_names(surplus)} without an image)" if surplus else ""
-            called = _called(Path(lone[0][0]).stem, surplus)
+            called = _called([name for name, _ in lone], surplus, total)
             raise DataError(
                 f"expected a mask of each image's name in {self.root / 'masks'}, received none for {len(lone)} of "
                 f"{total}:\n{lines}\nadd or rename them{there}, as {_LAYOUT}{called}, or type data.on_error=skip to "
@@ -245,10 +247,14 @@ def _key(path: Path, before: str, behind: str) -> str | None:
     return path.with_name(name[len(before) : len(name) - len(behind)]).as_posix()
 
 
-def _called(name: str, masks: Sequence[str]) -> str:
-    """What to type where a mask has the image's name, and more."""
-    for mask in masks:
-        before, found, behind = Path(mask).stem.partition(name)
-        if found and before + behind:
-            return f", or type data.mask_name='{before}*{behind}'"
+def _called(images: Sequence[str], masks: Sequence[str], total: int) -> str:
+    """What to type where most images would have a mask if masks were called otherwise."""
+    names = {Path(image).stem for image in images}
+    for mask in masks[:_TRIED]:
+        stem = Path(mask).stem
+        for name in sorted((name for name in names if name in stem), key=len, reverse=True)[:_TRIED]:
+            before, _, behind = stem.partition(name)
+            matched = names & {key for other in masks if (key := _key(Path(Path(other).name), before, behind))}
+            if 2 * len(matched) >= total:
+                return f", or type data.mask_name='{before}*{behind}'"
     return ""

@@ -309,6 +309,9 @@ def test_missing_masks_are_refused_or_left_out_and_surplus_ones_counted(tmp_path
     with pytest.raises(DataError, match=r"none for 1 of 8:\n  images/3\.png: no mask .*\n.*there is masks/3_L\.png"):
         read(root)
     _, told, data = read(root, on_error="skip")
+    with pytest.raises(DataError) as refused:
+        read(root)
+    assert "data.mask_name" not in str(refused.value), "the others are called as their images"
     assert data.findings.left_out == [("images/3.png", "no mask of its name in masks, for train")]
     assert told == [
         "data: 1 masks have no image (masks/3_L.png); not used",
