@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -404,21 +405,20 @@ def test_a_run_that_is_being_written(cli: Cli):
 
 
 def test_an_interrupted_run_goes_on(cli: Cli, monkeypatch: pytest.MonkeyPatch):
-    from cnnlab.train.run import Run
+    from cnnlab.train.checkpointer import Checkpointer
 
-    original = Run.tell
+    original = Checkpointer.begin
 
-    def tell(run: Run, event: str, *arguments: object) -> None:
-        original(run, event, *arguments)
-        if event == "on_start" and run.clock.step == 0:
-            os.kill(os.getpid(), signal.SIGINT)
+    def begin(checkpointer: Checkpointer, run: Any) -> None:
+        original(checkpointer, run)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Run, "tell", tell)
+    monkeypatch.setattr(Checkpointer, "begin", begin)
     answer = cli("train", *TINY, "hydra.run.dir=here")
     assert answer.code == 130
     assert "cnnlab train resume=here" in answer.err
     assert record_of(Path("here"))["status"] == "interrupted"
-    monkeypatch.setattr(Run, "tell", original)
+    monkeypatch.setattr(Checkpointer, "begin", original)
     assert cli("train", "resume=here").code == 0
     assert record_of(Path("here"))["status"] == "completed"
 
