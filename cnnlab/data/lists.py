@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,13 @@ class Folder:
                     f"expected one file for {name} in {self.path}, received {' and '.join(self.files[name])}; "
                     "remove one of them"
                 )
-        return [(name, f"no file of its name in {self.below}") for name in ids if name not in self.files]
+        return [(name, why) for name in ids if (why := self._why_not(name)) is not None]
+
+    def _why_not(self, name: str) -> str | None:
+        if name not in self.files:
+            return f"no file of its name in {self.below}"
+        path = self.path / Path(self.files[name][0]).name
+        return None if os.path.exists(path) else f"{self.files[name][0]} is a link that leads nowhere"  # noqa: PTH110
 
     def of_id(self, name: str) -> str:
         return self.files[name][0]

@@ -113,7 +113,9 @@ class MaskOptions:
         if lacking:
             raise DataError(f"expected a colour of each class in {path}, received none of {first_names(lacking)}")
         others = list(dict.fromkeys(name for name, _ in entries if name not in numbers))
-        told = f"data: {first_names(others)} of {path} are no classes of this set, and void" if others else None
+        told = (
+            f"data: no class of this set, and so void, are these of {path}: {first_names(others)}" if others else None
+        )
         table = dict(void) | {colour: numbers.get(name, VOID) for name, colour in entries}
         return Reading(tuple(table.items()), () if told is None else (told,))
 

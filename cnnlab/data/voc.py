@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cnnlab.data.cache import decoded
 from cnnlab.data.decode import Recipe, letterbox
+from cnnlab.data.formats import require_file
 from cnnlab.data.found import Findings
 from cnnlab.data.lists import Folder, leave_out, listed, tell_shared
 from cnnlab.data.pixels import MAX_PIXELS, checked_range
@@ -202,6 +203,7 @@ class VocBoxes:
 def _largest(path: Path) -> tuple[str, tuple[float, float, float, float]]:
     """Class and box of the annotation's object with the largest box."""
     try:
+        require_file(str(path))
         objects = ElementTree.parse(path).getroot().findall("object")
         found = []
         for item in objects:

@@ -215,7 +215,7 @@ def test_colours_by_a_file_as_camvid_has_it(tmp_path: Path, text: str) -> None:
     (root / "colours.txt").write_bytes(text.encode())
     mask, told, data = read(root, colours=str(root / "colours.txt"))
     assert np.array_equal(mask, NUMBERS) and data.spec().mask_classes == ("sky", "road", "car")
-    assert told == [f"data: void of {root / 'colours.txt'} are no classes of this set, and void"]
+    assert told == [f"data: no class of this set, and so void, are these of {root / 'colours.txt'}: void"]
 
 
 def test_a_class_may_have_several_colours_and_the_file_may_name_the_classes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -276,10 +277,14 @@ def test_files_that_pets_lack_are_refused_or_left_out(tmp_path: Path) -> None:
     (base / "images" / "Abyssinian_trainval0.jpg").unlink()
     (base / "annotations" / "trimaps" / "Abyssinian_trainval1.png").unlink()
     (base / "images" / "Abyssinian_trainval2.jpg").write_bytes(b"no image")
+    for folder, name in (("images", "Abyssinian_test0.jpg"), ("annotations/trimaps", "Abyssinian_test1.png")):
+        (base / folder / name).unlink()
+        (base / folder / name).symlink_to("nowhere")
     data = OxfordPet(True, str(tmp_path), size=16, on_error="skip")
-    assert sum(len(split) for split in data.load().values()) == 24 - 3
+    assert sum(len(split) for split in data.load().values()) == 24 - 5
     assert dict(data.findings.left_out).keys() == {
-        "Abyssinian_trainval0", "Abyssinian_trainval1", "images/Abyssinian_trainval2.jpg"
+        "Abyssinian_trainval0", "Abyssinian_trainval1", "images/Abyssinian_trainval2.jpg", "Abyssinian_test0",
+        "Abyssinian_test1",
     }  # fmt: skip
     save_plain(base / "images" / "Abyssinian_trainval3.png")
     with pytest.raises(DataError, match=r"images/Abyssinian_trainval3\.jpg and images/Abyssinian_trainval3\.png"):
@@ -292,6 +297,8 @@ def test_files_that_voc_lacks_are_refused_or_left_out(tmp_path: Path, target: An
     (base / "JPEGImages" / "2008_train0.jpg").unlink()
     wanted = "Annotations/2008_train1.xml" if target == "box" else "SegmentationClass/2008_train1.png"
     (base / wanted).unlink()
+    if target == "box":
+        os.mkfifo(base / wanted)  # which nobody ever writes to
     (base / "JPEGImages" / "2008_val0.jpg").write_bytes(b"no image")
     save_plain(base / "JPEGImages" / "2007_0.jpg")
     for kind in ("Main", "Segmentation"):
