@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +15,15 @@ from torch import Tensor
 
 from cnnlab.data.cache import Store, decoded, without
 from cnnlab.data.decode import Recipe, letterbox
+from cnnlab.data.entries import sealed, unsealed
 from cnnlab.data.found import first_lines, first_names
 from cnnlab.data.mask_pixels import Meaning
+from cnnlab.data.places import cache_folder
 from cnnlab.data.sources import FittedListing, Listing
 from cnnlab.data.splits import digest
 from cnnlab.errors import DataError
 from cnnlab.protocols import VOID
+from cnnlab.runs.folder import write_atomically
 
 
 @dataclass
@@ -53,15 +57,26 @@ class Pairs:
 
 @dataclass
 class _Inside:
-    """The masks without what a letterbox adds."""
+    """The masks without what a letterbox adds, at these (height, width) of their own; (0, 0) for none of it."""
 
     masks: Tensor
     sizes: Tensor
     recipe: Recipe
+    known: Path
+    """Where the cache remembers the values: of 100,000 masks of 512 x 512 they take a minute to find."""
 
     @cached_property
     def values(self) -> np.ndarray[Any, Any]:
         """(M, 256) bool: which values each mask has; none, of one that could not be read."""
+        try:
+            packed = np.frombuffer(bytes.fromhex(unsealed(self.known)), np.uint8).reshape(len(self.masks), 32)
+        except (OSError, ValueError, TypeError):
+            packed = np.packbits(self._found(), axis=1)
+            with suppress(OSError):  # they are looked for again the next time
+                write_atomically(self.known, sealed(packed.tobytes().hex()))
+        return np.unpackbits(packed, axis=1).astype(bool)
+
+    def _found(self) -> np.ndarray[Any, Any]:
         found = np.zeros((len(self.masks), 256), bool)
         masks = self.masks.numpy()
         for row, (height, width) in enumerate(self.sizes.tolist()):
@@ -104,7 +119,8 @@ def decoded_pairs(
     pictured = Listing(root, images)
     pictures = decoded(pictured, recipe, **options)
     listing = FittedListing(root, masks, pictures.sizes) if scale else Listing(root, masks)
-    numbers = decoded(listing, replace(recipe, channels=1, mask=True, value_range=None, meaning=meaning), **options)
+    mask_recipe = replace(recipe, channels=1, mask=True, value_range=None, meaning=meaning)
+    numbers = decoded(listing, mask_recipe, **options)
     parts = numbers.readable(pictures.readable(parts))
     left_out = [(images[row], why) for row, why in pictures.failures]
     left_out += [(masks[row], why) for row, why in numbers.failures]
@@ -119,7 +135,9 @@ def decoded_pairs(
     readable = (pictures.sizes > 0).all(1) & (numbers.sizes > 0).all(1)
     if not scale:  # what takes another place than its image is not looked into
         readable &= (pictures.sizes == numbers.sizes).all(1)
-    inside = _Inside(numbers.images[:, 0], pictures.sizes * readable[:, None], recipe)
+    sizes = pictures.sizes * readable[:, None]
+    known = cache_folder(cache) / f"{digest(listing.key(mask_recipe), sizes)}.values.json"
+    inside = _Inside(numbers.images[:, 0], sizes, recipe, known)
     return Pairs(
         pictures.images,
         numbers.images[:, 0],

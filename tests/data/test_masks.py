@@ -13,6 +13,7 @@ import torch
 from cli_runs import TINY, Answer
 from PIL import Image
 
+from cnnlab.data import pairs
 from cnnlab.data.decode import Fitted, Recipe, decode, decode_chunk
 from cnnlab.data.masks import MaskFolder
 from cnnlab.errors import DataError
@@ -182,6 +183,20 @@ def test_options_that_contradict_each_other_are_refused(tmp_path: Path, options:
     root = make(tmp_path, NUMBERS, count=1)
     with pytest.raises(ValueError, match=told):
         MaskFolder(str(root), **options).spec()
+
+
+def test_what_values_there_are_is_remembered_and_found_again_where_that_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make(tmp_path / "set", as_values(10, 128, 200))
+    first, told, _ = read(root)
+    looks: list[int] = []
+    look = pairs._Inside._found
+    monkeypatch.setattr(pairs._Inside, "_found", lambda inside: looks.append(1) or look(inside))
+    assert np.array_equal(read(root)[0], first) and read(root)[1] == told and not looks
+    for path in (tmp_path / "cache").glob("*.values.json"):
+        path.write_bytes(path.read_bytes()[:-9])
+    assert np.array_equal(read(root)[0], first) and read(root)[1] == told and len(looks) == 2, "raw, and as classes"
 
 
 # ---- colours
