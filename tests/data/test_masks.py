@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from cli_runs import TINY, Answer
 from PIL import Image
 
@@ -129,7 +131,14 @@ def test_what_can_be_read_in_several_ways_is_refused_with_what_to_type(
     mask = np.resize(np.array(values, np.uint8), (8, 8))
     with pytest.raises(DataError) as refused:
         read(make(tmp_path, mask, classes=classes))
-    assert typed in str(refused.value) and str(tmp_path) in str(refused.value)
+    message = str(refused.value)
+    assert typed in message and str(tmp_path) in message
+    suggested = [re.findall(r"data\.(\w+)=(\S+?)(?:,?\s|$)", part) for part in re.split(r"type |, or ", message)[1:]]
+    suggested = [options for options in suggested if options]
+    for options in suggested if "..." not in typed else ():
+        settings = {name: yaml.safe_load(value) for name, value in options}
+        read(tmp_path, **{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+    assert suggested or typed == "smeared"
 
 
 @pytest.mark.parametrize("fit", ["stretch", "letterbox"])
