@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned, require_fractions
+from cnnlab.data.options import LabelledCut
+from cnnlab.data.splits import Fraction, assemble, digest, require_fractions
 from cnnlab.protocols import DataSpec, Split
-from cnnlab.schema import NonNegativeInt, PositiveInt
+from cnnlab.schema import PositiveInt
 
 _NATIVE = 8
 _CLASSES = tuple(map(str, range(10)))
 
 
-class Digits:
+@dataclass(eq=False)
+class Digits(LabelledCut):
     """Optical recognition of handwritten digits (Alpaydin and Kaynak 1998; scikit-learn's `load_digits`).
 
     1,797 greyscale scans of 8x8 pixels with 17 grey levels (0..16), stretched to 0..255.
@@ -26,48 +29,28 @@ class Digits:
     Args:
         size: side of the images; `None` keeps 8, another one is a bilinear resize.
         val, test: fractions of the whole, stratified by class.
-        split_seed: seed of the split, apart from the run's.
-        limit, imbalance: thin the training split (see `cnnlab.data.splits`).
     """
 
-    def __init__(
-        self,
-        size: PositiveInt | None = None,
-        val: Fraction = 0.1,
-        test: Fraction = 0.2,
-        split_seed: NonNegativeInt = 0,
-        limit: Limit = None,
-        imbalance: Imbalance = None,
-    ) -> None:
-        self.size = _NATIVE if size is None else size
-        self.val = val
-        self.test = test
-        self.split_seed = split_seed
-        self.limit = limit
-        self.imbalance = imbalance
-        require_fractions(val, test)
+    size: PositiveInt | None = None
+    val: Fraction = 0.1
+    test: Fraction = 0.2
+
+    def __post_init__(self) -> None:
+        self.side = _NATIVE if self.size is None else self.size
+        require_fractions(self.val, self.test)
 
     def spec(self) -> DataSpec:
-        return DataSpec(channels=1, size=(self.size, self.size), classes=_CLASSES)
+        return DataSpec(channels=1, size=(self.side, self.side), classes=_CLASSES)
 
     def load(self) -> dict[str, Split]:
         images, labels = _read()
-        if self.size != _NATIVE:
-            shape = (self.size, self.size)
+        if self.side != _NATIVE:
+            shape = (self.side, self.side)
             scaled = interpolate(
-                images.float(), shape, mode="bilinear", align_corners=False, antialias=self.size < _NATIVE
+                images.float(), shape, mode="bilinear", align_corners=False, antialias=self.side < _NATIVE
             )
             images = scaled.round().clamp(0, 255).to(torch.uint8)
-        parts = partitioned(
-            {"train": torch.arange(len(labels))},
-            labels,
-            len(_CLASSES),
-            val=self.val,
-            test=self.test,
-            limit=self.limit,
-            imbalance=self.imbalance,
-            seed=self.split_seed,
-        )
+        parts = self.parted({"train": torch.arange(len(labels))}, labels, len(_CLASSES), val=self.val, test=self.test)
         return assemble(images, {"label": labels}, digest(images, labels), parts)
 
 

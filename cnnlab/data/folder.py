@@ -14,14 +14,14 @@ from cnnlab.data.decode import Recipe
 from cnnlab.data.found import Findings, Walk, first_names, require_one_place
 from cnnlab.data.headers import own_size
 from cnnlab.data.layout import Layout, class_folders
-from cnnlab.data.pixels import MAX_PIXELS, checked_range
+from cnnlab.data.options import Decoding, LabelledCut
 from cnnlab.data.places import cache_folder
 from cnnlab.data.sources import Listing
-from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned, require_fractions
+from cnnlab.data.splits import Fraction, assemble, digest, require_fractions
 from cnnlab.data.stream import StreamSplit, streamed, streams
 from cnnlab.errors import DataError
 from cnnlab.protocols import DataSpec, Split
-from cnnlab.schema import DataPath, Loading, NonNegativeInt, PositiveInt
+from cnnlab.schema import DataPath, PositiveInt
 
 _LAYOUT = "ROOT/<class>/<image> or ROOT/{train,val,test}/<class>/<image>"
 
@@ -35,7 +35,8 @@ class _Found:
     given: dict[str, Tensor]
 
 
-class ImageFolder:
+@dataclass(eq=False)
+class ImageFolder(Decoding, LabelledCut):
     """Classification of the images in `root/<class>/` or `root/{train,val,test}/<class>/`.
 
     Images may have any size, format and mode that Pillow decodes by itself; subfolders of a class are searched too, and
@@ -53,67 +54,37 @@ class ImageFolder:
         val, test: fractions of the training images for a split that the folder does not have, by class.
         val_as_test: makes the folder's val the test split, and takes val from train: where the published test
             labels are secret and val is what is reported (ImageNet).
-        split_seed: seed of the split, apart from the run's.
-        limit, imbalance: thin the training split (see `cnnlab.data.splits`). With `limit`, only the images
-            that are used are decoded.
         on_error: whether an unreadable file ends the run or is left out. A stream meets it when its batch is
             due; to leave it out, all files are tried first, once.
-        cache: folder of the decoded images; `None` takes `$CNNLAB_CACHE` or `~/.cache/cnnlab`.
-        workers: processes that decode into the cache; `None` starts one a core where it pays, 0 none.
-        max_pixels: that an image may have, fewer where decoding its format takes more than 4 bytes of memory a pixel;
-            a JPEG or JPEG 2000 beyond it is decoded at half its size where that fits (see `cnnlab.data.bounds`).
-        value_range: what becomes black and white of an image of more than 8 bits a pixel; `None`: 0 and 65,535.
-        loading: the config's section; `None` takes its defaults.
     """
 
-    def __init__(
-        self,
-        root: str,
-        size: PositiveInt | None = None,
-        resize: PositiveInt | None = None,
-        channels: Literal[1, 3] = 3,
-        val: Fraction = 0.1,
-        test: Fraction = 0.2,
-        val_as_test: bool = False,
-        split_seed: NonNegativeInt = 0,
-        limit: Limit = None,
-        imbalance: Imbalance = None,
-        on_error: Literal["raise", "skip"] = "raise",
-        cache: str | None = None,
-        workers: NonNegativeInt | None = None,
-        max_pixels: PositiveInt = MAX_PIXELS,
-        value_range: tuple[float, ...] | None = None,
-        loading: Loading | None = None,
-    ) -> None:
-        if resize is not None and size is not None and resize < size:
-            raise ValueError(f"expected data.resize >= data.size, received {resize} < {size}; type data.resize=null")
-        require_fractions(val, test)
-        self.root = Path(root).expanduser()
-        self.channels = channels
-        self.size = size
-        self.resize = resize
-        self.val = val
-        self.test = test
-        self.val_as_test = val_as_test
-        self.split_seed = split_seed
-        self.limit = limit
-        self.imbalance = imbalance
-        self.on_error: Literal["raise", "skip"] = on_error
-        self.cache = cache
-        self.workers = workers
-        self.max_pixels = max_pixels
-        self.value_range = checked_range(value_range)
-        self.loading = loading or Loading()
-        self.findings = Findings()
+    streams = True
+
+    root: str
+    size: PositiveInt | None = None
+    resize: PositiveInt | None = None
+    channels: Literal[1, 3] = 3
+    val: Fraction = 0.1
+    test: Fraction = 0.2
+    val_as_test: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resize is not None and self.size is not None and self.resize < self.size:
+            raise ValueError(
+                f"expected data.resize >= data.size, received {self.resize} < {self.size}; type data.resize=null"
+            )
+        require_fractions(self.val, self.test)
+        self._root = Path(self.root).expanduser()
 
     def spec(self) -> DataSpec:
         """Lists folders and, where no size is given, reads the images' headers. Raises `DataError`."""
-        walk, ignored = Walk(self.root), Findings()
+        walk, ignored = Walk(self._root), Findings()
         layout = self._layout(walk, ignored)
         size = self.size
         if size is None:
             found = self._listed(layout, walk, ignored)
-            size = own_size(Listing(self.root, found.files), self.cache).taken()
+            size = own_size(Listing(self._root, found.files), self.cache).taken()
         recipe = self._recipe(size)
         return DataSpec(recipe.channels, (recipe.height, recipe.width), tuple(sorted(layout["train"])))
 
@@ -123,53 +94,39 @@ class ImageFolder:
             raise ValueError(
                 f"expected data.resize >= the images' size, received {resize} < {size}; type data.resize=null"
             )
-        return Recipe(
-            self.channels, size, size, "crop", resize, value_range=self.value_range, max_pixels=self.max_pixels
-        )
+        return self.recipe(self.channels, size, size, "crop", resize)
 
     def load(self) -> dict[str, Split]:
         self.findings = Findings()
-        walk = Walk(self.root)
+        walk = Walk(self._root)
         layout = self._layout(walk, self.findings)
         classes = sorted(layout["train"])
         found = self._listed(layout, walk, self.findings)
         files, labels, given = found.files, found.labels, found.given
         size = self.size
         if size is None:
-            own = own_size(Listing(self.root, files), self.cache)
+            own = own_size(Listing(self._root, files), self.cache)
             size = own.taken()
             self.findings.notices += own.notices()
         recipe = self._recipe(size)
-        parts = partitioned(
-            given,
-            labels,
-            len(classes),
-            val=self.val,
-            test=self.test,
-            limit=self.limit,
-            imbalance=self.imbalance,
-            seed=self.split_seed,
-        )
+        parts = self.parted(given, labels, len(classes), val=self.val, test=self.test)
         if self.limit is not None:
             used = torch.cat([*parts.values()]).sort().values
             files, labels = [files[row] for row in used.tolist()], labels[used]
             parts = {name: torch.searchsorted(used, rows) for name, rows in parts.items()}
-        listing = Listing(self.root, files)
+        listing = Listing(self._root, files)
         needed = len(files) * recipe.channels * recipe.height * recipe.width
         cached = is_cached(listing, recipe, self.cache)
-        if streams(self.loading, needed, cache_folder(self.cache), cached=cached):
+        if streams(self._loading, needed, cache_folder(self.cache), cached=cached):
             return self._streamed(listing, recipe, labels, parts)
         try:
             store = decoded(
                 listing,
                 recipe,
-                on_error=self.on_error,
-                cache=self.cache,
-                workers=self.workers,
-                patience=self.loading.patience,
+                **self.decoding,
             )
         except UnwritableCache:
-            if self.loading.path is not DataPath.auto:
+            if self._loading.path is not DataPath.auto:
                 raise
             return self._streamed(listing, recipe, labels, parts)
         self.findings.leave_out(listing, store.failures)
@@ -181,15 +138,15 @@ class ImageFolder:
     def _streamed(self, listing: Listing, recipe: Recipe, labels: Tensor, parts: dict[str, Tensor]) -> dict[str, Split]:
         if self.on_error == "skip":
             failures = unreadable(
-                listing, recipe, cache=self.cache, workers=self.workers, patience=self.loading.patience
+                listing, recipe, cache=self.cache, workers=self.workers, patience=self._loading.patience
             )
             self.findings.leave_out(listing, failures)
             parts = without(failures, parts)
         self.findings.record(parts, listing)
-        return streamed(StreamSplit, listing, recipe, labels, parts, self.loading)
+        return streamed(StreamSplit, listing, recipe, labels, parts, self._loading)
 
     def _layout(self, walk: Walk, findings: Findings) -> Layout:
-        return class_folders(self.root, walk, _LAYOUT, self.val_as_test, findings)
+        return class_folders(self._root, walk, _LAYOUT, self.val_as_test, findings)
 
     def _listed(self, layout: Layout, walk: Walk, findings: Findings) -> _Found:
         """Raises `DataError` where a class has no images, or one image two classes."""
@@ -217,5 +174,5 @@ class ImageFolder:
             given[split] = torch.arange(start, len(files))
             lacking = [name for name in classes if not places.get((split, name))]
             if lacking and len(files) > start:
-                findings.notices.append(f"data: no image of {first_names(lacking)} in {split} of {self.root}")
+                findings.notices.append(f"data: no image of {first_names(lacking)} in {split} of {self._root}")
         return _Found(files, torch.tensor(labels, dtype=torch.int64), given)

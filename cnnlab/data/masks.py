@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cnnlab.data.decode import Recipe
 from cnnlab.data.found import Findings, Walk, class_names, first_lines, first_names, require_one_place
 from cnnlab.data.layout import SPLIT_NAMES, SPLITS, split_folders
 from cnnlab.data.mask_reading import MaskOptions, Reading, Value, decided
+from cnnlab.data.options import Cut, Decoding
 from cnnlab.data.pairs import Pairs, decoded_pairs, untaught
-from cnnlab.data.pixels import MAX_PIXELS, checked_range
-from cnnlab.data.splits import Fraction, Limit, assemble, digest, partitioned, require_fractions
+from cnnlab.data.splits import Fraction, assemble, digest, require_fractions
 from cnnlab.errors import DataError
 from cnnlab.protocols import VOID, DataSpec, Split
-from cnnlab.schema import Loading, NonNegativeInt, PositiveInt
+from cnnlab.schema import PositiveInt
 
 _LAYOUT = "ROOT/images/{train,val,test}/<image>, ROOT/masks/{train,val,test}/<same name>.png, ROOT/classes.txt"
 _TRIED = 20
 """Names that are looked at to find out what masks are called."""
 
 
-class MaskFolder:
+@dataclass(eq=False)
+class MaskFolder(Decoding, Cut):
     """Semantic segmentation of `root/images/<split>/` with `root/masks/<split>/`, or without folders for splits.
 
     Splits are called as in `cnnlab.data.folder`, subfolders are searched, and an image's mask has its path and name,
@@ -50,96 +51,58 @@ class MaskFolder:
         mask_name: what a mask is called, `*` being the name of its image (`*_L`), both without their suffixes.
         channels: 3 (colour) or 1 (grey).
         val, test: fractions of the training images for a split that the folder does not have.
-        split_seed: seed of the split, apart from the run's.
-        limit: thins the training split (see `cnnlab.data.splits`).
         on_error: whether an unreadable file, an image without a mask, or a mask of another size ends the run or is
             left out.
-        cache, workers: see `cnnlab.data.cache.decoded`.
-        max_pixels, value_range: see `cnnlab.data.folder.ImageFolder`; masks hold numbers, and have no range.
-        loading: the config's section; `None` takes its defaults.
     """
 
-    streams = False
+    root: str
+    size: tuple[PositiveInt, ...] = (180, 240)
+    fit: Literal["letterbox", "stretch"] = "letterbox"
+    values: Value | tuple[Value, ...] | None = None
+    colours: str | tuple[tuple[Value, ...], ...] | None = None
+    ignore: tuple[Value | tuple[Value, ...], ...] | None = None
+    scale_masks: bool = False
+    mask_name: str = "*"
+    channels: Literal[1, 3] = 3
+    val: Fraction = 0.1
+    test: Fraction = 0.2
 
-    def __init__(
-        self,
-        root: str,
-        size: tuple[PositiveInt, ...] = (180, 240),
-        fit: Literal["letterbox", "stretch"] = "letterbox",
-        values: Value | tuple[Value, ...] | None = None,
-        colours: str | tuple[tuple[Value, ...], ...] | None = None,
-        ignore: tuple[Value | tuple[Value, ...], ...] | None = None,
-        scale_masks: bool = False,
-        mask_name: str = "*",
-        channels: Literal[1, 3] = 3,
-        val: Fraction = 0.1,
-        test: Fraction = 0.2,
-        split_seed: NonNegativeInt = 0,
-        limit: Limit = None,
-        on_error: Literal["raise", "skip"] = "raise",
-        cache: str | None = None,
-        workers: NonNegativeInt | None = None,
-        max_pixels: PositiveInt = MAX_PIXELS,
-        value_range: tuple[float, ...] | None = None,
-        loading: Loading | None = None,
-    ) -> None:
-        if len(size) != 2:
-            raise ValueError(f"expected data.size=[height,width], received {list(size)}")
-        require_fractions(val, test)
-        if mask_name.count("*") != 1 or "/" in mask_name:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.size) != 2:
+            raise ValueError(f"expected data.size=[height,width], received {list(self.size)}")
+        require_fractions(self.val, self.test)
+        if self.mask_name.count("*") != 1 or "/" in self.mask_name:
             raise ValueError(
-                f"expected data.mask_name='*_mask' with one * for the image's name, received {mask_name!r}"
+                f"expected data.mask_name='*_mask' with one * for the image's name, received {self.mask_name!r}"
             )
-        self.mask_name = mask_name.split("*")
-        self.findings = Findings()
-        self.root = Path(root).expanduser()
-        self.recipe = Recipe(
-            channels, size[0], size[1], fit, value_range=checked_range(value_range), max_pixels=max_pixels
-        )
-        self.masks = MaskOptions(values, colours, ignore)
-        self.val = val
-        self.test = test
-        self.split_seed = split_seed
-        self.limit = limit
-        self.on_error: Literal["raise", "skip"] = on_error
-        self.decoding: dict[str, Any] = {
-            "scale": scale_masks,
-            "on_error": on_error,
-            "cache": cache,
-            "workers": workers,
-            "patience": (loading or Loading()).patience,
-        }
+        self._root = Path(self.root).expanduser()
+        self._recipe = self.recipe(self.channels, self.size[0], self.size[1], self.fit)
+        self._masks = MaskOptions(self.values, self.colours, self.ignore)
 
     def spec(self) -> DataSpec:
         """Reads the names of the classes only. Raises `DataError`."""
         classes = self._classes()
-        self.masks.reading(classes)  # which refuses what does not fit them
-        size = (self.recipe.height, self.recipe.width)
-        return DataSpec(self.recipe.channels, size, classes, frozenset({"mask"}), mask_classes=classes)
+        self._masks.reading(classes)  # which refuses what does not fit them
+        size = (self._recipe.height, self._recipe.width)
+        return DataSpec(self._recipe.channels, size, classes, frozenset({"mask"}), mask_classes=classes)
 
     def load(self) -> dict[str, Split]:
         self.findings = Findings()
         classes = self._classes()
-        reading = self.masks.reading(classes)
+        reading = self._masks.reading(classes)
         images, masks, given = self._pairs()
-        parts = partitioned(
-            given,
-            None,
-            len(classes),
-            val=self.val,
-            test=self.test,
-            limit=self.limit,
-            imbalance=None,
-            seed=self.split_seed,
-        )
+        parts = self.parted(given, None, len(classes), val=self.val, test=self.test)
 
         def read(reading: Reading) -> Pairs:
             self.findings.notices += reading.notices
-            return decoded_pairs(self.root, images, masks, self.recipe, parts, reading.meaning, **self.decoding)
+            return decoded_pairs(
+                self._root, images, masks, self._recipe, parts, reading.meaning, scale=self.scale_masks, **self.decoding
+            )
 
         pairs = read(reading)
         if reading.meaning is None:
-            reading = decided(self.root, classes, {value: masks[row] for value, row in pairs.first().items()})
+            reading = decided(self._root, classes, {value: masks[row] for value, row in pairs.first().items()})
             pairs = pairs if reading.meaning is None else read(reading)
         self.findings.left_out += pairs.left_out
         self.findings.notices += [*pairs.notices, *untaught(classes, pairs.present())]
@@ -148,11 +111,11 @@ class MaskFolder:
         return assemble(pairs.images, {"mask": pairs.masks}, source, pairs.parts, mapped=True)
 
     def _classes(self) -> tuple[str, ...]:
-        path = self.root / "classes.txt"
+        path = self._root / "classes.txt"
         if path.exists():
             names = class_names(path)
-        elif self.masks.names:
-            path, names = Path(str(self.masks.file)), self.masks.names
+        elif self._masks.names:
+            path, names = Path(str(self._masks.file)), self._masks.names
         else:
             raise DataError(
                 f"expected class names, one a line, in {path}, received no such file; "
@@ -164,12 +127,12 @@ class MaskFolder:
 
     def _pairs(self) -> tuple[list[str], list[str], dict[str, Tensor]]:
         """Images and masks relative to the root, pair by pair, and the rows of each split that there is."""
-        walk = Walk(self.root)
+        walk = Walk(self._root)
         pictures, numbers = self._by_split("images", walk), self._by_split("masks", walk)
         walk.settle(self.on_error, self.findings)
         if not pictures.get("train"):
             raise DataError(
-                f"expected images in {self.root / 'images' / 'train'}, received none; lay them out as {_LAYOUT}"
+                f"expected images in {self._root / 'images' / 'train'}, received none; lay them out as {_LAYOUT}"
             )
         self._tell_pairless(pictures, numbers)
         images: list[str] = []
@@ -204,7 +167,7 @@ class MaskFolder:
             there = f" (there is {first_names(surplus)} without an image)" if surplus else ""
             called = _called([name for name, _ in lone], surplus, total)
             raise DataError(
-                f"expected a mask of each image's name in {self.root / 'masks'}, received none for {len(lone)} of "
+                f"expected a mask of each image's name in {self._root / 'masks'}, received none for {len(lone)} of "
                 f"{total}:\n{lines}\nadd or rename them{there}, as {_LAYOUT}{called}, or type data.on_error=skip to "
                 "leave such images out"
             )
@@ -213,7 +176,7 @@ class MaskFolder:
 
     def _by_split(self, kind: str, walk: Walk) -> dict[str, dict[str, str]]:
         """The files of each split, by path and name without the suffix. Raises `DataError` for two of one name."""
-        folder = self.root / kind
+        folder = self._root / kind
         if not folder.is_dir():
             return {}
         splits = {"train": folder}
@@ -226,8 +189,8 @@ class MaskFolder:
         files: dict[str, dict[str, str]] = {}
         for split in [name for name in SPLITS if name in splits]:
             files[split] = {}
-            below = splits[split].relative_to(self.root)
-            before, behind = self.mask_name if kind == "masks" else ("", "")
+            below = splits[split].relative_to(self._root)
+            before, behind = self.mask_name.split("*") if kind == "masks" else ("", "")
             for name in found[split]:
                 key = _key(Path(name).relative_to(below), before, behind) or name  # which no image has
                 other = files[split].setdefault(key, name)

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from cnnlab.data.cache import decoded
-from cnnlab.data.decode import Recipe
 from cnnlab.data.fetch import from_torchvision
 from cnnlab.data.found import Findings
 from cnnlab.data.lists import Folder, leave_out, listed, tell_shared
 from cnnlab.data.mask_pixels import Meaning
+from cnnlab.data.options import Decoding, LabelledCut
 from cnnlab.data.pairs import decoded_pairs, untaught
-from cnnlab.data.pixels import MAX_PIXELS, checked_range
 from cnnlab.data.sources import Listing
-from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned
+from cnnlab.data.splits import Fraction, assemble, digest
 from cnnlab.errors import DataError
 from cnnlab.protocols import VOID, DataSpec, Split
-from cnnlab.schema import Loading, NonNegativeInt, PositiveInt
+from cnnlab.schema import PositiveInt
 
 BREEDS = tuple(
     """abyssinian american_bulldog american_pit_bull_terrier basset_hound beagle bengal birman bombay boxer
@@ -36,7 +36,8 @@ _FOLDER = "oxford-iiit-pet"
 _REMEDY = f"remove {_FOLDER} from data.root and type data.download=true"
 
 
-class OxfordPet:
+@dataclass(eq=False)
+class OxfordPet(Decoding, LabelledCut):
     """37 breeds of cats and dogs, 3,680 images to train on and 3,669 to test; the label is the breed.
 
     Args:
@@ -48,68 +49,30 @@ class OxfordPet:
             black (masks: with void); `stretch` resizes each side by itself.
         download: whether missing files are fetched (800 MB).
         val: fraction of the training images that selects the checkpoint, stratified by breed.
-        split_seed: seed of the split, apart from the run's.
-        limit, imbalance: thin the training split (see `cnnlab.data.splits`).
         on_error: whether an unreadable file, or a listed image without its files, ends the run or is left out.
-        cache, workers: see `cnnlab.data.cache.decoded`.
-        max_pixels, value_range: see `cnnlab.data.folder.ImageFolder`.
-        loading: the config's section; `None` takes its defaults.
     """
 
-    streams = False
+    masks: bool = False
+    root: str = "data"
+    size: PositiveInt = 128
+    fit: Literal["crop", "letterbox", "stretch"] = "crop"
+    download: bool = False
+    val: Fraction = 0.1
 
-    def __init__(
-        self,
-        masks: bool = False,
-        root: str = "data",
-        size: PositiveInt = 128,
-        fit: Literal["crop", "letterbox", "stretch"] = "crop",
-        download: bool = False,
-        val: Fraction = 0.1,
-        split_seed: NonNegativeInt = 0,
-        limit: Limit = None,
-        imbalance: Imbalance = None,
-        on_error: Literal["raise", "skip"] = "raise",
-        cache: str | None = None,
-        workers: NonNegativeInt | None = None,
-        max_pixels: PositiveInt = MAX_PIXELS,
-        value_range: tuple[float, ...] | None = None,
-        loading: Loading | None = None,
-    ) -> None:
-        self.masks = masks
-        self.root = Path(root).expanduser()
-        self.recipe = Recipe(
-            3,
-            size,
-            size,
-            fit,
-            resize=size if fit == "crop" else 0,
-            value_range=checked_range(value_range),
-            max_pixels=max_pixels,
-        )
-        self.download = download
-        self.val = val
-        self.split_seed = split_seed
-        self.limit = limit
-        self.imbalance = imbalance
-        self.on_error: Literal["raise", "skip"] = on_error
-        self.decoding: dict[str, Any] = {
-            "on_error": on_error,
-            "cache": cache,
-            "workers": workers,
-            "patience": (loading or Loading()).patience,
-        }
-        self.findings = Findings()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._root = Path(self.root).expanduser()
+        self._recipe = self.recipe(3, self.size, self.size, self.fit, resize=self.size if self.fit == "crop" else 0)
 
     def spec(self) -> DataSpec:
         targets = {"label", "mask"} if self.masks else {"label"}
-        size = (self.recipe.height, self.recipe.width)
+        size = (self._recipe.height, self._recipe.width)
         return DataSpec(3, size, BREEDS, frozenset(targets), MASK_CLASSES if self.masks else ())
 
     def load(self) -> dict[str, Split]:
         self.findings = Findings()
         lists = self._lists()
-        base = self.root / _FOLDER
+        base = self._root / _FOLDER
         breeds = {name: breed for ids in lists.values() for name, breed in ids.items()}
         folders = [Folder.of(base, "images")]
         if self.masks:
@@ -124,26 +87,17 @@ class OxfordPet:
             ids += [name for name in names if name not in out]
             given[split] = torch.arange(start, len(ids))
         labels = torch.tensor([breeds[name] for name in ids], dtype=torch.int64)
-        parts = partitioned(
-            given,
-            labels,
-            len(BREEDS),
-            val=self.val,
-            test=0.0,
-            limit=self.limit,
-            imbalance=self.imbalance,
-            seed=self.split_seed,
-        )
+        parts = self.parted(given, labels, len(BREEDS), val=self.val)
         images, *masks = [[folder.of_id(name) for name in ids] for folder in folders]
         if not masks:
             listing = Listing(base, images)
-            store = decoded(listing, self.recipe, **self.decoding)
+            store = decoded(listing, self._recipe, **self.decoding)
             self.findings.leave_out(listing, store.failures)
             parts = store.readable(parts)
             self.findings.record(parts, listing)
             source = digest(store.fingerprint, labels)
             return assemble(store.images, {"label": labels}, source, parts, mapped=True)
-        pairs = decoded_pairs(base, images, masks[0], self.recipe, parts, _TRIMAP, **self.decoding)
+        pairs = decoded_pairs(base, images, masks[0], self._recipe, parts, _TRIMAP, **self.decoding)
         self.findings.left_out += pairs.left_out
         self.findings.notices += [*pairs.notices, *untaught(MASK_CLASSES, pairs.present())]
         self.findings.record(pairs.parts, *pairs.sources)
@@ -153,12 +107,12 @@ class OxfordPet:
     def _lists(self) -> dict[str, dict[str, int]]:
         """The breed of each image, by its id, of `train` and `test`."""
         wanted = f"{_FOLDER}/{{images,annotations}} of Oxford-IIIT Pet"
-        there = all((self.root / _FOLDER / name).is_dir() for name in ("images", "annotations"))
+        there = all((self._root / _FOLDER / name).is_dir() for name in ("images", "annotations"))
         lists = {}
         for split, official in (("train", "trainval"), ("test", "test")):
             if not there:
-                from_torchvision("OxfordIIITPet", self.root, wanted, download=self.download, split=official)
-            path = self.root / _FOLDER / "annotations" / f"{official}.txt"
+                from_torchvision("OxfordIIITPet", self._root, wanted, download=self.download, split=official)
+            path = self._root / _FOLDER / "annotations" / f"{official}.txt"
             lists[split] = {name: _breed(name, words, path) for name, words in listed(path, self.findings).items()}
         tell_shared(lists, self.findings)
         return lists

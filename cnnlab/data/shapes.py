@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from cnnlab import rng
-from cnnlab.data.splits import Imbalance, Limit, TensorSplit, digest, thinned
+from cnnlab.data.options import LabelledCut
+from cnnlab.data.splits import TensorSplit, digest, thinned
 from cnnlab.protocols import DataSpec, Split
 from cnnlab.schema import NonNegativeInt, PositiveInt, Probability, Range
 
@@ -21,7 +23,8 @@ _CHANNELS = 3
 _BAR_DRAWS = 7
 
 
-class Shapes:
+@dataclass(eq=False)
+class Shapes(LabelledCut):
     """Scenes with one shape, turned, scaled and coloured at random, on a textured, cluttered background.
 
     Each image is a function of (split_seed, split, index) alone: a larger `train` extends the smaller one and
@@ -35,31 +38,17 @@ class Shapes:
         clutter: bars behind the shape, in colours of their own; they are background.
         noise: half-width of the uniform grey noise on every pixel, as a part of the full range.
         contrast: least distance (Euclidean, in RGB of [0, 1]) of the shape's colour from the mean background.
-        split_seed: seed of the scenes, apart from the run's.
-        limit, imbalance: thin the training split (see `cnnlab.data.splits`).
+
+    `split_seed` is of the scenes.
     """
 
-    def __init__(
-        self,
-        size: Annotated[int, Range(low=16)] = 32,
-        train: PositiveInt = 2000,
-        val: PositiveInt = 300,
-        test: PositiveInt = 500,
-        clutter: NonNegativeInt = 3,
-        noise: Probability = 0.1,
-        contrast: Annotated[float, Range(low=0, high=0.8)] = 0.35,
-        split_seed: NonNegativeInt = 0,
-        limit: Limit = None,
-        imbalance: Imbalance = None,
-    ) -> None:
-        self.size = size
-        self.counts = {"train": train, "val": val, "test": test}
-        self.clutter = clutter
-        self.noise = noise
-        self.contrast = contrast
-        self.split_seed = split_seed
-        self.limit = limit
-        self.imbalance = imbalance
+    size: Annotated[int, Range(low=16)] = 32
+    train: PositiveInt = 2000
+    val: PositiveInt = 300
+    test: PositiveInt = 500
+    clutter: NonNegativeInt = 3
+    noise: Probability = 0.1
+    contrast: Annotated[float, Range(low=0, high=0.8)] = 0.35
 
     def spec(self) -> DataSpec:
         return DataSpec(
@@ -73,7 +62,7 @@ class Shapes:
     def load(self) -> dict[str, Split]:
         settings = (self.size, self.clutter, self.noise, self.contrast, self.split_seed)
         splits: dict[str, Split] = {}
-        for name, count in self.counts.items():
+        for name, count in (("train", self.train), ("val", self.val), ("test", self.test)):
             index = torch.arange(count)
             if name == "train":
                 index = thinned(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -13,16 +14,15 @@ from torch import Tensor
 
 from cnnlab import rng
 from cnnlab.data.cache import unreadable, without
-from cnnlab.data.decode import Recipe
 from cnnlab.data.found import Findings, class_names, first_lines
-from cnnlab.data.pixels import MAX_PIXELS, checked_range
+from cnnlab.data.options import LabelledCut, Reading
 from cnnlab.data.shard_copies import require_shards_once, tell_copies
 from cnnlab.data.shard_index import ShardIndex, indexed
-from cnnlab.data.splits import Fraction, Imbalance, Limit, partitioned, require_fractions
+from cnnlab.data.splits import Fraction, require_fractions
 from cnnlab.data.stream import StreamSplit, streamed
 from cnnlab.errors import DataError
 from cnnlab.protocols import DataSpec, Split
-from cnnlab.schema import DataPath, Loading, NonNegativeInt, PositiveInt
+from cnnlab.schema import DataPath, PositiveInt
 
 WINDOW = 4
 """Shards whose samples are mixed with each other: 4 of ImageNet's usual 150 MB stay in the system's file cache."""
@@ -49,7 +49,8 @@ class ShardSplit(StreamSplit):
         return torch.cat([part[torch.randperm(len(part), generator=draw)] for part in parts])
 
 
-class WebDataset:
+@dataclass(eq=False)
+class WebDataset(Reading, LabelledCut):
     """Classification of images in tar files of the WebDataset convention (Aizman, Maltby, Breuel 2019).
 
     A sample is a run of members with one key: an image and, beside it, its class number, as `000123.jpg` and
@@ -66,68 +67,41 @@ class WebDataset:
         resize: shorter side before that crop; `None` takes `size`.
         channels: 3 (colour) or 1 (grey).
         val, test: fractions of the training samples for a split without shards, by class.
-        split_seed: seed of the split, apart from the run's.
-        limit, imbalance: thin the training split (see `cnnlab.data.splits`).
         on_error: whether an image that cannot be decoded ends the run when its batch is due, and one without its
             label or a link that leads nowhere at once, or all are tried first, once, and such ones left out.
-        cache: folder of the index; `None` takes `$CNNLAB_CACHE` or `~/.cache/cnnlab`.
-        max_pixels, value_range: see `cnnlab.data.folder.ImageFolder`.
-        loading: the config's section; `None` takes its defaults.
     """
 
-    def __init__(
-        self,
-        shards: str,
-        val_shards: str | None = None,
-        test_shards: str | None = None,
-        classes: PositiveInt | str | None = None,
-        label: str = "cls",
-        size: PositiveInt = 224,
-        resize: PositiveInt | None = 256,
-        channels: Literal[1, 3] = 3,
-        val: Fraction = 0.02,
-        test: Fraction = 0.02,
-        split_seed: NonNegativeInt = 0,
-        limit: Limit = None,
-        imbalance: Imbalance = None,
-        on_error: Literal["raise", "skip"] = "raise",
-        cache: str | None = None,
-        max_pixels: PositiveInt = MAX_PIXELS,
-        value_range: tuple[float, ...] | None = None,
-        loading: Loading | None = None,
-    ) -> None:
-        if resize is not None and resize < size:
-            raise ValueError(f"expected data.resize >= data.size, received {resize} < {size}; type data.resize=null")
-        require_fractions(val, test)
-        self.loading = loading or Loading()
-        if self.loading.path not in (DataPath.auto, DataPath.stream):
-            path = self.loading.path.value
+    streams = True
+
+    shards: str
+    val_shards: str | None = None
+    test_shards: str | None = None
+    classes: PositiveInt | str | None = None
+    label: str = "cls"
+    size: PositiveInt = 224
+    resize: PositiveInt | None = 256
+    channels: Literal[1, 3] = 3
+    val: Fraction = 0.02
+    test: Fraction = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(
+                f"expected data.resize >= data.size, received {self.resize} < {self.size}; type data.resize=null"
+            )
+        require_fractions(self.val, self.test)
+        if self._loading.path not in (DataPath.auto, DataPath.stream):
+            path = self._loading.path.value
             raise ValueError(f"`loading.path={path}`: shards are only streamed; type loading.path=auto")
-        self.patterns = {"train": shards, "val": val_shards, "test": test_shards}
-        self.classes = classes
-        self.label = label.lstrip(".")
-        self.recipe = Recipe(
-            channels,
-            size,
-            size,
-            "crop",
-            resize or size,
-            value_range=checked_range(value_range),
-            max_pixels=max_pixels,
-        )
-        self.val = val
-        self.test = test
-        self.split_seed = split_seed
-        self.limit = limit
-        self.imbalance = imbalance
-        self.on_error = on_error
-        self.cache = cache
-        self.findings = Findings()
+        self._patterns = {"train": self.shards, "val": self.val_shards, "test": self.test_shards}
+        self._label = self.label.lstrip(".")
+        self._recipe = self.recipe(self.channels, self.size, self.size, "crop", self.resize or self.size)
 
     def spec(self) -> DataSpec:
         """Reads the shards' headers where nothing else tells the classes. Raises `DataError`."""
-        size = (self.recipe.height, self.recipe.width)
-        return DataSpec(self.recipe.channels, size, self._class_names)
+        size = (self._recipe.height, self._recipe.width)
+        return DataSpec(self._recipe.channels, size, self._class_names)
 
     def load(self) -> dict[str, Split]:
         self.findings = Findings()
@@ -141,29 +115,20 @@ class WebDataset:
                 f"{index.name(int(wrong[0]))}; mend data.classes"
             )
         labels = torch.from_numpy(index.label)
-        parts = partitioned(
-            self._given,
-            labels,
-            len(classes),
-            val=self.val,
-            test=self.test,
-            limit=self.limit,
-            imbalance=self.imbalance,
-            seed=self.split_seed,
-        )
+        parts = self.parted(self._given, labels, len(classes), val=self.val, test=self.test)
         if self.on_error == "skip":
             failures = unreadable(
                 index,
-                self.recipe,
+                self._recipe,
                 cache=self.cache,
-                workers=self.loading.workers,
-                patience=self.loading.patience,
+                workers=self._loading.workers,
+                patience=self._loading.patience,
             )
             self.findings.leave_out(index, failures)
             parts = without(failures, parts)
         tell_copies(index, parts, self.findings)
         self.findings.record(parts, index)
-        return streamed(ShardSplit, index, self.recipe, labels, parts, self.loading)
+        return streamed(ShardSplit, index, self._recipe, labels, parts, self._loading)
 
     def _tell_unused(self, index: ShardIndex) -> None:
         """What belongs to no sample is told. Raises `DataError` for what lacks something, unless it is left out."""
@@ -179,7 +144,7 @@ class WebDataset:
         if self.on_error == "raise":
             named = "\n".join(f"  {line}" for line in lines)
             raise DataError(
-                f"expected an image and its .{self.label} for each key, received {len(index.broken)} without:\n"
+                f"expected an image and its .{self._label} for each key, received {len(index.broken)} without:\n"
                 f"{named}\nmend them, name the member that holds the class number by data.label, or type "
                 "data.on_error=skip to leave them out"
             )
@@ -191,11 +156,11 @@ class WebDataset:
     @cached_property
     def _shards(self) -> dict[str, list[Path]]:
         """The tar files of each split that has its own."""
-        return {split: expanded(pattern) for split, pattern in self.patterns.items() if pattern is not None}
+        return {split: expanded(pattern) for split, pattern in self._patterns.items() if pattern is not None}
 
     @cached_property
     def _index(self) -> ShardIndex:
-        return indexed([path for paths in self._shards.values() for path in paths], self.label, self.cache)
+        return indexed([path for paths in self._shards.values() for path in paths], self._label, self.cache)
 
     @property
     def _given(self) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from cnnlab.data.fetch import from_torchvision
-from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned
+from cnnlab.data.options import LabelledCut
+from cnnlab.data.splits import Fraction, assemble, digest
 from cnnlab.errors import DataError
 from cnnlab.protocols import DataSpec, Split
-from cnnlab.schema import NonNegativeInt
 
 _CIFAR100_CLASSES = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
@@ -71,7 +71,8 @@ _SETS = {
 }
 
 
-class TorchvisionSet:
+@dataclass(eq=False)
+class TorchvisionSet(LabelledCut):
     """A set that torchvision reads and verifies; the official test images are the test split.
 
     Args:
@@ -79,30 +80,18 @@ class TorchvisionSet:
         root: folder with torchvision's files.
         download: whether missing files are fetched (or unpacked from an archive that is in `root` already).
         val: fraction of the training images, stratified by class.
-        split_seed: seed of the split, apart from the run's.
-        limit, imbalance: thin the training split (see `cnnlab.data.splits`).
     """
 
-    def __init__(
-        self,
-        name: Literal["cifar10", "cifar100", "mnist", "fashion_mnist"],
-        root: str = "data",
-        download: bool = False,
-        val: Fraction = 0.1,
-        split_seed: NonNegativeInt = 0,
-        limit: Limit = None,
-        imbalance: Imbalance = None,
-    ) -> None:
-        if name not in _SETS:
-            raise ValueError(f"expected data.name to be one of {', '.join(_SETS)}, received {name!r}")
-        self.name = name
-        self._set = _SETS[name]
-        self.root = Path(root).expanduser()
-        self.download = download
-        self.val = val
-        self.split_seed = split_seed
-        self.limit = limit
-        self.imbalance = imbalance
+    name: Literal["cifar10", "cifar100", "mnist", "fashion_mnist"]
+    root: str = "data"
+    download: bool = False
+    val: Fraction = 0.1
+
+    def __post_init__(self) -> None:
+        if self.name not in _SETS:
+            raise ValueError(f"expected data.name to be one of {', '.join(_SETS)}, received {self.name!r}")
+        self._set = _SETS[self.name]
+        self._root = Path(self.root).expanduser()
 
     def spec(self) -> DataSpec:
         known = self._set
@@ -113,23 +102,14 @@ class TorchvisionSet:
         images, labels = (torch.cat(tensors) for tensors in zip(*pieces))
         train, total = len(pieces[0][1]), len(labels)
         given = {"train": torch.arange(train), "test": torch.arange(train, total)}
-        parts = partitioned(
-            given,
-            labels,
-            len(self._set.classes),
-            val=self.val,
-            test=0.0,
-            limit=self.limit,
-            imbalance=self.imbalance,
-            seed=self.split_seed,
-        )
+        parts = self.parted(given, labels, len(self._set.classes), val=self.val)
         return assemble(images, {"label": labels}, digest(images, labels), parts)
 
     def _read(self, train: bool) -> tuple[Tensor, Tensor]:
         """Images (N, C, H, W) uint8 and labels (N,) int64 of the official training or test part."""
         known = self._set
         wanted = f"{known.files} of {self.name}"
-        found = from_torchvision(known.kind, self.root, wanted, download=self.download, train=train)
+        found = from_torchvision(known.kind, self._root, wanted, download=self.download, train=train)
         pixels = torch.from_numpy(found.data) if isinstance(found.data, np.ndarray) else found.data
         images = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None]
         labels = torch.as_tensor(found.targets, dtype=torch.int64)
@@ -138,7 +118,7 @@ class TorchvisionSet:
         whole = images.shape[1:] == shape and len(images) == len(labels) > 0
         if not whole or not 0 <= int(labels.min()) <= int(labels.max()) < count:
             raise DataError(
-                f"expected {count} classes of images {shape} in {self.root}, received images "
+                f"expected {count} classes of images {shape} in {self._root}, received images "
                 f"{tuple(images.shape)} and {len(labels)} labels; "
                 f"remove the files and type data.download=true"
             )

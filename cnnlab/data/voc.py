@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -15,12 +16,12 @@ from cnnlab.data.decode import Recipe, letterbox
 from cnnlab.data.formats import require_file
 from cnnlab.data.found import Findings
 from cnnlab.data.lists import Folder, leave_out, listed, tell_shared
-from cnnlab.data.pixels import MAX_PIXELS, checked_range
+from cnnlab.data.options import Decoding, LabelledCut
 from cnnlab.data.sources import Listing
-from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, digest, partitioned, require_fractions
+from cnnlab.data.splits import Fraction, assemble, digest, require_fractions
 from cnnlab.errors import DataError
 from cnnlab.protocols import DataSpec, Split
-from cnnlab.schema import Loading, NonNegativeInt, PositiveInt
+from cnnlab.schema import PositiveInt
 
 _LAYOUT = "ROOT/JPEGImages/<id>.jpg, ROOT/Annotations/<id>.xml, ROOT/ImageSets/Main/{train,val,test}.txt"
 
@@ -28,7 +29,8 @@ _LAYOUT = "ROOT/JPEGImages/<id>.jpg, ROOT/Annotations/<id>.xml, ROOT/ImageSets/M
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
-class VocBoxes:
+@dataclass(eq=False)
+class VocBoxes(Decoding, LabelledCut):
     """Classification and localization: each image's largest object, its class and its box.
 
     The files' boxes are pixels counted from 1, both ends included, as VOC's are: a box over the whole of a W
@@ -42,61 +44,33 @@ class VocBoxes:
         val_as_test: whether `val.txt` lists the test split, as VOC's own is used (nobody has the annotations of
             its test images); the checkpoint is then selected on a part of train.
         val, test: fractions of the training images for a split without a list in ImageSets/Main, by class.
-        split_seed: seed of the split, apart from the run's.
-        limit, imbalance: thin the training split (see `cnnlab.data.splits`).
         on_error: whether an unreadable image or annotation, or a listed image without one of them, ends the run or is
             left out.
-        cache, workers: see `cnnlab.data.cache.decoded`.
-        max_pixels, value_range: see `cnnlab.data.folder.ImageFolder`.
-        loading: the config's section; `None` takes its defaults.
     """
 
-    streams = False
+    root: str
+    size: PositiveInt = 128
+    fit: Literal["letterbox", "stretch"] = "letterbox"
+    classes: tuple[str, ...] | None = None
+    val_as_test: bool = False
+    val: Fraction = 0.1
+    test: Fraction = 0.2
 
-    def __init__(
-        self,
-        root: str,
-        size: PositiveInt = 128,
-        fit: Literal["letterbox", "stretch"] = "letterbox",
-        classes: tuple[str, ...] | None = None,
-        val_as_test: bool = False,
-        val: Fraction = 0.1,
-        test: Fraction = 0.2,
-        split_seed: NonNegativeInt = 0,
-        limit: Limit = None,
-        imbalance: Imbalance = None,
-        on_error: Literal["raise", "skip"] = "raise",
-        cache: str | None = None,
-        workers: NonNegativeInt | None = None,
-        max_pixels: PositiveInt = MAX_PIXELS,
-        value_range: tuple[float, ...] | None = None,
-        loading: Loading | None = None,
-    ) -> None:
-        require_fractions(val, test)
-        self.root = Path(root).expanduser()
-        self.recipe = Recipe(3, size, size, fit, value_range=checked_range(value_range), max_pixels=max_pixels)
-        self.classes = classes
-        self.val_as_test = val_as_test
-        self.val = val
-        self.test = test
-        self.split_seed = split_seed
-        self.limit = limit
-        self.imbalance = imbalance
-        self.on_error: Literal["raise", "skip"] = on_error
-        self.cache = cache
-        self.workers = workers
-        self.loading = loading or Loading()
-        self.findings = Findings()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_fractions(self.val, self.test)
+        self._root = Path(self.root).expanduser()
+        self._recipe = self.recipe(3, self.size, self.size, self.fit)
         self._told = Findings()
         self._unusable: dict[str, str] = {}
 
     def spec(self) -> DataSpec:
         """Reads the annotations, where they alone name the classes, but no image. Raises `DataError`."""
-        size = (self.recipe.height, self.recipe.width)
+        size = (self._recipe.height, self._recipe.width)
         return DataSpec(3, size, self._classes, targets=frozenset({"label", "box"}))
 
     def load(self) -> dict[str, Split]:
-        folder = Folder.of(self.root, "JPEGImages")
+        folder = Folder.of(self._root, "JPEGImages")
         every = [*dict.fromkeys(name for names in self._lists.values() for name in names)]
         objects = self._objects
         self.findings = Findings([*self._told.notices])
@@ -110,28 +84,16 @@ class VocBoxes:
             ids += [name for name in names if name not in out]
             given[split] = torch.arange(start, len(ids))
         labels = torch.tensor([self._label(name) for name in ids])
-        parts = partitioned(
-            given,
-            labels,
-            len(self._classes),
-            val=self.val,
-            test=self.test,
-            limit=self.limit,
-            imbalance=self.imbalance,
-            seed=self.split_seed,
-        )
-        listing = Listing(self.root, [folder.of_id(name) for name in ids])
+        parts = self.parted(given, labels, len(self._classes), val=self.val, test=self.test)
+        listing = Listing(self._root, [folder.of_id(name) for name in ids])
         store = decoded(
             listing,
-            self.recipe,
-            on_error=self.on_error,
-            cache=self.cache,
-            workers=self.workers,
-            patience=self.loading.patience,
+            self._recipe,
+            **self.decoding,
         )
         self.findings.leave_out(listing, store.failures)
         pixels = torch.tensor([self._objects[name][1] for name in ids])
-        boxes = fitted_boxes(pixels, store.sizes, self.recipe)
+        boxes = fitted_boxes(pixels, store.sizes, self._recipe)
         parts = store.readable(parts)
         for rows in parts.values():
             outside = rows[(boxes[rows, 2:] <= boxes[rows, :2]).any(1)].tolist()
@@ -147,7 +109,7 @@ class VocBoxes:
     @cached_property
     def _lists(self) -> dict[str, list[str]]:
         """Image ids by split, from ImageSets/Main."""
-        folder = self.root / "ImageSets" / "Main"
+        folder = self._root / "ImageSets" / "Main"
         lists: dict[str, list[str]] = {}
         for split in ("train", "val", "test"):
             path = folder / f"{split}.txt"
@@ -174,7 +136,7 @@ class VocBoxes:
 
         Raises `DataError` for an annotation that cannot be used, unless it is left out.
         """
-        folder = self.root / "Annotations"
+        folder = self._root / "Annotations"
         found = {}
         for name in dict.fromkeys(name for names in self._lists.values() for name in names):
             try:
@@ -192,7 +154,7 @@ class VocBoxes:
     def _label(self, name: str) -> int:
         kind, _ = self._objects[name]
         if kind not in self._classes:
-            path = self.root / "Annotations" / f"{name}.xml"
+            path = self._root / "Annotations" / f"{name}.xml"
             raise DataError(
                 f"expected an object of {', '.join(self._classes)} in {path}, received {kind!r}; repair it, "
                 "or complete data.classes"

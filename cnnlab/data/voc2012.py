@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from cnnlab.data.decode import Recipe
 from cnnlab.data.fetch import from_torchvision
 from cnnlab.data.found import Findings
 from cnnlab.data.lists import Folder, leave_out, listed, tell_shared
 from cnnlab.data.mask_pixels import Meaning
+from cnnlab.data.options import Decoding, LabelledCut, shared
 from cnnlab.data.pairs import decoded_pairs, untaught
-from cnnlab.data.pixels import MAX_PIXELS, checked_range
-from cnnlab.data.splits import Fraction, Imbalance, Limit, assemble, partitioned
+from cnnlab.data.splits import Fraction, assemble
 from cnnlab.data.voc import VocBoxes
 from cnnlab.errors import DataError
 from cnnlab.protocols import VOID, DataSpec, Split
-from cnnlab.schema import Loading, NonNegativeInt, PositiveInt
+from cnnlab.schema import PositiveInt
 
 CLASSES = tuple(
     """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep
@@ -29,7 +29,8 @@ _FOLDER = Path("VOCdevkit") / "VOC2012"
 _REMEDY = f"remove {_FOLDER} from data.root and type data.download=true"
 
 
-class Voc2012:
+@dataclass(eq=False)
+class Voc2012(Decoding, LabelledCut):
     """VOC 2012's training images, and its validation images as the test split, for nobody has the annotations of its
     test images.
 
@@ -42,57 +43,27 @@ class Voc2012:
         fit: `letterbox` keeps the aspect ratio and fills with black (masks: with void); `stretch` does not.
         download: whether missing files are fetched (2 GB).
         val: fraction of the training images that selects the checkpoint, by class where there are labels.
-        split_seed: seed of the split, apart from the run's.
-        limit, imbalance: thin the training split (see `cnnlab.data.splits`).
         on_error: whether an unreadable file, or a listed image without its files, ends the run or is left out.
-        cache, workers: see `cnnlab.data.cache.decoded`.
-        max_pixels, value_range: see `cnnlab.data.folder.ImageFolder`.
-        loading: the config's section; `None` takes its defaults.
 
     Raises:
         ValueError: `imbalance` with masks, which have no label to count.
     """
 
-    streams = False
+    target: Literal["box", "mask"] = "box"
+    root: str = "data"
+    size: PositiveInt = 128
+    fit: Literal["letterbox", "stretch"] = "letterbox"
+    download: bool = False
+    val: Fraction = 0.1
 
-    def __init__(
-        self,
-        target: Literal["box", "mask"] = "box",
-        root: str = "data",
-        size: PositiveInt = 128,
-        fit: Literal["letterbox", "stretch"] = "letterbox",
-        download: bool = False,
-        val: Fraction = 0.1,
-        split_seed: NonNegativeInt = 0,
-        limit: Limit = None,
-        imbalance: Imbalance = None,
-        on_error: Literal["raise", "skip"] = "raise",
-        cache: str | None = None,
-        workers: NonNegativeInt | None = None,
-        max_pixels: PositiveInt = MAX_PIXELS,
-        value_range: tuple[float, ...] | None = None,
-        loading: Loading | None = None,
-    ) -> None:
-        if target == "mask" and imbalance is not None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target == "mask" and self.imbalance is not None:
             raise ValueError(
-                f"expected images with a label each for data.imbalance={imbalance:g}, received masks; "
+                f"expected images with a label each for data.imbalance={self.imbalance:g}, received masks; "
                 "type data.imbalance=null"
             )
-        self.target = target
-        self.root = Path(root).expanduser()
-        self.size = size
-        self.fit: Literal["letterbox", "stretch"] = fit
-        self.download = download
-        self.val = val
-        self.split_seed = split_seed
-        self.limit = limit
-        self.imbalance = imbalance
-        self.on_error: Literal["raise", "skip"] = on_error
-        self.decoding: dict[str, Any] = {"on_error": on_error, "cache": cache, "workers": workers}
-        self.loading = loading or Loading()
-        self.findings = Findings()
-        self.max_pixels = max_pixels
-        self.value_range = checked_range(value_range)
+        self._root = Path(self.root).expanduser()
 
     def spec(self) -> DataSpec:
         size = (self.size, self.size)
@@ -102,11 +73,11 @@ class Voc2012:
         return DataSpec(3, size, classes, frozenset({"mask"}), mask_classes=classes)
 
     def load(self) -> dict[str, Split]:
-        base = self.root / _FOLDER
+        base = self._root / _FOLDER
         kind = "VOCDetection" if self.target == "box" else "VOCSegmentation"
         if not base.is_dir():
             wanted = f"{_FOLDER}/{{JPEGImages,Annotations,ImageSets,SegmentationClass}} of VOC 2012"
-            from_torchvision(kind, self.root, wanted, download=self.download, image_set="train")
+            from_torchvision(kind, self._root, wanted, download=self.download, image_set="train")
         if self.target == "mask":
             return self._masks(base)
         boxes = VocBoxes(
@@ -116,13 +87,8 @@ class Voc2012:
             classes=CLASSES,
             val_as_test=True,
             val=self.val,
-            split_seed=self.split_seed,
-            limit=self.limit,
-            imbalance=self.imbalance,
-            max_pixels=self.max_pixels,
-            value_range=self.value_range,
-            loading=self.loading,
-            **self.decoding,
+            **shared(self, LabelledCut),
+            **shared(self, Decoding),
         )
         splits = boxes.load()
         self.findings = boxes.findings
@@ -148,20 +114,10 @@ class Voc2012:
             start = len(ids)
             ids += [name for name in names if name not in out]
             given[split] = torch.arange(start, len(ids))
-        parts = partitioned(
-            given,
-            None,
-            len(CLASSES) + 1,
-            val=self.val,
-            test=0.0,
-            limit=self.limit,
-            imbalance=None,
-            seed=self.split_seed,
-        )
+        parts = self.parted(given, None, len(CLASSES) + 1, val=self.val)
         images, masks = [[folder.of_id(name) for name in ids] for folder in folders]
-        recipe = Recipe(3, self.size, self.size, self.fit, value_range=self.value_range, max_pixels=self.max_pixels)
-        patience = self.loading.patience
-        pairs = decoded_pairs(base, images, masks, recipe, parts, _MEANING, patience=patience, **self.decoding)
+        recipe = self.recipe(3, self.size, self.size, self.fit)
+        pairs = decoded_pairs(base, images, masks, recipe, parts, _MEANING, **self.decoding)
         self.findings.left_out += pairs.left_out
         self.findings.notices += [*pairs.notices, *untaught(("background", *CLASSES), pairs.present())]
         self.findings.record(pairs.parts, *pairs.sources)

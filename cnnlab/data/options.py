@@ -1,0 +1,123 @@
+"""The options that data sets have in common, each written once. A set is a dataclass that inherits those it takes."""
+
+# No postponed annotations: the heirs' constructors show them in other modules, where their names mean nothing.
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from cnnlab.data.found import Findings
+from cnnlab.data.pixels import MAX_PIXELS, Recipe, checked_range
+from cnnlab.data.splits import Imbalance, Limit, partitioned
+from cnnlab.schema import Loading, NonNegativeInt, PositiveInt
+
+
+@dataclass(kw_only=True, eq=False)
+class Cut:
+    """How samples are cut into splits, and how many of them train.
+
+    Args:
+        split_seed: seed of the split, apart from the run's.
+        limit: training samples to keep, by class where there are labels (see `cnnlab.data.splits`). Of files, only
+            those that are used are then decoded.
+    """
+
+    split_seed: NonNegativeInt = 0
+    limit: Limit = None
+
+    def parted(
+        self, given: Mapping[str, Tensor], labels: Tensor | None, num_classes: int, *, val: float, test: float = 0.0
+    ) -> dict[str, Tensor]:
+        """The rows of each split; see `cnnlab.data.splits.partitioned`."""
+        return partitioned(
+            given,
+            labels,
+            num_classes,
+            val=val,
+            test=test,
+            limit=self.limit,
+            imbalance=self.imbalanced(),
+            seed=self.split_seed,
+        )
+
+    def imbalanced(self) -> Imbalance:
+        """How uneven the classes are made."""
+        return None
+
+
+@dataclass(kw_only=True, eq=False)
+class LabelledCut(Cut):
+    """`Cut`, of samples that have a class each.
+
+    Args:
+        imbalance: makes the training split long-tailed (see `cnnlab.data.splits.long_tailed`).
+    """
+
+    imbalance: Imbalance = None
+
+    def imbalanced(self) -> Imbalance:
+        return self.imbalance
+
+
+@dataclass(kw_only=True, eq=False)
+class Reading:
+    """How image files become pixels.
+
+    Args:
+        on_error: whether an unreadable file ends the run or is left out.
+        cache: folder of what is kept of the files from run to run; `None` takes `$CNNLAB_CACHE` or `~/.cache/cnnlab`.
+        max_pixels: that an image may have, fewer where decoding its format takes more than 4 bytes of memory a pixel;
+            a JPEG or JPEG 2000 beyond it is decoded at half its size where that fits (see `cnnlab.data.bounds`).
+        value_range: what becomes black and white of an image of more than 8 bits a pixel; `None`: 0 and 65,535. Masks
+            hold numbers, and have no range.
+        loading: the config's section; `None` takes its defaults.
+
+    `findings` is what a person should know of the data, once it is loaded.
+
+    Raises:
+        ValueError: `value_range` is no range.
+    """
+
+    on_error: Literal["raise", "skip"] = "raise"
+    cache: str | None = None
+    max_pixels: PositiveInt = MAX_PIXELS
+    value_range: tuple[float, ...] | None = None
+    loading: Loading | None = None
+
+    streams: ClassVar[bool] = False
+    """Whether `loading.path=stream` can be asked for."""
+
+    def __post_init__(self) -> None:
+        checked_range(self.value_range)
+        self._loading = self.loading or Loading()
+        self.findings = Findings()
+
+    def recipe(
+        self, channels: int, height: int, width: int, fit: Literal["crop", "letterbox", "stretch"], resize: int = 0
+    ) -> Recipe:
+        """How a file becomes an image of this size."""
+        bounds: Any = {"value_range": checked_range(self.value_range), "max_pixels": self.max_pixels}
+        return Recipe(channels, height, width, fit, resize, **bounds)
+
+
+@dataclass(kw_only=True, eq=False)
+class Decoding(Reading):
+    """`Reading`, of files that are decoded once, into a cache (see `cnnlab.data.cache.decoded`).
+
+    Args:
+        workers: processes that decode into the cache; `None` starts one a core where it pays, 0 none.
+    """
+
+    workers: NonNegativeInt | None = None
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """What `decoded` is told."""
+        patience = self._loading.patience
+        return {"on_error": self.on_error, "cache": self.cache, "workers": self.workers, "patience": patience}
+
+
+def shared(own: Reading | Cut, kind: type[Reading] | type[Cut]) -> dict[str, Any]:
+    """The values of `kind`'s options, for another set of the same options."""
+    return {option.name: getattr(own, option.name) for option in fields(kind)}
