@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnnlab.building.trial import check, checked, on_meta
+from cnnlab.building.dry import on_meta
+from cnnlab.building.trial import check, checked
 from cnnlab.composing.composer import Composer, composer
 from cnnlab.composing.signature import parameters_of
 from cnnlab.composing.values import mismatch
@@ -175,10 +176,10 @@ def test_torchs_ranges_are_torchs(name: str):
     ("overrides", "start", "words"),
     [
         (["task=segmentation"], "`task`", "needs mask, and this data has only label"),
-        (["model.depth=9"], "`model`", "expected a depth of 6n + 2"),
+        (["model.depth=9"], "`model.depth=9`", "expected a depth of 6n + 2"),
         (["data.size=1"], "`model`", "expected images of at least 4x4"),
-        (["groups.freeze=[stem]"], "`groups`", "received 'stem'"),
-        (["loss.class_weights=[1,2]"], "`loss`", "expected 10 class_weights"),
+        (["groups.freeze=[stem]"], "`groups.freeze=['stem']`", "received 'stem'"),
+        (["loss.class_weights=[1,2]"], "`loss.class_weights=[1, 2]`", "expected 10 class_weights"),
         (["normalize=pretrained"], "normalize:", "expected images of as many channels"),
         (["init=he", "init.zero_residual=true", "model=vgg"], "`init`", "use zero_residual=false"),
         (["trainer.accumulate=65"], "`trainer.accumulate=65`", "trainer.batch_size=64"),
@@ -199,6 +200,44 @@ def test_combinations(shared_composer: Composer, overrides: list[str], start: st
     found = refusals(shared_composer, *overrides)
     assert found
     assert any(problem.startswith(start) and words in problem for problem in found), found
+
+
+BLAMED = [
+    ("optim=lion optim.lr=-0.1", "`optim.lr=-0.1`: NegativeLRError: learning rate must be positive"),
+    ("optim=lion optim.betas=[2,0.9]", "`optim.betas=[2, 0.9]`: beta1 must be in the range"),
+    ("optim=shampoo optim.momentum=7", "`optim.momentum=7`: "),
+    ("optim=sgd optim.nesterov=true", "`optim.nesterov=true`: Nesterov momentum requires"),
+    (
+        "optim=sgd optim.dampening=.1 optim.momentum=.9 optim.nesterov=true",
+        "`optim.dampening=0.1` with `optim.nesterov=true`: Nesterov momentum requires",
+    ),
+    ("optim=lbfgs optim.line_search_fn=x", "`optim.line_search_fn='x'`: RuntimeError: only 'strong_wolfe'"),
+    ("activation=prelu activation.num_parameters=0", "`activation.num_parameters=0`: RuntimeError: "),
+    ("activation=prelu activation.num_parameters=7", "`activation.num_parameters=7`: RuntimeError: "),
+    ("activation=gelu activation.approximate=x", "`activation.approximate='x'`: RuntimeError: "),
+    ("activation=elu activation._target_=torch.nn.CELU activation.alpha=0", "`activation.alpha=0`: "),
+    ("activation=relu activation._target_=torch.nn.Softshrink +activation.lambd=-1", "`activation.lambd=-1`: "),
+    ("norm=group norm.groups=7", "`norm.groups=7`: expected a number of groups that divides 16 channels"),
+    ("schedule=step schedule.milestones=[5]", "`schedule.milestones=[5]`: expected a milestone in [0, 1]"),
+    ("schedule=step schedule.milestones=[x]", "`schedule.milestones=['x']`: expected a duration"),
+    ("augment=[resized_crop] augment.resized_crop.scale=[.9,.1]", "`augment.resized_crop.scale=[0.9, 0.1]`: "),
+    ("model=torchvision model.name=resnt18", "`model.name='resnt18'`: "),
+]
+
+
+@pytest.mark.parametrize(("overrides", "start"), BLAMED)
+def test_what_a_constructor_refuses_is_told_by_key_and_value(shared_composer: Composer, overrides: str, start: str):
+    (problem,) = refusals(shared_composer, *overrides.split())
+    assert problem.startswith(start)
+
+
+def test_all_that_a_constructor_refuses_is_told_at_once(shared_composer: Composer):
+    found = refusals(shared_composer, "optim=lion", "optim.lr=-0.1", "optim.weight_decay=-1", "optim.betas=[2,0.9]")
+    assert {problem.split("`")[1] for problem in found} == {
+        "optim.lr=-0.1",
+        "optim.weight_decay=-1",
+        "optim.betas=[2, 0.9]",
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")

@@ -6,8 +6,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,27 +14,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnnlab.building.assemble import (
-    make_network,
-    make_optimizer,
-    make_penalties,
-    make_pipeline,
-    spec_for_task,
-    task_class,
-)
+from cnnlab.building.assemble import make_network, make_optimizer, make_pipeline, spec_for_task, task_class
+from cnnlab.building.blame import Attempts, settings_of
+from cnnlab.building.dry import headed, on_cpu, on_meta, passes, penalized, steps
 from cnnlab.composing.composer import Composed, Composer
 from cnnlab.composing.groups import GROUPS
-from cnnlab.composing.kinds import is_part, lacking, public_name
+from cnnlab.composing.kinds import is_part, lacking, public_name, root_of
 from cnnlab.composing.make import make
+from cnnlab.composing.overrides import key_of
 from cnnlab.composing.signature import accepts, bind_section, check_part, check_section, locate
 from cnnlab.composing.trust import Trust
 from cnnlab.composing.values import check_value
-from cnnlab.errors import ConfigError, DataError, UsageError, did_you_mean, short
+from cnnlab.errors import ConfigError, did_you_mean, short
 from cnnlab.machine.device import place
 from cnnlab.optim.traits import Traits
-from cnnlab.protocols import ConvNet, DataSpec, Intervention
+from cnnlab.protocols import DataSpec, Intervention
 from cnnlab.schema import DataPath, Decoder, DropoutKind, Groups, Loading, Regularization, Stats, Trainer
-from cnnlab.train.forward import Penalties
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,7 @@ def check(composed: Composed) -> None:
 
 def _try(composed: Composed) -> None:
     """Makes every part of a config whose values are sound. Raises what `check` does."""
-    trial = _Trial(composed.config)
+    trial = _Trial(composed.config, [key_of(text) for text in composed.overrides])
     trial.run()
     if trial.problems:
         raise ConfigError(trial.problems)
@@ -96,7 +90,7 @@ def _try(composed: Composed) -> None:
 
 def static_problems(composed: Composed) -> list[str]:
     """Every problem that names, signatures and values tell; nothing is called, so nothing that a config names runs."""
-    typed = {key.lstrip("+"): value for key, _, value in (text.partition("=") for text in composed.overrides)}
+    typed = {key_of(text): text.partition("=")[2] for text in composed.overrides}
     return [_as_typed(problem, typed) for found in _static(composed.config, composed.trust) for problem in found]
 
 
@@ -170,50 +164,30 @@ def _wired(name: str, node: Any, trust: Trust) -> tuple[str, ...]:
         return ()
 
 
-class _Trial:
-    """Makes each part, once the values of all are sound, and keeps what they refuse in `problems`."""
+class _Trial(Attempts):
+    """Makes each part, once the values of all are sound."""
 
-    def __init__(self, config: Mapping[str, Any]):
-        self.config = config
-        self.broken: set[str] = set()
-        self.problems: list[str] = []
-        self.data_error: DataError | None = None
+    def __init__(self, config: Mapping[str, Any], typed: Collection[str] = ()):
+        super().__init__(config, SECTIONS, typed)
 
     def run(self) -> None:
         for group in ("schedule", "init", "normalize"):
-            self.attempt(group, partial(self.part, group, self.config.get(group)), group)
+            self.attempt(group, partial(self.own, group), group)
         for group in (name for name in GROUPS if GROUPS[name].named and self.sound(name)):
-            for name, node in self.config.get(group, {}).items():
-                self.attempt(f"{group}.{name}", partial(self.part, group, node), group)
+            for name in self.config.get(group, {}):
+                self.attempt(f"{group}.{name}", partial(self.own, group, name), group)
         optimizer = self.attempt("optim", self.dry_optimizer, "optim")
         self.placement()
         spec = self.spec()
         if spec is not None:
             self.together(spec, optimizer is not None)
 
-    # ---- how ----
+    # ---- each part by itself ----
 
-    def sound(self, *groups: str) -> bool:
-        return not self.broken & set(groups)
-
-    def refuse(self, problem: str, *groups: str) -> None:
-        self.problems.append(problem)
-        self.broken.update(groups)
-
-    def attempt(self, where: str, action: Callable[[], Any], *groups: str) -> Any:
-        """The action's result; `None` and a problem, by which the first group is broken, when it refuses."""
-        if not self.sound(*groups):
-            return None
-        try:
-            return action()
-        except DataError as error:
-            self.data_error = error
-        except Exception as error:  # a third party's constructor may raise anything; it is the user's value
-            text = textwrap.shorten(str(error), 500, placeholder=" ...")
-            kind = "" if isinstance(error, ValueError | UsageError) else f"{type(error).__name__}: "
-            named = text.startswith(("`", *(f"{group}:" for group in groups), f"{where}."))
-            self.refuse(text if named else f"`{where}`: {kind}{text}", *groups[:1])
-        return None
+    def own(self, group: str, name: str | None = None) -> Any:
+        """The part of a group, or the one with a name in it."""
+        node = self.config.get(group)
+        return self.part(group, node if name is None or node is None else node[name])
 
     def part(self, group: str, node: Any, **wired: Any) -> Any:
         """The part, which has what its group asks for."""
@@ -221,8 +195,6 @@ class _Trial:
         if made is not None and (problem := lacking(made, GROUPS[group].kinds)):
             raise ValueError(f"{node['_target_']} {problem}")
         return made
-
-    # ---- each part by itself ----
 
     def spec(self) -> DataSpec | None:
         loading = self.loading()
@@ -251,13 +223,15 @@ class _Trial:
         first = next(iter(inspect.signature(locate(node["_target_"])).parameters), None)
         if first is None:
             raise ValueError("expected the parameters to train as its first parameter, received one that takes none")
-        made = make(node, **{first: [nn.Parameter(torch.zeros(2, 2))]})
+        weight = nn.Parameter(torch.ones(2, 2))
+        made = make(node, **{first: [weight]})
         if not isinstance(made, torch.optim.Optimizer):
             raise ValueError(f"expected a torch.optim.Optimizer, received {type(made).__name__}")
         said, is_there = Traits.of(locate(node["_target_"])), Traits.of(type(made))
         if replace(said, weight_decay=is_there.weight_decay) != is_there:
             name = public_name(type(made))
             raise ValueError(f"this function makes a {name}, which is run in another way; annotate it with -> {name}")
+        steps(made, weight)
         return made
 
     def placement(self) -> None:
@@ -316,21 +290,39 @@ class _Trial:
         return self.part("loss", self.config["loss"], num_classes=len(task.class_names(spec)), class_counts=counts)
 
     def network(self, spec: DataSpec, task: Any, optimizer: bool) -> None:
-        regularization: Regularization = bind_section(Regularization, self.config["regularization"])
-        self.unused_choices(regularization)
-        model = self.attempt(
-            "model", lambda: on_meta(lambda: make_network(self.config, spec, task, regularization)), "model"
-        )
+        self.unused_choices(bind_section(Regularization, self.config["regularization"]))
+        among = ("activation", "norm", "regularization", "head")
+
+        def network() -> nn.Module:
+            return make_network(self.config, spec, task, bind_section(Regularization, self.config["regularization"]))
+
+        model = self.attempt("model", lambda: on_meta(network), "model", among=among)
         if model is None:
             return
+        if self.is_own("activation") or self.is_own("norm"):
+            self.attempt("model", lambda: passes(on_cpu(network), spec), "model", among=among)
         self.attempt("head", lambda: headed(model, spec), "head")
-        self.attempt("penalty", lambda: penalized(self.config, model, regularization), "penalty")
+
+        def penalties() -> None:
+            penalized(self.config, model, bind_section(Regularization, self.config["regularization"]))
+
+        self.attempt("penalty", penalties, "penalty")
         if self.sound("init"):
             validate = getattr(make(self.config["init"]), "validate", None)
             self.attempt("init", lambda: validate and validate(model), "init")
         if optimizer and self.sound("groups"):
-            groups: Groups = bind_section(Groups, self.config["groups"])
-            self.attempt("groups", lambda: make_optimizer(self.config, model, groups), "groups")
+
+            def grouped() -> torch.optim.Optimizer:
+                return make_optimizer(self.config, model, bind_section(Groups, self.config["groups"]))
+
+            self.attempt("groups", grouped, "groups", among=("optim",))
+
+    def is_own(self, group: str) -> bool:
+        """Whether a group's part, or a value of it, is the user's choice, which its constructor may let pass."""
+        node = self.config[group]
+        target = str(node.get("_target_") or "")
+        chosen = any(key.startswith(f"{group}.") for key in self.typed) or root_of(target) not in ("cnnlab", "torch")
+        return bool(target) and (chosen or any(settings_of(self.config, [group], SECTIONS)))
 
     def unused_choices(self, regularization: Regularization) -> None:
         """A setting that silently had no effect would be the worst answer."""
@@ -343,56 +335,3 @@ class _Trial:
         for group in (name for name in GROUPS if GROUPS[name].factory):
             if self.config[group].get("_target_") is not None and not accepts(target, group):
                 self.refuse(f"`{group}`: {target.__name__} does not let its {group} be chosen; type {group}=auto")
-
-
-def on_meta(make_model: Callable[[], nn.Module]) -> nn.Module:
-    """The network without memory for its weights.
-
-    One whose constructor reads values (`torch.linspace(...).tolist()`) cannot be made so, and is made on the
-    CPU; torch's random state stays. Raises `ValueError` for what is no module.
-    """
-    try:
-        with torch.device("meta"):
-            model = make_model()
-    except (RuntimeError, TypeError) as error:
-        if "meta" not in str(error).lower():
-            raise
-        with torch.random.fork_rng(devices=[]):
-            model = make_model()
-    return model
-
-
-def headed(model: nn.Module, spec: DataSpec) -> None:
-    """Lets shapes run through a network whose head was made apart from it: a norm layer may refuse a map of one pixel.
-
-    What reads values, and cannot run so, is left to the first batch. Raises `ValueError` with the reason.
-    """
-    first = next(model.parameters(), None)
-    if not isinstance(model, ConvNet) or model.head is None or first is None or not first.is_meta:
-        return
-    try:
-        model.train()(torch.empty(2, spec.channels, *spec.size, device="meta"))
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
-            return
-        raise ValueError(
-            f"{type(model.head).__name__} cannot read what {type(model).__name__} gives for images of "
-            f"{spec.size[0]}x{spec.size[1]} ({str(error).splitlines()[0]}); type another head, norm or model, or "
-            "larger images"
-        ) from error
-
-
-def penalized(config: Mapping[str, Any], model: nn.Module, regularization: Regularization) -> None:
-    """Lets the penalties see the shapes of a network's weights. Raises `ValueError` with the reason where one refuses.
-
-    What reads values, and cannot run so, is left to the first batch.
-    """
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, penalty in make_penalties(config, regularization).named.items():
-        try:
-            Penalties({name: penalty})(weights)
-        except Exception as error:  # a third party's formula may raise anything
-            if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
-                continue
-            text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(text if text.startswith("`") else f"`penalty.{name}`: {text}") from error

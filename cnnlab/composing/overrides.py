@@ -40,6 +40,11 @@ def first_key(text: str) -> str:
     return re.split(r"[./@=]", text.lstrip("+~"))[0]
 
 
+def key_of(text: str) -> str:
+    """The key that an override's text is about."""
+    return text.partition("=")[0].lstrip("+~")
+
+
 def is_for_hydra(text: str) -> bool:
     """Whether an override is about Hydra's own settings."""
     return text.lstrip("+~").startswith(("hydra.", "hydra/"))

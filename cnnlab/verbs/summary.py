@@ -61,7 +61,7 @@ def _describe(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from cnnlab.building.assemble import make_network, make_optimizer, make_task, spec_for_task
-    from cnnlab.building.trial import on_meta
+    from cnnlab.building.dry import on_meta
     from cnnlab.composing.make import make
     from cnnlab.composing.signature import bind_section
     from cnnlab.inspect.summary import summarize

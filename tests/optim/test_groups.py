@@ -9,7 +9,7 @@ import torch
 from lab_runs import make_run
 from torch import nn
 
-from cnnlab.building.trial import on_meta
+from cnnlab.building.dry import on_meta
 from cnnlab.optim import freeze_parameters, parameter_groups
 from cnnlab.optim.groups import head_parameters, layers, named_layers
 
