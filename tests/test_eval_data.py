@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,3 +107,30 @@ def test_data_that_has_moved_is_the_same_data(cli: Cli):
     refused = cli("eval", "run", "optim.lr=3")
     assert refused.code == 2
     assert "all else is the run's" in refused.err
+
+
+def test_shards_that_have_changed_are_said_to_be_shards(cli: Cli):
+    for number in range(12):
+        picture, label = io.BytesIO(), b"%d" % (number % 2)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)).save(picture, "PNG")
+        with tarfile.open("s.tar" if number < 10 else "t.tar", "a") as archive:
+            for name, content in ((f"{number}.png", picture.getvalue()), (f"{number}.cls", label)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    options = (
+        "data=webdataset",
+        "data.shards=*.tar",
+        "data.size=8",
+        "data.val=0.2",
+        "data.test=0.2",
+        "data.cache=cache",
+    )
+    answer = cli("train", *TINY[1:], *options, "data.resize=null", "loading.workers=0", "hydra.run.dir=run")
+    assert answer.code == 0, answer.err
+    Path("t.tar").rename("gone")
+    answer = cli("eval", "run")
+    assert answer.code == 5 and "2 gone (t.tar: 10, t.tar: 11)" in answer.err
+    assert "cnnlab eval run data.shards=PATTERN; " in answer.err and "type 'data.shards=\"*.tar\"'" in answer.err
+    assert cli("eval", "run", 'data.shards="*.tar"').code == 0
+    assert "type data.shards=PATTERN" in cli("train", "resume=run", "trainer.epochs=2").err

@@ -112,6 +112,8 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{type(error).__name__}: {error.strerror}"  # whoever tells it names the file
     text = " ".join(str(error).split())
+    if type(error).__name__ == "UnidentifiedImageError":  # which names the file, or an object's address
+        text = "cannot identify the image's format"
     return text if text.startswith("expected ") else f"{type(error).__name__}: {text}"
 
 

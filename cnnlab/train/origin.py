@@ -21,6 +21,12 @@ SHOWN = 3
 """Names in a message before it counts the rest."""
 
 
+def where(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The option that says where the data lies, and a word for what it takes; `None` for data that lies nowhere."""
+    known = {"root": "FOLDER", "shards": "PATTERN"}
+    return next(((f"data.{name}", word) for name, word in known.items() if name in config["data"]), None)
+
+
 def config_identity(config: Mapping[str, Any]) -> str:
     """Equal for the sessions of one run: where its data lies is left out of it."""
     return config_hash(config, PLACES)
@@ -60,9 +66,11 @@ class Origin:
         """Takes nothing over. Raises `ValueError` for the origin of another run's checkpoint."""
         require_config(state, self.config)
         if found := self.changes(state, self.folder):
+            place = where(self.config)
+            elsewhere = "" if place is None else f", or, where it lies elsewhere now, type {'='.join(place)}"
             raise ValueError(
-                f"its data is not what this run finds: {found}. A run goes on with the data that it had: put it back, "
-                "or, where it lies elsewhere now, type data.root=FOLDER"
+                f"its data is not what this run finds: {found}. A run goes on with the data that it had: put it back"
+                f"{elsewhere}"
             )
 
     def changes(self, before: Mapping[str, Any], folder: Path | None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cnnlab.composing.composer import composer
-from cnnlab.composing.overrides import is_plain, line
+from cnnlab.composing.overrides import is_plain, line, quoted
 from cnnlab.composing.trust import TYPED, Trust
 from cnnlab.errors import CheckpointError, UsageError, short
 from cnnlab.runs.folder import RunDir, jsonable
@@ -133,7 +133,7 @@ def opened(
     from cnnlab.building.trial import check
     from cnnlab.data.loader import Loader
     from cnnlab.train.loop import measure
-    from cnnlab.train.origin import recorded_data
+    from cnnlab.train.origin import recorded_data, where
     from cnnlab.train.run import describe_sums
 
     composed = reopened(folder, trust)
@@ -151,11 +151,15 @@ def opened(
     before, now = recorded_data(origin), run.origin.data
     found = run.origin.changes(origin, folder.path)
     if found and not data:
-        root = config["data"].get("root")
-        on_purpose = f"; to evaluate on it as it is now, type data.root={root}" if root is not None else ""
+        remedy = "Put it back"
+        if place := where(config):
+            key, word = place
+            here = f"{key}={config['data'][key.removeprefix('data.')]}"
+            here = quoted(here) if set(here) & set("*?[]{}, ") else here
+            remedy += f", or say where it is: cnnlab eval {folder.path} {key}={word}; "
+            remedy += f"to evaluate on it as it is now, type {here}"
         raise CheckpointError(
-            f"the data is not what this run had, so its test split may hold what it was trained on: {found}. "
-            f"Put it back, or say where it is: cnnlab eval {folder.path} data.root=FOLDER{on_purpose}"
+            f"the data is not what this run had, so its test split may hold what it was trained on: {found}. {remedy}"
         )
     _require_alike(before, now)
     run.state.load_state_dict(state, only=("model", "normalize", *run.interventions.of_evaluation()), path=folder.path)
