@@ -144,7 +144,7 @@ class Walk:
         while plain or links:  # links last: what can be reached without one keeps its own name
             path, relative, linked = plain.pop() if plain else links.pop(0)
             try:
-                identity = _identity(Path(path).stat())
+                identity = file_number(Path(path).stat())
                 if identity in above:
                     raise self._leads_up(relative, path)
                 if identity in seen:
@@ -178,7 +178,7 @@ class Walk:
                 if entry.is_file():
                     return device << 64 | entry.inode() if entry.inode() else 0
             elif stat.S_ISREG((status := entry.stat()).st_mode):
-                return _identity(status)
+                return file_number(status)
         except OSError as error:
             self.broken.append((name, f"a link that leads nowhere: {error}" if entry.is_symlink() else str(error)))
             return None
@@ -245,7 +245,7 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower().rstrip()  # noqa: PTH122 (pathlib: 5x the time)
 
 
-def _identity(status: os.stat_result) -> int:
+def file_number(status: os.stat_result) -> int:
     """Equal for what is one file; 0 where the file system does not say."""
     return status.st_dev << 64 | status.st_ino if status.st_ino else 0
 
@@ -253,7 +253,7 @@ def _identity(status: os.stat_result) -> int:
 def _above(folder: Path) -> set[int]:
     """The folders around `folder`, by its name and by what that really is."""
     parents = {*folder.absolute().parents, *Path(os.path.realpath(folder)).parents}
-    return {_identity(parent.stat()) for parent in parents if parent.exists()} - {0}
+    return {file_number(parent.stat()) for parent in parents if parent.exists()} - {0}
 
 
 def first_lines(lines: Sequence[str]) -> list[str]:
@@ -291,7 +291,7 @@ def require_one_place(places: Mapping[tuple[str, str], Mapping[str, int]]) -> li
             other_split, other_kind, other = seen.setdefault(number, (split, kind, name))
             if other_kind != kind:
                 torn.append((other, name))
-            elif other_split != split:
+            elif other_split != split and other != name:  # else it is listed in both, and told elsewhere
                 shared.setdefault((other_split, split), []).append((other, name))
     if torn:
         raise DataError(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from cnnlab.data.formats import EXTENSIONS
-from cnnlab.data.found import Findings, first_lines, first_names
+from cnnlab.data.found import Findings, file_number, first_lines, first_names, require_one_place
 from cnnlab.errors import DataError
 from cnnlab.usertext import read_text
 
@@ -55,6 +58,8 @@ class Folder:
     below: str
     """The folder's name in its data set."""
     files: dict[str, list[str]]
+    numbers: dict[str, int] = field(default_factory=dict)
+    """Of the files that were found not to be lacking: equal for equal files, whatever their names."""
 
     @classmethod
     def of(cls, root: Path, below: str, suffixes: Collection[str] = EXTENSIONS) -> Folder:
@@ -94,8 +99,11 @@ class Folder:
     def _why_not(self, name: str) -> str | None:
         if name not in self.files:
             return f"no file of its name in {self.below}"
-        path = self.path / Path(self.files[name][0]).name
-        return None if os.path.exists(path) else f"{self.files[name][0]} is a link that leads nowhere"  # noqa: PTH110
+        try:
+            self.numbers[name] = file_number(os.stat(self.path / Path(self.files[name][0]).name))  # noqa: PTH116
+        except OSError:
+            return f"{self.files[name][0]} is a link that leads nowhere"
+        return None
 
     def of_id(self, name: str) -> str:
         return self.files[name][0]
@@ -125,3 +133,19 @@ def leave_out(
     name, why = lacking[0]
     findings.notices.append(f"data: {len(lacking):,} listed images are left out ({name}: {why})")
     return {name for name, _ in lacking}
+
+
+def kept(
+    lists: Mapping[str, Collection[str]], out: Collection[str], images: Folder, findings: Findings
+) -> tuple[list[str], dict[str, Tensor]]:
+    """The ids that are not left `out`, and the rows of each split among them. Images that two splits share by links are
+    told."""
+    own = {split: [name for name in names if name not in out] for split, names in lists.items()}
+    ids: list[str] = []
+    given = {}
+    for split, names in own.items():
+        given[split] = torch.arange(len(ids), len(ids) + len(names))
+        ids += names
+    places = {(split, ""): {name: images.numbers.get(name, 0) for name in names} for split, names in own.items()}
+    findings.notices += require_one_place(places)
+    return ids, given

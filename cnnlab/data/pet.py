@@ -12,7 +12,7 @@ import torch
 from cnnlab.data.cache import decoded
 from cnnlab.data.fetch import from_torchvision
 from cnnlab.data.found import Findings
-from cnnlab.data.lists import Folder, leave_out, listed, tell_shared
+from cnnlab.data.lists import Folder, kept, leave_out, listed, tell_shared
 from cnnlab.data.mask_pixels import Meaning
 from cnnlab.data.options import Decoding, LabelledCut
 from cnnlab.data.pairs import decoded_pairs, untaught
@@ -80,12 +80,7 @@ class OxfordPet(Decoding, LabelledCut):
         folders[0].tell_unlisted(breeds, self.findings)
         lacking = [item for folder in folders for item in folder.lacking([*breeds])]
         out = leave_out(lacking, len(breeds), self.on_error, self.findings, _REMEDY)
-        ids: list[str] = []
-        given = {}
-        for split, names in lists.items():
-            start = len(ids)
-            ids += [name for name in names if name not in out]
-            given[split] = torch.arange(start, len(ids))
+        ids, given = kept(lists, out, folders[0], self.findings)
         labels = torch.tensor([breeds[name] for name in ids], dtype=torch.int64)
         parts = self.parted(given, labels, len(BREEDS), val=self.val)
         images, *masks = [[folder.of_id(name) for name in ids] for folder in folders]

@@ -15,7 +15,7 @@ from cnnlab.data.cache import decoded
 from cnnlab.data.decode import Recipe, letterbox
 from cnnlab.data.formats import require_file
 from cnnlab.data.found import Findings
-from cnnlab.data.lists import Folder, leave_out, listed, tell_shared
+from cnnlab.data.lists import Folder, kept, leave_out, listed, tell_shared
 from cnnlab.data.options import Decoding, LabelledCut
 from cnnlab.data.sources import Listing
 from cnnlab.data.splits import Fraction, assemble, digest, require_fractions
@@ -77,20 +77,11 @@ class VocBoxes(Decoding, LabelledCut):
         folder.tell_unlisted(every, self.findings)
         lacking = [*self._unusable.items(), *folder.lacking([name for name in every if name in objects])]
         out = leave_out(lacking, len(every), self.on_error, self.findings, "mend them")
-        ids: list[str] = []
-        given = {}
-        for split, names in self._lists.items():
-            start = len(ids)
-            ids += [name for name in names if name not in out]
-            given[split] = torch.arange(start, len(ids))
+        ids, given = kept(self._lists, out, folder, self.findings)
         labels = torch.tensor([self._label(name) for name in ids])
         parts = self.parted(given, labels, len(self._classes), val=self.val, test=self.test)
         listing = Listing(self._root, [folder.of_id(name) for name in ids])
-        store = decoded(
-            listing,
-            self._recipe,
-            **self.decoding,
-        )
+        store = decoded(listing, self._recipe, **self.decoding)
         self.findings.leave_out(listing, store.failures)
         pixels = torch.tensor([self._objects[name][1] for name in ids])
         boxes = fitted_boxes(pixels, store.sizes, self._recipe)

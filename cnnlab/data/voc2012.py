@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from cnnlab.data.fetch import from_torchvision
 from cnnlab.data.found import Findings
-from cnnlab.data.lists import Folder, leave_out, listed, tell_shared
+from cnnlab.data.lists import Folder, kept, leave_out, listed, tell_shared
 from cnnlab.data.mask_pixels import Meaning
 from cnnlab.data.options import Decoding, LabelledCut, shared
 from cnnlab.data.pairs import decoded_pairs, untaught
@@ -108,12 +106,7 @@ class Voc2012(Decoding, LabelledCut):
         folders[0].tell_unlisted(every, self.findings)
         lacking = [item for folder in folders for item in folder.lacking(every)]
         out = leave_out(lacking, len(every), self.on_error, self.findings, _REMEDY)
-        ids: list[str] = []
-        given = {}
-        for split, names in lists.items():
-            start = len(ids)
-            ids += [name for name in names if name not in out]
-            given[split] = torch.arange(start, len(ids))
+        ids, given = kept(lists, out, folders[0], self.findings)
         parts = self.parted(given, None, len(CLASSES) + 1, val=self.val)
         images, masks = [[folder.of_id(name) for name in ids] for folder in folders]
         recipe = self.recipe(3, self.size, self.size, self.fit)

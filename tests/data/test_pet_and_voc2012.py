@@ -253,20 +253,24 @@ def test_lists_are_read_as_editors_save_them_and_what_is_odd_in_them_is_told(tmp
     base = make_pets(tmp_path) / "oxford-iiit-pet"
     train = base / "annotations" / "trainval.txt"
     lines = train.read_text().splitlines()
+    names = [line.split()[0] for line in lines]
     again = [lines[0], "", "# a remark", lines[1]]
     train.write_bytes("\r\n".join([*lines, *again]).encode("utf-16"))
     test = base / "annotations" / "test.txt"
     test.write_text(test.read_text() + lines[2] + "\n")
     save_plain(base / "images" / "Stray_1.jpg")
+    linked = base / "images" / f"{names[4]}.jpg"
+    linked.unlink()
+    linked.symlink_to("Abyssinian_test0.jpg")
     save_plain(base / "images" / "._Stray_2.jpg")
     data = OxfordPet(root=str(tmp_path), size=16, val=1 / 3)
     splits = data.load()
     assert {name: len(split) for name, split in splits.items()} == {"train": 12, "val": 6, "test": 7}
-    names = [line.split()[0] for line in lines]
-    twice, shared, unlisted = data.findings.notices
+    twice, shared, unlisted, links = data.findings.notices
     assert twice == f"data: {train} lists {names[0]}, {names[1]} more than once; each counts once"
     assert shared.startswith(f"data: 1 images are in train and in test ({names[2]});")
     assert unlisted == f"data: 1 files of {base / 'images'} are in no list (images/Stray_1.jpg); not used"
+    assert links.startswith(f"data: 1 files are in train and in test, by links ({names[4]}, Abyssinian_test0);")
     train.write_bytes(b"Abyssinian_\xff 1 1 1\n")
     with pytest.raises(DataError, match=r"trainval\.txt, line 1: expected text in UTF-8"):
         data.load()
