@@ -23,12 +23,15 @@ from cnnlab.data.decode import Item, Recipe
 from cnnlab.data.entries import entry_key
 from cnnlab.data.formats import EXTENSIONS
 from cnnlab.data.places import cache_folder
-from cnnlab.errors import DataError
+from cnnlab.errors import DataError, short
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 3
+_FORMAT = 4
 """Part of every key: raised when the index changes its meaning."""
+_LONGEST_LABEL = 16 << 20
+_MOST_CLASSES = 1_000_000
+"""More are no classes, but numbers of something else."""
 Array = np.ndarray[Any, Any]
 
 
@@ -99,7 +102,7 @@ def indexed(shards: Sequence[Path], label: str, cache: str | None) -> ShardIndex
         cache: folder of the cache; see `cnnlab.data.places.cache_folder`.
 
     Raises:
-        DataError: a shard is missing, damaged or compressed, has a key twice, or a label that is no class number.
+        DataError: a shard is missing, damaged or compressed, or has a key twice.
     """
     folder = cache_folder(cache) / "shards"
     columns: list[dict[str, Array]] = []
@@ -215,7 +218,12 @@ def _scanned(path: Path, label: str) -> dict[str, Array]:
                     has = ", ".join(f".{extension}" for extension in own)
                     broken.append(f"{images[0].name}\tno .{label} beside it; its key has {has}")
                     continue
-                places.append((images[0].offset, images[0].size, _label(file, own[label], label, path)))
+                try:
+                    number = _label(file, own[label], label)
+                except ValueError as error:
+                    broken.append(f"{images[0].name}\t{error}")
+                    continue
+                places.append((images[0].offset, images[0].size, number))
                 keys.append(key)
     except (tarfile.TarError, OSError) as error:
         raise DataError(
@@ -323,17 +331,15 @@ def _images(members: Mapping[str, _Member]) -> list[_Member]:
     return [member for extension, member in members.items() if f".{extension}" in EXTENSIONS]
 
 
-def _label(file: BinaryIO, member: _Member, kind: str, path: Path) -> int:
+def _label(file: BinaryIO, member: _Member, kind: str) -> int:
+    """Raises `ValueError` for what is no class number."""
     file.seek(member.offset)
-    text = file.read(member.size)
+    text = file.read(min(member.size, _LONGEST_LABEL))
     try:
         value = json.loads(text)["label"] if kind == "json" else int(text)
-        if isinstance(value, bool) or value != int(value) or int(value) < 0:
-            raise ValueError(f"{value!r} is no class number")
-    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(value, bool) or value != int(value) or not 0 <= int(value) < _MOST_CLASSES:
+            raise ValueError(f"{value!r} is none from 0 to {_MOST_CLASSES - 1:,}")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         what = "a value `label` that is a class number" if kind == "json" else "a class number"
-        raise DataError(
-            f"expected {what} in {member.name} of {path}, received {text[:40]!r} ({error}); mend it, or name another "
-            "member by data.label"
-        ) from error
+        raise ValueError(f"expected {what} in {member.name}, received {text[:40]!r} ({short(str(error))})") from error
     return int(value)

@@ -144,8 +144,8 @@ class WebDataset(Reading, LabelledCut):
         if self.on_error == "raise":
             named = "\n".join(f"  {line}" for line in lines)
             raise DataError(
-                f"expected an image and its .{self._label} for each key, received {len(index.broken)} without:\n"
-                f"{named}\nmend them, name the member that holds the class number by data.label, or type "
+                f"expected an image and its .{self._label}, a class number, for each key, received "
+                f"{len(index.broken)} without:\n{named}\nmend them, name the member that holds the class number by data.label, or type "
                 "data.on_error=skip to leave them out"
             )
         self.findings.left_out += index.broken

@@ -318,6 +318,30 @@ def test_shards_that_cannot_be_used_say_what_is_wanted(tmp_path: Path) -> None:
             dataset(str(shard), tmp_path, label=label).load()
 
 
+@pytest.mark.parametrize("label", [b"cat", b"-1", b"1e3", b"9" * 30, b"\xff", b"", b"123456789"])
+def test_a_label_that_is_no_class_number_is_refused_or_left_out(tmp_path: Path, label: bytes) -> None:
+    members = {
+        f"{n}.{kind}": b"%d" % (n % 2) if kind == "cls" else picture(n) for n in range(10) for kind in ("png", "cls")
+    }
+    tar(tmp_path / "s.tar", members | {"x.png": picture(3), "x.cls": label})
+    with pytest.raises(
+        DataError, match=r"received 1 without:\n  .*x\.png: expected a class number in x\.cls, received b'"
+    ):
+        dataset(str(tmp_path / "s.tar"), tmp_path).load()
+    data = dataset(str(tmp_path / "s.tar"), tmp_path, on_error="skip")
+    assert data.spec().classes == ("0", "1") and sum(map(len, data.load().values())) == 10
+    assert [name for name, _ in data.findings.left_out] == [f"{tmp_path}/s.tar: x.png"]
+
+
+@pytest.mark.parametrize(
+    "label", ['{"label": Infinity}', '{"label": 1.5}', '{"label": true}', "[" * 99999, "[1]", "{}"]
+)
+def test_a_json_label_that_is_no_class_number_is_refused(tmp_path: Path, label: str) -> None:
+    tar(tmp_path / "s.tar", {"x.png": picture(3), "x.json": label.encode()})
+    with pytest.raises(DataError, match="a value `label` that is a class number"):
+        dataset(str(tmp_path / "s.tar"), tmp_path, label="json").load()
+
+
 def test_only_streams(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"loading\.path=auto"):
         dataset("x.tar", tmp_path, loading=Loading(path=DataPath.mapped))
