@@ -145,8 +145,8 @@ class WebDataset(Reading, LabelledCut):
             named = "\n".join(f"  {line}" for line in lines)
             raise DataError(
                 f"expected an image and its .{self._label}, a class number, for each key, received "
-                f"{len(index.broken)} without:\n{named}\nmend them, name the member that holds the class number by data.label, or type "
-                "data.on_error=skip to leave them out"
+                f"{len(index.broken)} without:\n{named}\nmend them, name the member that holds the class number by "
+                "data.label, or type data.on_error=skip to leave them out"
             )
         self.findings.left_out += index.broken
         self.findings.notices.append(
