@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 Batch = dict[str, Tensor]
 """`image` (N, C, H, W), `index` (N,) int64 positions in the split, and the targets that the data has:
 `label` (N,) int64 or (N, classes) float after mixing, `mask` (N, H, W) int64 with 255 as void,
-`box` (N, 4) float, (x1, y1, x2, y2) in [0, 1] of width and height."""
+`box` (N, 4) float, (x1, y1, x2, y2) in [0, 1] of width and height. Where a split stores whole photos, `view`
+(N, 2, 2) float is beside them until the augmentation has cut images out (see `cnnlab.augment.photos`)."""
+VIEW = "view"
+"""The key of a batch that says how whole photos are to be seen."""
 
 Outputs = Mapping[str, Tensor]
 """What a network returns, by name: `logits` (N, classes) of the image, and in training `aux` of a second classifier;

@@ -81,13 +81,19 @@ class PadCrop(Geometric):
 
 
 class RandomResizedCrop(Geometric):
-    """Crops a random part of the image and stretches it to the size (Szegedy et al. 2014, section 6).
+    """Crops a random part of the photo and stretches it to the size (Szegedy et al. 2014, section 6).
 
-    Its area is uniform in `scale`, its aspect ratio (width / height, relative to the image's own) log-uniform
-    in `ratio`; a side that would be longer than the image's is cut to it.
+    As torchvision's: the part's area is uniform in `scale`, as a share of the photo's, its aspect ratio (width over
+    height) log-uniform in `ratio`, its place uniform. A part that is longer than a side of the photo is drawn again,
+    ten times at most; then it is the largest one in the middle with a ratio that is allowed. The photo is the whole
+    one, in its own proportions, where the data stores it (see `cnnlab.data.whole`), else the image.
     """
 
-    draws = 4
+    draws = 22
+    crops = True
+    _AREAS = (0, *range(4, 22, 2))
+    _RATIOS = (1, *range(5, 22, 2))
+    """The columns of each attempt; the place has 2 and 3."""
 
     def __init__(
         self,
@@ -104,15 +110,26 @@ class RandomResizedCrop(Geometric):
         self.ratio = (ratio[0], ratio[1])
         self.fill = fill
 
+    def parts(self, draws: Draws) -> Tensor:
+        """(N, 4) height and width of each part, and x and y of its centre from the photo's, in pixels of the image."""
+        height, width = draws.whole()
+        shares = [draws.between(*self.scale, draw=column) for column in self._AREAS]
+        logs = [draws.between(math.log(self.ratio[0]), math.log(self.ratio[1]), draw=column) for column in self._RATIOS]
+        areas, ratios = torch.stack(shares, 1) * height * width, torch.stack(logs, 1).exp()
+        across, down = (areas * ratios).sqrt(), (areas / ratios).sqrt()
+        fits = (across <= width) & (down <= height)
+        first = fits.int().argmax(1, keepdim=True)
+        found = fits.any(1, keepdim=True)
+        across = torch.where(found, across.gather(1, first), torch.minimum(width, height * self.ratio[1]))
+        down = torch.where(found, down.gather(1, first), torch.minimum(height, width / self.ratio[0]))
+        place = torch.where(found, draws.uniforms[:, 2:4] - 0.5, 0.0)
+        return torch.cat([down, across, place[:, :1] * (width - across), place[:, 1:] * (height - down)], 1)
+
     def matrix(self, draws: Draws) -> Tensor:
         height, width = draws.size
-        area = draws.between(*self.scale, draw=0)
-        ratio = draws.between(math.log(self.ratio[0]), math.log(self.ratio[1]), draw=1).exp()
-        part_x = (area * ratio).sqrt().clamp(max=1)
-        part_y = (area / ratio).sqrt().clamp(max=1)
-        x = (draws.uniforms[:, 2] - 0.5) * (1 - part_x) * width
-        y = (draws.uniforms[:, 3] - 0.5) * (1 - part_y) * height
-        return affine(area, xx=1 / part_x, x=-x / part_x, yy=1 / part_y, y=-y / part_y)
+        down, across, x, y = self.parts(draws).unbind(1)
+        to_x, to_y = width / across, height / down
+        return affine(to_x, xx=to_x, x=-x * to_x, yy=to_y, y=-y * to_y)
 
 
 class Rotate(Geometric):

@@ -33,11 +33,21 @@ class Draws:
     """(N, draws) float32 in [0, 1): one row a sample."""
     epoch: int
     size: tuple[int, int]
-    """(height, width) of the images."""
+    """(height, width) of the images, as the network gets them."""
     channels: int
     num_classes: int
     mean: Tensor | None = None
     """(N, C) mean colour of each image where the part is applied; only for a `Colour` with `needs_mean`."""
+    photo: Tensor | None = None
+    """(N, 2) height and width of each whole photo in the pixels of `size`, from the middle of which the image is cut;
+    `None` where nothing lies beyond the image."""
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """(N, 1) height and width of the whole photo, in pixels of the image."""
+        if self.photo is not None:
+            return self.photo[:, :1], self.photo[:, 1:]
+        like = self.uniforms[:, :1]
+        return torch.full_like(like, self.size[0]), torch.full_like(like, self.size[1])
 
     def between(self, low: float, high: float, draw: int = 0) -> Tensor:
         """(N,) column `draw` of the uniforms, stretched to [low, high)."""
@@ -87,6 +97,8 @@ class Geometric(Part):
     """What comes in from outside; `None` where nothing does (flips), which folds with any other."""
     exact: bool = False
     """Promise that all maps are flips and whole-pixel translations: pixels are copied, never interpolated."""
+    crops: bool = False
+    """Whether the part cuts pieces out of the whole photo: photos are then stored whole, where the data can."""
     minification: float = 1.0
     """Largest factor by which the part shrinks an image. Above 1, resampling is antialiased."""
 

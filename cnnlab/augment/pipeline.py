@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import ceil, prod
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +14,9 @@ from cnnlab import rng
 from cnnlab.augment.normalize import Normalize
 from cnnlab.augment.parts import Barrier, Colour, Draws, Fill, Geometric, Part, as_float
 from cnnlab.augment.photometric import apply_matrix, compose_colour
+from cnnlab.augment.photos import Seen, extent, from_photos, readings
 from cnnlab.augment.warp import compose, copy_pixels, resample
-from cnnlab.protocols import Batch, DataSpec, Split
+from cnnlab.protocols import VIEW, Batch, DataSpec, Split
 
 
 class _Stage(ABC):
@@ -31,10 +32,11 @@ class _Stage(ABC):
 class _Move(_Stage):
     def __init__(self, parts: Mapping[str, Geometric]):
         self.parts = parts
+        self.fills = any(part.fill for part in parts.values())
         self.fill: Fill = next((part.fill for part in parts.values() if part.fill), "edge")
         self.exact = all(part.exact for part in parts.values())
-        # The tolerance keeps the rounding of 0.9 · (1 / 0.9) from costing a whole further reading.
-        self.samples = max(1, ceil(prod(part.minification for part in parts.values()) - 1e-6))
+        self.minification = prod(part.minification for part in parts.values())
+        self.samples = readings(self.minification)
 
     def run(self, batch: Batch, draws: Mapping[str, Draws]) -> Batch:
         matrix: Tensor | None = None
@@ -42,6 +44,9 @@ class _Move(_Stage):
             step = part.matrix(draws[name])
             matrix = step if matrix is None else compose(step, matrix)
         assert matrix is not None
+        if VIEW in batch:
+            size = next(iter(draws.values())).size
+            return from_photos(batch, matrix, self.fill if self.fills else None, size, self.minification)
         if self.exact:
             return copy_pixels(batch, matrix, self.fill)
         return resample({**batch, "image": as_float(batch["image"])}, matrix, self.fill, self.samples)
@@ -81,6 +86,8 @@ class _Alone(_Stage):
         self.part = part
 
     def run(self, batch: Batch, draws: Mapping[str, Draws]) -> Batch:
+        if VIEW in batch:  # what is not a map of places or of colours is done to what the network would see
+            batch = from_photos(batch, None, None, draws[self.name].size)
         return self.part.apply({**batch, "image": as_float(batch["image"])}, draws[self.name])
 
     def describe(self) -> str:
@@ -116,13 +123,21 @@ def _stage(group: dict[str, Any]) -> _Stage:
     return _Alone(name, part)
 
 
+def _on_photos(stages: Sequence[_Stage]) -> Mapping[str, Geometric]:
+    """The parts that move whole photos, where there are such: those of the first move, if nothing but colour is before
+    it."""
+    first = next((stage for stage in stages if not isinstance(stage, _Recolour)), None)
+    return first.parts if isinstance(first, _Move) else {}
+
+
 class Pipeline:
     """uint8 images -> augmentations in their order -> clamped once to [0, 1] -> normalized float32.
 
     In training, each part gets its numbers from `rng.uniform(seed, "augment/<name>", epoch, index, draws)`:
     what happens to a sample depends on the seed, the name, the epoch and the sample, not on its batch, the
     workers, the ranks, or the other parts (but for the partners that mixup and CutMix take from the global batch, see
-    `neighbours`). In evaluation, images are only normalized.
+    `neighbours`). In evaluation, images are only normalized. Of whole photos, the parts see what lies beyond the image;
+    those that nothing moved are cut to it (see `cnnlab.augment.photos`).
 
     Nothing here waits for the device, and no shape depends on values, so that the whole can be compiled or
     captured.
@@ -157,6 +172,12 @@ class Pipeline:
         self.seed = seed
         self._stages = _stages(self.parts, fold)
         self._clamps = not all(part.bounded for part in self.parts.values())
+        self._on_photos = _on_photos(self._stages)
+
+    @property
+    def crops(self) -> bool:
+        """Whether pieces are cut out of whole photos in training, where the data stores such."""
+        return any(part.crops for part in self._on_photos.values())
 
     @property
     def neighbours(self) -> int:
@@ -165,9 +186,10 @@ class Pipeline:
 
     def fit(self, split: Split) -> None:
         """Computes what the parts and the normalization must know of the training set."""
+        seen = Seen(split, self.spec.size)
         for part in self.parts.values():
-            part.fit(split, self.seed)
-        self.normalize.fit(split, self.seed)
+            part.fit(seen, self.seed)
+        self.normalize.fit(seen, self.seed)
 
     def __call__(self, batch: Batch, *, epoch: int, train: bool) -> Batch:
         """The batch as the network gets it: `image` (N, C, H, W) float32, targets moved or mixed along.
@@ -180,17 +202,20 @@ class Pipeline:
         """
         if train and self.parts:
             batch = self.augment(batch, self.draw(batch, epoch))
+        if VIEW in batch:
+            batch = from_photos(batch, None, None, self.spec.size)
         return {**batch, "image": self.normalize(batch["image"])}
 
     def draw(self, batch: Batch, epoch: int) -> dict[str, Draws]:
         """The random numbers of every part, for the samples of a batch in an epoch."""
         _, channels, height, width = batch["image"].shape
-        size = (height, width)
+        size, photo = ((height, width), None) if VIEW not in batch else (self.spec.size, extent(batch))
         draws = {}
         for name, part in self.parts.items():
             count = part.num_draws(channels, size)
             drawn = rng.uniform(self.seed, f"augment/{name}", epoch if part.redraw else 0, batch["index"], count)
-            draws[name] = Draws(drawn, epoch, size, channels, self.spec.num_classes)
+            beyond = photo if name in self._on_photos else None
+            draws[name] = Draws(drawn, epoch, size, channels, self.spec.num_classes, photo=beyond)
         return draws
 
     def augment(self, batch: Batch, draws: Mapping[str, Draws]) -> Batch:

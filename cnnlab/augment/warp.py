@@ -91,7 +91,7 @@ def copy_pixels(batch: Batch, matrix: Tensor, fill: Fill) -> Batch:
     return result
 
 
-def resample(batch: Batch, matrix: Tensor, fill: Fill, samples: int = 1) -> Batch:
+def resample(batch: Batch, matrix: Tensor, fill: Fill, samples: int = 1, size: tuple[int, int] | None = None) -> Batch:
     """The batch moved by any affine maps: bilinear for the image, nearest for the mask with `VOID` outside.
 
     Antialiasing: where an output pixel covers s > 1 input pixels along an output axis, `samples` bilinear
@@ -103,17 +103,19 @@ def resample(batch: Batch, matrix: Tensor, fill: Fill, samples: int = 1) -> Batc
         batch: `image` (N, C, H, W) float, and maybe `mask` and `box`.
         matrix: (N, 3, 3), old place to new.
         samples: readings along each axis; at least the largest s, or pixels are missed.
+        size: (height, width) of the result; `None` keeps the image's.
     """
     image = batch["image"]
     height, width = image.shape[-2:]
+    size = (height, width) if size is None else size
     inverse = invert(matrix)
-    grid = _grid(inverse, height, width)
+    grid = _grid(inverse, height, width, size)
     if samples == 1:
         moved = _read(image, grid, fill)
     else:
         across, down = (_spread(inverse[:, :2, axis], samples) for axis in (0, 1))
         unit = _unit(inverse, height, width)
-        moved = torch.zeros_like(image)
+        moved = image.new_zeros((*image.shape[:2], *size))
         for i in range(samples):
             for j in range(samples):
                 step = unit[:, :, 0] * across[:, i, None] + unit[:, :, 1] * down[:, j, None]
@@ -126,8 +128,22 @@ def resample(batch: Batch, matrix: Tensor, fill: Fill, samples: int = 1) -> Batc
         read = F.grid_sample(shifted, grid, mode="nearest", padding_mode="zeros", align_corners=True)
         result["mask"] = (read[:, 0] + VOID).to(batch["mask"].dtype)
     if "box" in batch:
-        result["box"] = move_box(batch["box"], matrix, (height, width))
+        result["box"] = move_box(batch["box"], matrix, (height, width), size)
     return result
+
+
+def inside(image: Tensor, matrix: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, h, w) bool: which pixels of the moved images have their centres inside the image.
+
+    Args:
+        image: (N, C, H, W), before it is moved.
+        matrix: (N, 3, 3), old place to new.
+        size: (h, w) of the result.
+    """
+    height, width = image.shape[-2:]
+    # A border pixel reaches half a pixel beyond its centre, where the grid has ±1; rounding takes none away.
+    x, y = _grid(invert(matrix), height, width, size).abs().unbind(-1)
+    return (x <= 1 + 1.001 / max(width - 1, 1)) & (y <= 1 + 1.001 / max(height - 1, 1))
 
 
 def _read(image: Tensor, grid: Tensor, fill: Fill) -> Tensor:
@@ -142,14 +158,14 @@ def _unit(inverse: Tensor, height: int, width: int) -> Tensor:
     )
 
 
-def _grid(inverse: Tensor, height: int, width: int) -> Tensor:
-    """(N, H, W, 2) reading positions for `grid_sample(align_corners=True)`."""
+def _grid(inverse: Tensor, height: int, width: int, size: tuple[int, int]) -> Tensor:
+    """(N, *size, 2) reading positions in an image (height, width), for `grid_sample(align_corners=True)`."""
     unit = _unit(inverse, height, width)
     shift = torch.stack(
         [inverse[:, 0, 2] * (2 / max(width - 1, 1)), inverse[:, 1, 2] * (2 / max(height - 1, 1))], dim=1
     )
-    x = torch.arange(width, device=inverse.device, dtype=inverse.dtype) - (width - 1) / 2
-    y = torch.arange(height, device=inverse.device, dtype=inverse.dtype) - (height - 1) / 2
+    x = torch.arange(size[1], device=inverse.device, dtype=inverse.dtype) - (size[1] - 1) / 2
+    y = torch.arange(size[0], device=inverse.device, dtype=inverse.dtype) - (size[0] - 1) / 2
     along_x = unit[:, :, 0, None] * x
     along_y = unit[:, :, 1, None] * y + shift[:, :, None]
     # (N, 2, H, W) first: adding along long rows is 8 times as fast on a CPU as along pairs.
@@ -168,15 +184,18 @@ def _spread(column: Tensor, samples: int) -> Tensor:
     return spacing[:, None] * offsets
 
 
-def move_box(box: Tensor, matrix: Tensor, size: tuple[int, int]) -> Tensor:
+def move_box(box: Tensor, matrix: Tensor, size: tuple[int, int], to: tuple[int, int] | None = None) -> Tensor:
     """The bounds of the moved corners, clipped to the image: (N, 4) (x1, y1, x2, y2) in [0, 1].
+
+    `size` is the image's (height, width), `to` the result's, where that is another.
 
     A box that leaves the image becomes one without area on its border.
     """
     height, width = size
+    to_height, to_width = size if to is None else to
     x1, y1, x2, y2 = box.unbind(1)
     x = torch.stack([x1, x2, x1, x2], dim=1) * width - width / 2
     y = torch.stack([y1, y1, y2, y2], dim=1) * height - height / 2
-    new_x = (matrix[:, 0, 0, None] * x + matrix[:, 0, 1, None] * y + matrix[:, 0, 2, None]) / width + 0.5
-    new_y = (matrix[:, 1, 0, None] * x + matrix[:, 1, 1, None] * y + matrix[:, 1, 2, None]) / height + 0.5
+    new_x = (matrix[:, 0, 0, None] * x + matrix[:, 0, 1, None] * y + matrix[:, 0, 2, None]) / to_width + 0.5
+    new_y = (matrix[:, 1, 0, None] * x + matrix[:, 1, 1, None] * y + matrix[:, 1, 2, None]) / to_height + 0.5
     return torch.stack([new_x.amin(1), new_y.amin(1), new_x.amax(1), new_y.amax(1)], dim=1).clamp(0, 1)
