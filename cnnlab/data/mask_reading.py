@@ -61,7 +61,7 @@ class MaskOptions:
             what = "colours, as [[0,0,0]]," if coloured else "values, as [255],"
             raise ValueError(f"expected {what} in data.ignore, received {[*map(_shown, self.ignore)]}")
         listed = self.values if isinstance(self.values, tuple) else self.colours or ()
-        for name, items in (("data.ignore", self.ignore), ("data.values or data.colours", listed)):
+        for name, items in (("data.ignore", self.ignore), ("data.colours" if coloured else "data.values", listed)):
             if len(set(items)) < len(items) or (items is listed and set(listed) & set(self.ignore)):
                 raise ValueError(
                     f"expected each of {name} once, and either as a class or as void, received {_list(items)}"
