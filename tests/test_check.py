@@ -418,7 +418,7 @@ def test_locate():
         ("..x", "expected `package.module.Name`"),
         ("a b.c", "expected `package.module.Name`"),
         ("no_such_package.Name", "no module 'no_such_package'"),
-        ("torch.nn.RelU", r"torch.nn has no 'RelU' \(did you mean `ReLU`\?\)"),
+        ("torch.nn.RelU", r"torch.nn has no 'RelU' \(did you mean `torch.nn.ReLU`\?\)"),
         ("torch.nm.ReLU", "torch has no 'nm'"),
         ("torch.nn", "expected a class or a function, found a module"),
         ("torch.pi", "expected a class or a function, found a float"),

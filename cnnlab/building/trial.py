@@ -308,8 +308,7 @@ class _Trial(Attempts):
 
         self.attempt("penalty", penalties, "penalty")
         if self.sound("init"):
-            validate = getattr(make(self.config["init"]), "validate", None)
-            self.attempt("init", lambda: validate and validate(model), "init")
+            self.attempt("init", lambda: getattr(make(self.config["init"]), "validate", lambda _: None)(model), "init")
         if optimizer and self.sound("groups"):
 
             def grouped() -> torch.optim.Optimizer:

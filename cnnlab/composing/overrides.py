@@ -6,6 +6,7 @@ Hydra parses them; what it says of a wrong one is meant for its own developers.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from hydra.core.override_parser.types import Override
 
 from cnnlab.composing.groups import GROUPS
+from cnnlab.composing.values import as_quoted
 from cnnlab.errors import closest, did_you_mean, listing, short
 
 ALIASES = {
@@ -86,9 +88,12 @@ def repeated(parsed: Iterable[Override]) -> dict[str, list[str]]:
 def quoted(text: str) -> str:
     """The override with quotes for Hydra inside quotes for the shell."""
     key, _, value = text.partition("=")
-    if "'" in text:
-        return f'"{key}=\\"{short(value)}\\""'
-    return f"'{key}=\"{short(value)}\"'"
+    typed = f"{key}={as_quoted(short(value))}"
+    if "'" not in typed:
+        return f"'{typed}'"
+    if not set(typed) & set("\\$`!"):
+        return '"{}"'.format(typed.replace('"', '\\"'))
+    return shlex.quote(typed)
 
 
 def is_path(text: str) -> bool:
@@ -112,15 +117,24 @@ def misuse(override: Override, groups: Collection[str]) -> str | None:
         if key in LISTS:
             several = f"type {key}=[{short(text.partition('=')[2])}] for all of them at once, or -m for a sweep"
             return f"`{short(text)}`: several values in one run; {several}"
-        return (
-            f"`{short(text)}`: several values in one run; type -m for a sweep, or for a text with commas, "
-            f"quote it twice: {quoted(text)}"
+        as_one = (
+            f", or for a text with commas, quote it twice: {quoted(text)}" if _may_be_text(override, groups) else ""
         )
+        return f"`{short(text)}`: several values in one run; type -m for a sweep{as_one}"
     value = override.value()
     if key in groups and key not in LISTS and isinstance(value, list):
         names = ",".join(map(str, value))
         return f"`{short(text)}`: expected one option; for a sweep, type -m {key}={short(names)}"
     return None
+
+
+def _may_be_text(override: Override, groups: Collection[str]) -> bool:
+    """Whether several values may have been meant as one text."""
+    key = override.key_or_group
+    if key in groups or first_key(key) in ("trainer", "loading", "groups", "regularization", "stats", "seed"):
+        return False  # nothing there is a text of one's own
+    values = swept(override)
+    return not values or any(not isinstance(yaml.safe_load(value.partition("=")[2]), int | float) for value in values)
 
 
 def wrong_option(override: Override, known: Collection[str]) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 from cnnlab.composing.kinds import STANDARD, hints_of, is_factory, is_part, is_standard, nested_parts, unfit
 from cnnlab.composing.trust import TYPED, Trust
 from cnnlab.composing.values import check_value, converted, one_of, show
-from cnnlab.errors import did_you_mean, listing, short
+from cnnlab.errors import closest, did_you_mean, listing, short
 from cnnlab.schema import ranges_of
 
 MISSING = "???"
@@ -65,7 +65,9 @@ def _attribute(module: Any, parts: Sequence[str], cut: int) -> Any:
     for depth, attribute in enumerate(parts[cut:], cut):
         if not hasattr(found, attribute):
             owner = ".".join(parts[:depth])
-            raise TargetError(f"{owner} has no {attribute!r}{did_you_mean(attribute, dir(found))}")
+            meant = closest(attribute, dir(found))
+            hint = f" (did you mean `{owner}.{meant}`?)" if meant else ""
+            raise TargetError(f"{owner} has no {attribute!r}{hint}")
         found = getattr(found, attribute)
     if not callable(found):
         raise TargetError(f"expected a class or a function, found a {type(found).__name__}")

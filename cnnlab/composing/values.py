@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
+import shlex
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -191,11 +193,19 @@ def _how_to_type(where: str, value: Any, hint: Any) -> str:
         if meant:
             return f" (did you mean `{meant}`?)"
         listed = any(_is_list_type(option) and _fits([value], option) for option in options)
-        return f"; type {where}=[{short(value)}]" if listed else ""
+        if not listed:
+            return ""
+        plain = (
+            value.isascii()
+            and value.replace("_", "").replace(".", "").isalnum()
+            and not value[0].isdigit()
+            and value not in _READ_ELSE
+        )
+        return f"; type {where}=[{value}]" if plain else f"; type {shlex.quote(f'{where}=[{as_quoted(value)}]')}"
     if not _is_number(value):
         return ""
     if DurationText in _members(hint):
-        return f"; type '{where}={value:g} steps'" if value >= 0 else ""
+        return f"; type '{where}={value:g} steps'" if 0 <= value < math.inf else ""
     if str in options:
         return f"; for a text, quote it twice: '{where}=\"{value}\"'"
     if not _is_float(value):
@@ -203,6 +213,15 @@ def _how_to_type(where: str, value: Any, hint: Any) -> str:
     if isinstance(value, float) and value.is_integer() and _fits(int(value), hint):
         return f"; type {where}={int(value)}"
     return ""
+
+
+_READ_ELSE = ("true", "false", "null", "nan", "inf")
+"""Words that Hydra takes for something else than a text."""
+
+
+def as_quoted(value: str) -> str:
+    """A text in quotes as Hydra's grammar reads them: a backslash before a quote takes it for itself."""
+    return '"{}"'.format(re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + m[2].replace('"', '\\"'), value))
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

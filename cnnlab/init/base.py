@@ -154,6 +154,6 @@ def residual_norms(model: nn.Module) -> list[nn.Module]:
     if not found:
         raise ValueError(
             "expected a network with a norm layer (of learned scale) at the end of each residual branch for "
-            f"zero_residual=true, received {type(model).__name__} without any; use zero_residual=false"
+            f"zero_residual=true, received {type(model).__name__} without any; type init.zero_residual=false"
         )
     return found

@@ -92,7 +92,7 @@ class Own(Initializer):
             stated["zero_residual"] = self.override
         init = getattr(import_module(module or "cnnlab.init"), name)(**stated)
         if init.needs_batch:
-            raise ValueError(f"expected an initialization without data as own_init, received {name}; use init=lsuv")
+            raise ValueError(f"expected an initialization without data as own_init, received {name}; type init=lsuv")
         return init
 
     def validate(self, model: nn.Module) -> None:

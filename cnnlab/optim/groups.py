@@ -78,7 +78,7 @@ def parameter_groups(
     if single_group and len(groups) > 1:
         raise ValueError(
             "expected equal rates for an optimizer that takes one parameter group, received "
-            f"layer_decay={layer_decay:g}, head_lr={head_lr:g}; use layer_decay=1 and head_lr=1"
+            f"layer_decay={layer_decay:g}, head_lr={head_lr:g}; type groups.layer_decay=1 groups.head_lr=1"
         )
     return list(groups.values())
 
@@ -221,7 +221,7 @@ def _scaled_layers(model: nn.Module, layer_decay: float, head_lr: float) -> Iter
     if head_lr != 1 and not head:
         raise ValueError(
             f"expected a network that names its head for head_lr={head_lr:g}, received "
-            f"{type(model).__name__} without `head` or `classifier_modules`; use head_lr=1"
+            f"{type(model).__name__} without `head` or `classifier_modules`; type groups.head_lr=1"
         )
     found = named_layers(model)
     for place, (title, names) in enumerate(found):

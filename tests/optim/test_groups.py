@@ -154,7 +154,7 @@ def test_an_unknown_prefix_is_answered_with_the_nearest(prefix, meant):
 def test_combinations_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="frozen as a whole"):
         parameter_groups(plain(), weight_decay=None, freeze=("features", "classifier"))
-    with pytest.raises(ValueError, match="use head_lr=1"):
+    with pytest.raises(ValueError, match="type groups.head_lr=1"):
         parameter_groups(nn.Linear(2, 2), weight_decay=None, head_lr=2.0)
     with pytest.raises(ValueError, match="takes one parameter group"):
         parameter_groups(plain(), weight_decay=None, layer_decay=0.5, single_group=True)
