@@ -42,7 +42,8 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, step: int):
-        writer = f"{socket.gethostname()}.{os.getpid()}.{next(_serial)}"
+        writer = f"{socket.gethostname()}.{os.getpid()}.{next(_serial):06}"
+        # Readers take the files in the order of their names: the tenth of a second comes after the ninth.
         self.path = folder / f"events.out.tfevents.{int(time.time()):010d}.{writer}"
         self._first_step = step
         self._begin()

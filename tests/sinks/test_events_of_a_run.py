@@ -15,6 +15,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from cnnlab.runs.folder import RunDir
+from cnnlab.sinks.events import EventFile
 from cnnlab.sinks.jsonl import read_records
 from cnnlab.sinks.picture import enlarged
 from cnnlab.sinks.samples import SamplePictures
@@ -39,7 +40,8 @@ def watched_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, EventAcc
     """24 updates, statistics at every second one, histograms at every sixth."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     run, found = written(
-        folder, "stats=full", "stats.every=2", "probe.histograms.every=6", "probe.histograms.bins=16",
+        folder, "stats=full", "stats.every=2", "stats.max_overhead=null",
+        "probe.histograms.every=6", "probe.histograms.bins=16",
         "trainer.epochs=6", "trainer.log_every=4", "optim.lr=0.05",
     )  # fmt: skip
     return run, found, folder
@@ -165,10 +167,17 @@ def test_dead_channels_in_the_events(tmp_path: Path):
     for value in (-0.01, 0.01):
         _, found = written(
             tmp_path / str(value), "model=cnn", "model.widths=[4,4]", "norm=none", "normalize=none", "init=constant",
-            f"init.value={value}", "stats.every=1", "probe=[activations]", "optim.lr=1e-6", "trainer.max_steps=6",
+            f"init.value={value}", "stats.every=1", "stats.max_overhead=null",
+            "probe=[activations]", "optim.lr=1e-6", "trainer.max_steps=6",
         )  # fmt: skip
         tags = [tag for tag in found.Tags()["scalars"] if tag.startswith("activation_dead/")]
         assert len(tags) == 2
         shares[value] = [[event.value for event in found.Scalars(tag)] for tag in tags]
     assert shares[-0.01][0] == [0, 0, 0, 1, 1, 1]
     assert shares[0.01] == [[0] * 6] * 2
+
+
+def test_files_of_one_second_are_read_in_the_order_in_which_they_were_begun(tmp_path: Path):
+    """TensorBoard takes files by name; the tenth session is not read before the ninth."""
+    paths = [EventFile(tmp_path, 0).path for _ in range(12)]
+    assert sorted(paths) == paths
