@@ -13,7 +13,7 @@ from cnnlab import __version__
 from cnnlab.errors import CnnlabError, InterruptedRun, UsageError, did_you_mean
 from cnnlab.machine.interrupts import answered_by, number_of, raises, watcher
 from cnnlab.machine.memory import is_out_of_memory, out_of_memory
-from cnnlab.machine.surroundings import torchrun
+from cnnlab.machine.surroundings import require_folder, torchrun
 from cnnlab.terminal import fill_closed, guarded, say
 from cnnlab.verbs.table import VERBS
 
@@ -133,6 +133,7 @@ def _dispatch(arguments: list[str]) -> int:
         return complete(arguments)
     if verb not in VERBS:
         raise UsageError(_no_verb(verb, arguments))
+    require_folder()
     return import_module(f"cnnlab.verbs.{verb.replace('-', '_')}").main(rest)
 
 

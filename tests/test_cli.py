@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import yaml
 from cli_runs import RANK_1_OF_2, TINY, Answer, record_of, run_folders
+from PIL import Image
 
 from cnnlab import __version__
 from cnnlab.cli import VERBS, main
 from cnnlab.errors import CheckpointError, CnnlabError, DataError, DivergedError, InterruptedRun, UsageError
+from cnnlab.runs.folder import RunDir
 
 Cli = Callable[..., Answer]
 
@@ -184,6 +186,31 @@ def test_two_runs_never_share_a_folder(cli: Cli):
     assert answer.code == 2
     assert "already holds a run" in answer.err
     assert "resume=here" in answer.err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_working_folder_that_was_removed_is_one_message(cli: Cli, tmp_path: Path, verb: str):
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    answer = cli(verb)
+    assert answer.code == 2 and answer.out == ""
+    assert "was removed; type cd FOLDER first" in answer.err and len(answer.err.splitlines()) == 1
+    assert cli("--help").code == cli("--version").code == 0
+
+
+def test_bytes_of_a_name_that_are_no_text(cli: Cli, tmp_path: Path):
+    """They are told as escapes, also in files that take text alone, and what was written is read again."""
+    name = os.fsdecode(b"caf\xe9")
+    for number in range(20):
+        path = tmp_path / name / ("other", name)[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 12 * number).save(path)
+    data = ("data=folder", f"data.root='{name}'", "data.cache=cache", "data.size=8", "data.limit=null")
+    assert cli("train", *TINY, *data, "hydra.run.dir=here").code == 0
+    assert RunDir("here").config()["data"]["root"] == name and f"data.root='{name}'" in RunDir("here").overrides()
+    assert cli("eval", "here").code == cli("train", "resume=here", "trainer.epochs=2").code == 0
+    assert any(b"caf\\udce9" in path.read_bytes() for path in Path("here/tensorboard").iterdir())
 
 
 def test_a_folder_that_cannot_be_written(cli: Cli, tmp_path: Path):

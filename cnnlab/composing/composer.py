@@ -43,6 +43,7 @@ from cnnlab.composing.overrides import (
 )
 from cnnlab.composing.trust import TYPED, Trust
 from cnnlab.errors import ConfigError, UsageError, short
+from cnnlab.machine.surroundings import here
 
 CONFIG_NAME = "config"
 
@@ -101,10 +102,12 @@ OmegaConf.register_new_resolver("cnnlab.stamp", _stamp, use_cache=True, replace=
 OmegaConf.register_new_resolver("cnnlab.name", _name, replace=True)
 
 
-def make_importable(folders: Iterable[str | Path]) -> None:
-    """Lets `_target_` name the user's own modules, after all that is installed."""
-    for folder in map(Path, folders):
-        entry = str(folder.resolve())
+def make_importable(folders: Iterable[str | Path | None]) -> None:
+    """Lets `_target_` name the user's own modules, after all that is installed; there is nothing in `None`."""
+    for folder in folders:
+        if folder is None:
+            continue
+        entry = str(Path(folder).resolve())
         if entry not in sys.path:
             sys.path.append(entry)
 
@@ -219,7 +222,7 @@ class Composer:
 
     def draft(self, overrides: Sequence[str] = (), number: int | None = None) -> Draft:
         """Composes what can be composed, and tells what cannot. Parts may lie in the current folder, too."""
-        make_importable([Path.cwd()])
+        make_importable([here()])
         parsed, problems = self._parsed(overrides)
         misused = {line(o): problem for o in parsed if (problem := misuse(o, self._folders))}
         kept = [override for override in parsed if line(override) not in misused]

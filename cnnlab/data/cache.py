@@ -320,8 +320,8 @@ def _require_space(folder: Path, shape: tuple[int, ...]) -> None:
     needed, free = int(np.prod(shape)), shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
-            f"expected {needed / 2**30:.1f} GiB free in {folder} for {shape[0]:,} decoded images, "
-            f"received {free / 2**30:.1f} GiB; type a smaller data.size or data.limit, or data.cache=FOLDER"
+            f"expected {needed:,} bytes free in {folder} for {shape[0]:,} decoded images, "
+            f"received {free:,}; type a smaller data.size or data.limit, or data.cache=FOLDER"
         )
 
 

@@ -108,8 +108,8 @@ class TensorSplit(Served):
             available = free_memory(device)
             if self.nbytes > available:
                 raise UsageError(
-                    f"`loading.path=resident`: the images take {self.nbytes / 2**30:.1f} GiB, and {device} has "
-                    f"{available / 2**30:.1f} GiB free; type loading.path=mapped"
+                    f"`loading.path=resident`: the images take {self.nbytes:,} bytes, and {device} has "
+                    f"{available:,} free; type loading.path=mapped"
                 )
             return DataPath.resident
         fits = device.type == "cuda" and self.nbytes <= loading.memory_share * free_memory(device)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cnnlab.errors import UsageError
+
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -48,11 +50,21 @@ def left_over(environment: Mapping[str, str] | None = None) -> str | None:
     return f"WORLD_SIZE={world} {why} is no environment of torchrun: this process trains alone"
 
 
+def here() -> Path | None:
+    """The current folder; `None` where it was removed."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return None
+
+
+def require_folder() -> None:
+    """Raises `UsageError` if the current folder was removed: paths mean nothing there, and MKL ends the process."""
+    if here() is None:
+        raise UsageError(f"the current folder {os.environ.get('PWD', '')} was removed; type cd FOLDER first")
+
+
 def shown_path(path: str | Path) -> str:
     """The path for a person: relative to the current folder where it lies inside."""
-    path = Path(path)
-    try:
-        here = Path.cwd()
-    except OSError:  # it was removed
-        return str(path)
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    path, folder = Path(path), here()
+    return str(path.relative_to(folder) if folder and path.is_relative_to(folder) else path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from cnnlab.usertext import read_text
 
 MOST_BYTES = 64 << 20
 """Of one document. A thousand classes and a hundred thousand files left out take a tenth of it."""
+_UNDECODED = re.compile(r"\\u[dD][89a-fA-F]")
+
 DEEPEST = 100
 """Levels of a YAML document; a config has five."""
 
@@ -87,7 +90,9 @@ def _require_plain(text: str) -> None:
     import yaml
 
     depth = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    # A byte of a file name that is no text was written as "\uDCE9", which libyaml refuses.
+    loader = yaml.SafeLoader if _UNDECODED.search(text) else getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    for event in yaml.parse(text, Loader=loader):
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("expected values without aliases, received one")
         if isinstance(event, yaml.ScalarEvent) and depth == 0:

@@ -68,13 +68,13 @@ class EventFile:
 
 
 def scalar(tag: str, value: float) -> Summary.Value:
-    return Summary.Value(tag=tag, simple_value=value)
+    return Summary.Value(tag=_text(tag), simple_value=value)
 
 
 def image(tag: str, encoded: bytes, height: int, width: int) -> Summary.Value:
     """A PNG in RGB."""
     content = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
-    return Summary.Value(tag=tag, image=content)
+    return Summary.Value(tag=_text(tag), image=content)
 
 
 def histogram(tag: str, edges: Sequence[float], counts: Sequence[float]) -> Summary.Value:
@@ -92,7 +92,7 @@ def histogram(tag: str, edges: Sequence[float], counts: Sequence[float]) -> Summ
         bucket_limit=list(edges),  # upper limits: an empty first bucket states where the second begins
         bucket=[0, *counts],
     )
-    return Summary.Value(tag=tag, histo=content)
+    return Summary.Value(tag=_text(tag), histo=content)
 
 
 def layout(categories: Mapping[str, Mapping[str, Sequence[str]]]) -> Summary.Value:
@@ -160,8 +160,13 @@ def hparams_session_end(succeeded: bool, ended: float) -> Summary.Value:
 
 def _hparam(value: Any) -> bool | float | str:
     if isinstance(value, bool | int | float | str):
-        return value
+        return _text(value) if isinstance(value, str) else value
     return json.dumps(value, default=str)
+
+
+def _text(written: str) -> str:
+    """As protocol buffers take it: bytes of a file name that are no text are escapes (`\\udce9`)."""
+    return written.encode(errors="backslashreplace").decode()
 
 
 def _hparams_value(tag: str, data: plugin_data_pb2.HParamsPluginData) -> Summary.Value:

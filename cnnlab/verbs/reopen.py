@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cnnlab.composing.composer import Composed, make_importable
 from cnnlab.composing.trust import TYPED, Trust
 from cnnlab.errors import ConfigError
+from cnnlab.machine.surroundings import here
 from cnnlab.runs.folder import RunDir
 
 
@@ -25,7 +24,7 @@ def reopened(folder: RunDir, trust: Trust = TYPED) -> Composed:
 
     config, record, trust = folder.config(), folder.read(), trust.of_a_run()
     recorded = tuple(map(str, record.get("config_dirs", [])))
-    make_importable([*trust.folders, *([Path.cwd()] if trust.names else [])])
+    make_importable([*trust.folders, *([here()] if trust.names else [])])
     trust.require(config, recorded)
     known = tuple(dict.fromkeys([*trust.folders, *recorded]))
     overrides = tuple(folder.overrides())

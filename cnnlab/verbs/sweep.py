@@ -24,7 +24,7 @@ from cnnlab.composing.signature import check_part
 from cnnlab.composing.trust import targets_of
 from cnnlab.errors import CheckpointError, CnnlabError, ConfigError, DataError, InterruptedRun, Terminated, UsageError
 from cnnlab.machine.interrupts import number_of
-from cnnlab.machine.surroundings import torchrun
+from cnnlab.machine.surroundings import here, torchrun
 from cnnlab.runs.folder import SCHEMA_VERSION, RunDir, claim, config_hash, write_json
 from cnnlab.runs.stored import json_object
 from cnnlab.terminal import guarded, one_line, say
@@ -258,7 +258,7 @@ def run_cell(config: Any, *, config_dirs: Sequence[str], json_output: bool) -> N
 def _run_cell(config: Any, config_dirs: Sequence[str], json_output: bool) -> None:
     from cnnlab.building.launch import launch
 
-    make_importable([*config_dirs, Path.cwd()])
+    make_importable([*config_dirs, here()])
     hydra = HydraConfig.get()
     plain: Any = OmegaConf.to_container(config, resolve=True)
     folder = Path(hydra.runtime.output_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -210,8 +211,10 @@ def test_without_a_home_the_cache_is_a_folder_of_ones_own_and_looking_makes_none
 def test_a_full_disk_is_refused_before_decoding(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_decoding(monkeypatch)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with pytest.raises(DataError, match=r"data\.cache=FOLDER"):
+    with pytest.raises(DataError, match=r"data\.cache=FOLDER") as caught:
         build(root)
+    expected, received = re.findall(r"(?:expected|received) ([\d,]+)", str(caught.value))
+    assert int(expected.replace(",", "")) > int(received) == 10  # sizes that differ are told so that they differ
 
 
 def test_an_unwritable_cache_says_what_to_set(root: Path) -> None:
