@@ -105,9 +105,9 @@ class Head(nn.Module):
     """Base of the heads: from a backbone's features to named outputs.
 
     A subclass states `gives` and implements `forward`. Its constructor takes whichever of these it needs, by name:
-    `stage_channels` and `pool_channels` (the backbone's, see `ConvNet`), `image_size` (height, width), `num_classes`,
-    `mask_classes` (their number), `norm` and `activation` (the experiment's factories; `None` leaves them to the head)
-    and `dropout` (a rate or `None`).
+    `stage_channels` and `pool_channels` (the backbone's, see `ConvNet`), `stage_sizes` (the (height, width) of its
+    maps), `image_size` (height, width), `num_classes`, `mask_classes` (their number), `norm` and `activation` (the
+    experiment's factories; `None` leaves them to the head) and `dropout` (a rate or `None`).
     """
 
     gives: tuple[str, ...] = ()
@@ -131,6 +131,9 @@ class ConvNet(nn.Module):
     stage_channels: tuple[int, ...] = ()
     pool_channels: tuple[int, ...] = ()
     """Channels of the map that each entry of `Features.indices` was pooled from."""
+    unpools: bool = True
+    """Whether `head=auto` unpools where there are indices. Networks that halve their maps by strided convolutions, too,
+    or by windows that overlap, say no."""
     classifier_modules: tuple[str, ...] = ()
     spatial: bool = True
     """Whether the stages are maps over the image; those of an MLP have a single position, which sees all of it."""

@@ -31,7 +31,11 @@ LARGE = ("data=shapes", "data.size=224")
 BASES = (LARGE, (), ("data=cifar10",), (*LARGE, "model=resnet18"), ("data=cifar10", "model=speednet"))
 COMPANY = {
     "task=segmentation": ("data=shapes", "loss=dice"),
+    "head=bilinear": ("data=shapes", "task=segmentation"),
+    "head=fcn": ("data=shapes", "task=segmentation"),
     "head=nearest": ("data=shapes", "task=segmentation"),
+    "head=transposed": ("data=shapes", "task=segmentation"),
+    "head=unet": ("data=shapes", "task=segmentation"),
     "head=unpool": ("data=shapes", "task=segmentation", "model=vgg"),
     "model=torchvision": ("model.name=resnet18", *LARGE),
 }

@@ -10,19 +10,22 @@ import torch
 from torch import nn
 
 from cnnlab.augment import Pipeline
+from cnnlab.composing.kinds import is_part
 from cnnlab.composing.make import make
-from cnnlab.composing.signature import bind_section, locate
+from cnnlab.composing.signature import accepts, bind_section, locate
 from cnnlab.interventions import Ema, Freeze, MaxNorm
 from cnnlab.models.dropout import has_dropout, set_dropout_kind
 from cnnlab.optim.decay import decouple_decay
 from cnnlab.optim.groups import parameter_groups
 from cnnlab.optim.traits import Traits, keep_kernels, place_rates
 from cnnlab.penalties import L1, L2
-from cnnlab.protocols import ConvNet, DataSpec, Head, Intervention, Penalty
+from cnnlab.protocols import ConvNet, DataSpec, Head, Intervention, Penalty, Split
 from cnnlab.schema import DropoutKind, Groups, Regularization
 from cnnlab.tasks import Task
 from cnnlab.train.forward import Penalties
 from cnnlab.train.interventions import Interventions
+
+BALANCED = "balanced"
 
 
 def task_class(config: Mapping[str, Any]) -> type[Task]:
@@ -42,10 +45,29 @@ def spec_for_task(config: Mapping[str, Any], spec: DataSpec) -> DataSpec:
         raise ValueError(f"{task.__name__} {error}") from error
 
 
-def make_task(config: Mapping[str, Any], spec: DataSpec, labels: torch.Tensor | None) -> Task:
-    """The task with its loss, for its own view of the data; `labels` (N,) are the training images'."""
+def weighs_classes(loss: Mapping[str, Any]) -> bool:
+    """Whether a loss, or a part of it, asks how many there are of each class. One that can weigh them alike, and does,
+    does not."""
+    parts = loss.get("parts")
+    if isinstance(parts, Mapping):
+        return any(weighs_classes(part) for part in parts.values() if is_part(part))
+    return accepts(locate(str(loss["_target_"])), "class_counts") and loss.get("class_weights", BALANCED) == BALANCED
+
+
+def class_counts(config: Mapping[str, Any], spec: DataSpec, split: Split) -> torch.Tensor | None:
+    """How many there are of each class, (classes,) int64, as the config's loss weighs them; what takes long to count is
+    counted only for a loss that does.
+
+    Args:
+        split: the training set.
+    """
     kind = task_class(config)
-    counts = kind.class_counts(spec, labels)
+    return kind.weighed_counts(spec, split) if weighs_classes(config["loss"]) else kind.class_counts(spec, split.labels)
+
+
+def make_task(config: Mapping[str, Any], spec: DataSpec, counts: torch.Tensor | None) -> Task:
+    """The task with its loss, for its own view of the data; `counts` (classes,) as `class_counts` gives them."""
+    kind = task_class(config)
     loss = make(config["loss"], num_classes=len(kind.class_names(spec)), class_counts=counts)
     return make(config["task"], loss=loss, spec=spec)
 
@@ -65,7 +87,7 @@ def make_network(config: Mapping[str, Any], spec: DataSpec, task: Task, regulari
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a torch.nn.Module, received {type(model).__name__}")
     had_dropout = has_dropout(model)
-    put_head(config, model, task, mask_classes=len(spec.mask_classes), **shared)
+    put_head(config, model, task, mask_classes=len(spec.mask_classes), channels=spec.channels, **shared)
     if regularization.dropout and had_dropout and not has_dropout(model) and kind is not DropoutKind.spatial:
         raise ValueError(
             f"`regularization.dropout={regularization.dropout:g}`: this task's head takes the place of the "
@@ -135,11 +157,27 @@ def _made_head(node: Mapping[str, Any], model: ConvNet, wired: Mapping[str, Any]
             f"`head`: expected a network with feature maps for {target.__name__}, received {type(model).__name__}, "
             "whose layers have no places left; type model=cnn, vgg or resnet"
         )
-    stages = {"stage_channels": model.stage_channels, "pool_channels": model.pool_channels}
+    stages: dict[str, Any] = {"stage_channels": model.stage_channels, "pool_channels": model.pool_channels}
+    if accepts(target, "stage_sizes"):
+        stages["stage_sizes"] = _stage_sizes(model, (wired["channels"], *wired["image_size"]))
     try:
         return make(node, **stages, **wired)
     except ValueError as error:
         raise ValueError(f"`head`: {error}") from error
+
+
+def _stage_sizes(model: ConvNet, image: tuple[int, int, int]) -> tuple[tuple[int, int], ...]:
+    """(height, width) of the stages for images (C, H, W), of one of zeros. Modes and random state stay as they are."""
+    parameter = next(model.parameters())
+    zeros = torch.zeros(1, *image, dtype=parameter.dtype, device=parameter.device)
+    training = [module for module in model.modules() if module.training]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            stages = model.eval().features(zeros).stages
+    finally:
+        for module in training:
+            module.training = True
+    return tuple((stage.shape[-2], stage.shape[-1]) for stage in stages)
 
 
 def make_pipeline(config: Mapping[str, Any], spec: DataSpec, seed: int) -> Pipeline:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cnnlab import rng
 from cnnlab.augment import Pipeline, fitted
 from cnnlab.building.assemble import (
+    class_counts,
     make_interventions,
     make_network,
     make_optimizer,
@@ -22,7 +23,7 @@ from cnnlab.building.assemble import (
     make_task,
     spec_for_task,
 )
-from cnnlab.building.facts import facts, unseen_classes
+from cnnlab.building.facts import facts, unseen_classes, weighed_classes
 from cnnlab.building.stepping import StepMaker
 from cnnlab.composing.composer import Composed
 from cnnlab.composing.make import make
@@ -133,9 +134,12 @@ class _Builder:
             lambda: fitted.fit(pipeline, splits["train"], self.config, known_cache(), made=partial(cache_folder, None))
         )
         labels = splits["train"].labels
-        task = make_task(self.config, spec, labels)
+        counts = class_counts(self.config, spec, splits["train"])
+        task = make_task(self.config, spec, counts)
         task.to(placement.device)
         self.notices += unseen_classes(task.class_names(spec), task.class_counts(spec, labels))
+        if counts is not None and task.class_counts(spec, labels) is None:
+            self.notices += weighed_classes(task.class_names(spec), counts, len(splits["train"]))
         model, init = self.network(spec, task, placement)
         loaders = self.loaders(splits, pipeline, task, placement, model)
         self.calibrate(model, init, loaders["train"])

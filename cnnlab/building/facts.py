@@ -69,6 +69,25 @@ def unseen_classes(names: Sequence[str], counts: Tensor | None) -> list[str]:
     return [f"data: no training image of {', '.join(unseen[:NAMED])}{more}, which the network cannot learn"]
 
 
+def weighed_classes(names: Sequence[str], counts: Tensor, masks: int) -> list[str]:
+    """A notice of what balanced class weights were taken from.
+
+    Args:
+        counts: (classes,) pixels of each.
+        masks: that were counted.
+    """
+    present = [(int(n), name) for name, n in zip(names, counts.tolist(), strict=True) if n]
+    if not present:
+        return []
+    total = sum(n for n, _ in present)
+    (least, rare), (most, frequent) = min(present), max(present)
+    return [
+        f"loss: classes are weighted by their pixels, {total:,} in {masks:,} training masks: from {frequent} "
+        f"({most / total:.1%}, weight {total / len(present) / most:.2g}) to {rare} ({least / total:.1%}, weight "
+        f"{total / len(present) / least:.2g})"
+    ]
+
+
 def _part(run: Run, group: str) -> str:
     return str(run.config[group]["_target_"]).rpartition(".")[2]
 

@@ -284,10 +284,9 @@ class _Trial(Attempts):
             self.network(spec, task, optimizer)
 
     def loss(self, spec: DataSpec) -> Any:
-        """Made for a training set with an image of each class."""
-        task = task_class(self.config)
-        counts = task.class_counts(spec, torch.arange(spec.num_classes))
-        return self.part("loss", self.config["loss"], num_classes=len(task.class_names(spec)), class_counts=counts)
+        """Made for a training set with one of each class."""
+        classes = len(task_class(self.config).class_names(spec))
+        return self.part("loss", self.config["loss"], num_classes=classes, class_counts=torch.ones(classes))
 
     def network(self, spec: DataSpec, task: Any, optimizer: bool) -> None:
         self.unused_choices(bind_section(Regularization, self.config["regularization"]))

@@ -56,6 +56,7 @@ GROUPS: Mapping[str, Group] = {
         ("cnnlab.protocols.Head",),
         wired=(
             "stage_channels",
+            "stage_sizes",
             "pool_channels",
             "image_size",
             "num_classes",

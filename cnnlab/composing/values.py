@@ -162,6 +162,8 @@ def describe(hint: Any) -> str:
     if origin in (*LISTS, tuple):
         inner = [describe(argument) for argument in arguments if argument is not Ellipsis]
         return f"a list [{', '.join(inner)}{', ...' if Ellipsis in arguments or origin is not tuple else ''}]"
+    if origin in (dict, Mapping):
+        return f"a mapping of names to {describe(arguments[1])}"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return one_of([option.value for option in hint])
     if hint in _WORDS:

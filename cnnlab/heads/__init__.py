@@ -1,6 +1,21 @@
 """Heads: what reads a backbone's features, beside the network's own classifier or instead of it."""
 
 from cnnlab.heads.classifier import LinearClassifier
-from cnnlab.heads.decoders import NearestDecoder, UnpoolDecoder
+from cnnlab.heads.decoders import (
+    BilinearDecoder,
+    FullyConvolutional,
+    NearestDecoder,
+    TransposedDecoder,
+    UNetDecoder,
+    UnpoolDecoder,
+)
 
-__all__ = ["LinearClassifier", "NearestDecoder", "UnpoolDecoder"]
+__all__ = [
+    "BilinearDecoder",
+    "FullyConvolutional",
+    "LinearClassifier",
+    "NearestDecoder",
+    "TransposedDecoder",
+    "UNetDecoder",
+    "UnpoolDecoder",
+]

@@ -60,7 +60,8 @@ class Fans:
 class Initializer:
     """Fills a model in place: `init(model, seed)`.
 
-    - The weight of each convolution and linear layer comes from `weight`, its bias from `bias` (zeros).
+    - The weight of each convolution and linear layer comes from `weight`, its bias from `bias` (zeros). A layer that
+      must start as something (`own_weight()` gives its weight) starts so.
     - A norm layer starts as plain normalization: scale 1, shift 0, running statistics reset.
     - PReLU gets the slope it was constructed with. Every other parameter keeps its value.
 
@@ -102,7 +103,11 @@ class Initializer:
             own = dict(module.named_parameters(recurse=False))
             if is_layer(module):
                 if "weight" in own:
-                    own["weight"].copy_(self.weight(module, generator(seed, "init", f"{prefix}weight")))
+                    stated = getattr(module, "own_weight", None)
+                    start = None if stated is None else stated()
+                    if start is None:
+                        start = self.weight(module, generator(seed, "init", f"{prefix}weight"))
+                    own["weight"].copy_(start)
                 if "bias" in own:
                     own["bias"].copy_(self.bias(module, generator(seed, "init", f"{prefix}bias")))
             elif is_norm(module):

@@ -14,6 +14,7 @@ from cnnlab.models.norm import local_response
 from cnnlab.models.parts import (
     FeatureModule,
     Pool,
+    Poolings,
     Stem,
     choose_stem,
     divided,
@@ -57,12 +58,12 @@ class _ConvStack(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Features:  # type: ignore[override]
-        stages = []
+        stages, poolings = [], Poolings()
         for name, layer in self.named_children():
             if name in _POOLS.values():
                 stages.append(x)
-            x = layer(x)
-        return Features((*stages, x))
+            x = poolings.through(layer, x)
+        return poolings.features(*stages, x)
 
 
 def _conv_stack(
@@ -90,7 +91,8 @@ def _conv_stack(
         if number in _POOLS:
             acts = list(_POOLS).index(number) < poolings
             padding = 1 if small else 0
-            layers[_POOLS[number]] = downsampler(pool, out_channels, 3, 2, padding) if acts else nn.Identity()
+            pooling = downsampler(pool, out_channels, 3, 2, padding, return_indices=True) if acts else nn.Identity()
+            layers[_POOLS[number]] = pooling
         in_channels = out_channels
     return _ConvStack(layers)
 
@@ -98,7 +100,8 @@ def _conv_stack(
 class AlexNet(FeatureModule):
     """Five convolutions, three overlapping poolings and three linear layers.
 
-    The feature stages are the maps before each pooling and the last pooled one.
+    The feature stages are the maps before each pooling and the last pooled one; `indices` and `sizes` are those of
+    the max-poolings.
 
     Args:
         num_classes: outputs of the classifier.
@@ -122,6 +125,7 @@ class AlexNet(FeatureModule):
 
     own_init: dict[str, Any] = {"_target_": "cnnlab.init.He", "mode": "fan_in", "distribution": "normal"}
     classifier_modules = ("classifier",)
+    unpools = False
 
     def __init__(
         self,
@@ -159,6 +163,7 @@ class AlexNet(FeatureModule):
         channels = tuple(2 * scaled(count // 2, width) for count in plan.channels)  # even: two groups
         self.features = _conv_stack(plan, channels, poolings, in_channels, pool, norm, activation, small=small)
         self.stage_channels = (channels[0], channels[1], channels[4], channels[4])
+        self.pool_channels = self.stage_channels[:poolings] if pool == "max" else ()
         self.avgpool = nn.AdaptiveAvgPool2d(grid)
         hidden = scaled(4096, width)
         linear = [nn.Linear(channels[4] * grid[0] * grid[1], hidden), nn.Linear(hidden, hidden)]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cnnlab.blocks import ActivationFactory, DropRate, NormFactory, conv_norm
 from cnnlab.models.norm import batch
-from cnnlab.models.parts import Pool, downsampler, require_size, require_spatial
+from cnnlab.models.parts import Pool, Poolings, downsampler, require_size, require_spatial
 from cnnlab.protocols import ConvNet, Features
 from cnnlab.schema import PositiveInt
 
@@ -96,8 +96,7 @@ class CNN(ConvNet):
         self.pools = nn.ModuleList()
         for block, out_channels in enumerate(widths):
             if block > 0:
-                options = {"return_indices": True} if pool == "max" else {}
-                self.pools.append(downsampler(pool, in_channels, 2, 2, **options))
+                self.pools.append(downsampler(pool, in_channels, 2, 2, return_indices=True))
             self.blocks.append(ConvBlock(in_channels, out_channels, kernel, depth, norm, activation))
             in_channels = out_channels
         self.stage_channels = widths
@@ -107,18 +106,11 @@ class CNN(ConvNet):
 
     def features(self, x: Tensor) -> Features:
         stages: list[Tensor] = []
-        indices: list[Tensor] = []
-        sizes: list[tuple[int, int]] = []
+        poolings = Poolings()
         for number, block in enumerate(self.blocks):
-            if number > 0:
-                x = self.pools[number - 1](x)
-                if isinstance(x, tuple):
-                    sizes.append((stages[-1].shape[-2], stages[-1].shape[-1]))
-                    x, argmax = x
-                    indices.append(argmax)
-            x = block(x)
+            x = block(x if number == 0 else poolings.through(self.pools[number - 1], x))
             stages.append(x)
-        return Features(tuple(stages), tuple(indices), tuple(sizes))
+        return poolings.features(*stages)
 
     def classify(self, features: Features) -> dict[str, Tensor]:
         pooled = torch.flatten(self.avgpool(features.stages[-1]), 1)

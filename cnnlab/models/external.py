@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +131,10 @@ def _on_meta(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).to("meta").train()
 
 
+_BOTTLENECKS = re.compile(r"(wide_)?resnet(50|101|152)(_2)?|resnext.*")
+"""torchvision's networks that take `replace_stride_with_dilation`."""
+
+
 class Torchvision(_External):
     """Any classification network of `torchvision.models`, with fresh weights.
 
@@ -141,6 +146,8 @@ class Torchvision(_External):
         norm: must be `None`: the network has its own.
         dropout: rate of all its dropout layers; `None` leaves them as they are.
         name: as `torchvision.models.list_models` has it.
+        output_stride: of the bottleneck ResNets: their last stages dilate where they would make the map more than so
+            many times smaller than the images (torchvision's `replace_stride_with_dilation`); `None` dilates none.
 
     Raises:
         ValueError: an unknown name, images that the network cannot take, or a dropout, activation or norm
@@ -157,6 +164,7 @@ class Torchvision(_External):
         norm: NormFactory | None = None,
         dropout: DropRate | None = None,
         name: str = "resnet18",
+        output_stride: Literal[8, 16, 32] | None = None,
     ) -> None:
         super().__init__(activation, norm)
         from torchvision import models
@@ -171,6 +179,13 @@ class Torchvision(_External):
         options: dict[str, Any] = {"num_classes": num_classes}
         if name in ("inception_v3", "googlenet"):
             options["init_weights"] = False  # draws for a minute what the laboratory's init then overwrites
+        if output_stride is not None:
+            if not _BOTTLENECKS.fullmatch(name):
+                raise ValueError(
+                    f"expected model.output_stride=null for {name}, which cannot dilate its stages, received "
+                    f"{output_stride}; model.name=resnet50 can, and the laboratory's own model=resnet18"
+                )
+            options["replace_stride_with_dilation"] = [stride >= output_stride for stride in (4, 8, 16)]
         if name.startswith("vit_"):
             options["image_size"] = image_size[0]  # fixes the number of positions
         self.network = _construct(partial(builder, weights=None, **options), name, image_size)
@@ -246,6 +261,7 @@ class Timm(_External):
         dropout: timm's `drop_rate`; `None` is timm's default.
         stochastic_depth: timm's `drop_path_rate`; `None` is timm's default.
         name: as `timm.list_models` has it.
+        output_stride: timm's, where it has one: 8 or 16 keep the last maps' resolution; `None` is the network's own.
 
     Raises:
         ValueError: timm is not installed, an unknown name, or something that the network has no place for.
@@ -262,6 +278,7 @@ class Timm(_External):
         dropout: DropRate | None = None,
         stochastic_depth: DropRate | None = None,
         name: str = "resnet18",
+        output_stride: Literal[8, 16, 32] | None = None,
     ) -> None:
         super().__init__(activation, norm)
         try:
@@ -277,8 +294,8 @@ class Timm(_External):
                 f"`timm.list_models('*{name.split('_')[0]}*')` lists those like it"
             )
         options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels}
-        rates = {"drop_rate": dropout, "drop_path_rate": stochastic_depth}
-        options |= {key: rate for key, rate in rates.items() if rate is not None}
+        chosen = {"drop_rate": dropout, "drop_path_rate": stochastic_depth, "output_stride": output_stride}
+        options |= {key: value for key, value in chosen.items() if value is not None}
         self.network = _construct(partial(timm.create_model, name, **options), name, image_size)
         try:
             _on_meta(self.network)(torch.empty(2, in_channels, *image_size, device="meta"))

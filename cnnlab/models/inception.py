@@ -13,6 +13,7 @@ from cnnlab.blocks import ActivationFactory, DropRate, NormFactory, conv_norm
 from cnnlab.models.norm import batch
 from cnnlab.models.parts import (
     Pool,
+    Poolings,
     Stem,
     choose_stem,
     divided,
@@ -195,8 +196,9 @@ class InceptionAux(nn.Module):
 class Inception(ConvNet):
     """Inception v3 (table 1) with batch norm also in the auxiliary classifier.
 
-    The feature stages are the outputs of Conv2d_2b, Conv2d_4a, Mixed_5d, Mixed_6e and Mixed_7c. In training
-    the outputs have `aux` (N, classes) besides `logits`. Keys are those of torchvision's `inception_v3`.
+    The feature stages are the outputs of Conv2d_2b, Conv2d_4a, Mixed_5d, Mixed_6e and Mixed_7c; `indices` and `sizes`
+    are those of the stem's max-poolings. In training the outputs have `aux` (N, classes) besides `logits`. Keys are
+    those of torchvision's `inception_v3`.
 
     Args:
         num_classes: outputs of the classifier.
@@ -218,6 +220,7 @@ class Inception(ConvNet):
 
     own_init = {"_target_": "cnnlab.init.TruncatedNormal", "std": 0.1}
     classifier_modules = ("AuxLogits", "dropout", "fc")
+    unpools = False
 
     def __init__(
         self,
@@ -292,20 +295,30 @@ class Inception(ConvNet):
         self.Conv2d_1a_3x3 = conv(in_channels, scale(32), 3, stride=strides[0], padding=padding)
         self.Conv2d_2a_3x3 = conv(scale(32), scale(32), 3, padding=padding)
         self.Conv2d_2b_3x3 = conv(scale(32), scale(64), 3, padding=1)
-        self.maxpool1 = downsampler(pool, scale(64), 3, 2, padding) if strides[1] == 2 else nn.Identity()
+        pools = [
+            downsampler(pool, scale(channels), 3, 2, padding, return_indices=True) if stride == 2 else nn.Identity()
+            for channels, stride in zip((64, 192), strides[1:], strict=True)
+        ]
+        self.pool_channels = tuple(
+            scale(channels)
+            for channels, stride in zip((64, 192), strides[1:], strict=True)
+            if stride == 2 and pool == "max"
+        )
+        self.maxpool1 = pools[0]
         self.Conv2d_3b_1x1 = conv(scale(64), scale(80), 1)
         self.Conv2d_4a_3x3 = conv(scale(80), scale(192), 3, padding=padding)
-        self.maxpool2 = downsampler(pool, scale(192), 3, 2, padding) if strides[2] == 2 else nn.Identity()
+        self.maxpool2 = pools[1]
         return strides
 
     def features(self, x: Tensor) -> Features:
         shallow = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        stem = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(shallow)))
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self.maxpool2(stem))))
+        poolings = Poolings()
+        stem = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(poolings.through(self.maxpool1, shallow)))
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(poolings.through(self.maxpool2, stem))))
         middle = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
         middle = self.Mixed_6e(self.Mixed_6d(middle))
         last = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(middle)))
-        return Features((shallow, stem, x, middle, last))
+        return poolings.features(shallow, stem, x, middle, last)
 
     def classify(self, features: Features) -> dict[str, Tensor]:
         *_, middle, last = features.stages

@@ -79,6 +79,29 @@ def downsampler(pool: Pool, channels: int, kernel: int, stride: int, padding: in
     return nn.Conv2d(channels, channels, kernel, stride, padding)
 
 
+class Poolings:
+    """The max-poolings of one pass, in order: what `Features` hands on to a decoder that undoes them.
+
+    torch computes the indices for the backward pass anyway, so that remembering them costs nothing.
+    """
+
+    def __init__(self) -> None:
+        self._indices: list[Tensor] = []
+        self._sizes: list[tuple[int, int]] = []
+
+    def through(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> what `layer` makes of it; one that returns its indices is remembered."""
+        if not (isinstance(layer, nn.MaxPool2d) and layer.return_indices):
+            return layer(x)
+        self._sizes.append((x.shape[-2], x.shape[-1]))
+        x, indices = layer(x)
+        self._indices.append(indices)
+        return x
+
+    def features(self, *stages: Tensor) -> Features:
+        return Features(stages, tuple(self._indices), tuple(self._sizes))
+
+
 class StochasticDepth(nn.Module):
     """Drops the residual branch of a sample with probability `rate` in training (Huang et al. 2016).
 

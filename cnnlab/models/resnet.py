@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from cnnlab.blocks import ActivationFactory, DropRate, NormFactory, conv_norm
 from cnnlab.models.norm import batch
 from cnnlab.models.parts import (
     Pool,
+    Poolings,
     Stem,
     StochasticDepth,
     choose_stem,
@@ -56,6 +58,15 @@ class BlockOptions:
     """A bottleneck strides in its first 1x1, as the paper does, and not in its 3x3."""
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """How a block moves over its input."""
+
+    stride: int = 1
+    dilation: tuple[int, int] = (1, 1)
+    """Of the convolution that strides, or would, and of those that follow."""
+
+
 class _Block(nn.Module):
     """A residual block, y = act(branch(x) + shortcut(x)); its plain twin is act(branch(x))."""
 
@@ -94,12 +105,12 @@ class BasicBlock(_Block):
     expansion = 1
     residual_norm = "bn2"
 
-    def __init__(self, in_channels: int, channels: int, stride: int, drop: float, options: BlockOptions) -> None:
+    def __init__(self, in_channels: int, channels: int, geometry: Geometry, drop: float, options: BlockOptions) -> None:
         super().__init__(options, drop)
-        norm = options.norm
-        self.conv1, self.bn1 = conv_norm(norm, in_channels, channels, 3, stride=stride, padding=1)
+        norm, stride, (first, second) = options.norm, geometry.stride, geometry.dilation
+        self.conv1, self.bn1 = conv_norm(norm, in_channels, channels, 3, stride=stride, padding=first, dilation=first)
         self.act1 = options.activation()
-        self.conv2, self.bn2 = conv_norm(norm, channels, channels, 3, padding=1)
+        self.conv2, self.bn2 = conv_norm(norm, channels, channels, 3, padding=second, dilation=second)
         self.connect(in_channels, channels, stride, options)
         self.act2 = options.activation()
 
@@ -115,13 +126,16 @@ class Bottleneck(_Block):
     expansion = 4
     residual_norm = "bn3"
 
-    def __init__(self, in_channels: int, channels: int, stride: int, drop: float, options: BlockOptions) -> None:
+    def __init__(self, in_channels: int, channels: int, geometry: Geometry, drop: float, options: BlockOptions) -> None:
         super().__init__(options, drop)
         norm, out_channels = options.norm, channels * self.expansion
+        stride, dilation = geometry.stride, geometry.dilation[1 if options.stride_first else 0]
         first, second = (stride, 1) if options.stride_first else (1, stride)
         self.conv1, self.bn1 = conv_norm(norm, in_channels, channels, 1, stride=first)
         self.act1 = options.activation()
-        self.conv2, self.bn2 = conv_norm(norm, channels, channels, 3, stride=second, padding=1)
+        self.conv2, self.bn2 = conv_norm(
+            norm, channels, channels, 3, stride=second, padding=dilation, dilation=dilation
+        )
         self.act2 = options.activation()
         self.conv3, self.bn3 = conv_norm(norm, channels, out_channels, 1)
         self.connect(in_channels, out_channels, stride, options)
@@ -140,11 +154,13 @@ BlockType = type[BasicBlock] | type[Bottleneck]
 class _ResidualNet(ConvNet):
     """A stem, stages of residual blocks (all but the first halve the resolution), and a linear classifier.
 
-    The feature stages are the stem's output (before its pooling) and the output of each `layer`.
+    The feature stages are the stem's output (before its pooling) and the output of each `layer`; `indices` and `sizes`
+    are those of the stem's max-pooling.
     """
 
     own_init = {"_target_": "cnnlab.init.He", "mode": "fan_in", "distribution": "normal"}
     classifier_modules = ("dropout", "fc")
+    unpools = False
 
     def __init__(
         self,
@@ -161,6 +177,7 @@ class _ResidualNet(ConvNet):
         stem: Stem,
         pool: Pool,
         checkpoint: bool,
+        output_stride: int | None,
     ) -> None:
         super().__init__()
         rate = stochastic_depth or 0.0
@@ -171,8 +188,11 @@ class _ResidualNet(ConvNet):
             )
         self.stem = choose_stem(stem, image_size)
         self.notes = [stem_note(self.stem, image_size)]
-        # one pixel must be left in the last stage: the stem divides by 4 or 1, each later stage by 2
-        self.min_size = 2 ** (len(counts) - 1) * (4 if self.stem == "imagenet" else 1)
+        geometries = _geometries(len(counts), 4 if self.stem == "imagenet" else 1, output_stride)
+        # one pixel must be left in the last stage: the stem divides by 4 or 1, each later stage by its stride
+        self.min_size = math.prod(first.stride for first, _ in geometries) * (4 if self.stem == "imagenet" else 1)
+        if output_stride is not None:
+            self.notes.append(f"output stride {output_stride}")
         name = type(self).__name__
         require_size(image_size, self.min_size, name, "model.stem=small or larger images fit")
         smallest = divided(image_size, self.min_size)
@@ -181,7 +201,10 @@ class _ResidualNet(ConvNet):
         kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
         self.conv1, self.bn1 = conv_norm(options.norm, in_channels, width, kernel, stride=stride, padding=kernel // 2)
         self.act = options.activation()
-        self.maxpool = downsampler(pool, width, 3, 2, 1) if self.stem == "imagenet" else nn.Identity()
+        self.pool_channels = (width,) if self.stem == "imagenet" and pool == "max" else ()
+        self.maxpool = (
+            downsampler(pool, width, 3, 2, 1, return_indices=True) if self.stem == "imagenet" else nn.Identity()
+        )
 
         drops = iter(linear_decay(rate, sum(counts)))
         channels = width
@@ -189,8 +212,8 @@ class _ResidualNet(ConvNet):
         for number, (layer, count) in enumerate(zip(self.layers, counts, strict=True)):
             blocks = []
             for position in range(count):
-                stride = 2 if number > 0 and position == 0 else 1
-                blocks.append(block(channels, width * 2**number, stride, next(drops), options))
+                geometry = geometries[number][min(position, 1)]
+                blocks.append(block(channels, width * 2**number, geometry, next(drops), options))
                 channels = width * 2**number * block.expansion
             self.add_module(layer, CheckpointedSequential(*blocks) if checkpoint else nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -200,16 +223,39 @@ class _ResidualNet(ConvNet):
 
     def features(self, x: Tensor) -> Features:
         x = self.act(self.bn1(self.conv1(x)))
-        stages = [x]
-        x = self.maxpool(x)
+        stages, poolings = [x], Poolings()
+        x = poolings.through(self.maxpool, x)
         for layer in self.layers:
             x = getattr(self, layer)(x)
             stages.append(x)
-        return Features(tuple(stages))
+        return poolings.features(*stages)
 
     def classify(self, features: Features) -> dict[str, Tensor]:
         pooled = torch.flatten(self.avgpool(features.stages[-1]), 1)
         return {"logits": self.fc(self.dropout(pooled))}
+
+
+def _geometries(stages: int, stem: int, output_stride: int | None) -> list[tuple[Geometry, Geometry]]:
+    """The geometry of each stage's first block, and of its others: all stages but the first halve the map until it is
+    `output_stride` times smaller than the images, which the stem has made `stem` times smaller. From there on stages
+    dilate their convolutions instead, and see as much of the image (Chen et al. 2017, arXiv 1706.05587, section 3.1).
+
+    Raises:
+        ValueError: a stride that the stem has gone beyond, or that these stages do not come to.
+    """
+    natural = stem * 2 ** (stages - 1)
+    if output_stride is not None and not stem <= output_stride <= natural:
+        raise ValueError(
+            f"expected an output stride between {stem}, the stem's, and {natural}, this network's without dilation, "
+            f"received {output_stride}; type model.output_stride={min(max(stem, output_stride), natural)}"
+        )
+    found, reached, dilation = [(Geometry(), Geometry())], stem, 1
+    for _ in range(stages - 1):
+        before, dilates = dilation, reached == output_stride
+        stride = 1 if dilates else 2
+        reached, dilation = reached * stride, dilation * (2 if dilates else 1)
+        found.append((Geometry(stride, (before, dilation)), Geometry(1, (dilation, dilation))))
+    return found
 
 
 _IMAGENET: dict[int, tuple[BlockType, tuple[int, ...]]] = {
@@ -240,9 +286,12 @@ class ResNet(_ResidualNet):
         shortcut: `False` gives the plain network of the same layers.
         projection: shortcuts that change the shape: `B` by a 1x1 convolution, `A` without parameters.
         checkpoint: trades computation for memory, see `CheckpointedSequential`.
+        output_stride: how many times smaller than the images the last map is: stages that would go below it dilate
+            their convolutions and keep their resolution (8 or 16, for masks); `None` dilates none.
 
     Raises:
-        ValueError: an unknown depth, images below `min_size`, or stochastic depth without shortcuts.
+        ValueError: an unknown depth, images below `min_size`, stochastic depth without shortcuts, or an output stride
+            that the network does not come to.
     """
 
     def __init__(
@@ -263,6 +312,7 @@ class ResNet(_ResidualNet):
         shortcut: bool = True,
         projection: Projection = "B",
         checkpoint: bool = False,
+        output_stride: Literal[1, 2, 4, 8, 16, 32] | None = None,
     ) -> None:
         if depth not in _IMAGENET:
             raise ValueError(
@@ -289,6 +339,7 @@ class ResNet(_ResidualNet):
             stem=stem,
             pool=pool,
             checkpoint=checkpoint,
+            output_stride=output_stride,
         )
 
 
@@ -326,6 +377,7 @@ class CifarResNet(_ResidualNet):
         shortcut: bool = True,
         projection: Projection = "A",
         checkpoint: bool = False,
+        output_stride: Literal[1, 2, 4, 8, 16, 32] | None = None,
     ) -> None:
         if depth < 8 or depth % 6 != 2:
             below = max(8, depth - (depth - 2) % 6)
@@ -352,6 +404,7 @@ class CifarResNet(_ResidualNet):
             stem=stem,
             pool=pool,
             checkpoint=checkpoint,
+            output_stride=output_stride,
         )
         if self.stem == "imagenet":
             self.notes.append("a CIFAR network on large images; resnet18 ... resnet152 are made for them")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cnnlab.blocks import ActivationFactory, NormFactory, conv_norm
 from cnnlab.models.norm import batch
-from cnnlab.models.parts import require_size, require_spatial
+from cnnlab.models.parts import Poolings, require_size, require_spatial
 from cnnlab.protocols import ConvNet, Features
 from cnnlab.schema import Positive, PositiveInt
 
@@ -26,13 +26,13 @@ class _Block(nn.Module):
     ):
         super().__init__()
         self.conv1, self.norm1 = conv_norm(norm, channels, out_channels, 3, padding=1)
-        self.pool = nn.MaxPool2d(2) if pooled else nn.Identity()
+        self.pool = nn.MaxPool2d(2, return_indices=True) if pooled else nn.Identity()
         self.act1 = activation()
         self.conv2, self.norm2 = conv_norm(norm, out_channels, out_channels, 3, padding=1)
         self.act2 = activation()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act1(self.norm1(self.pool(self.conv1(x))))
+    def forward(self, x: Tensor, poolings: Poolings) -> Tensor:
+        x = self.act1(self.norm1(poolings.through(self.pool, self.conv1(x))))
         return self.act2(self.norm2(self.conv2(x)))
 
 
@@ -40,7 +40,8 @@ class SpeedNet(ConvNet):
     """A 2x2 convolution, three blocks of two convolutions, global max-pooling, one linear layer without bias.
 
     The first layer has 2·4·in_channels filters, so that `init=whitening` can fill it with the whitening
-    transform of the training images' 2x2 patches and its negative. Feature stages are the outputs of the blocks.
+    transform of the training images' 2x2 patches and its negative. Feature stages are the outputs of the blocks;
+    `indices` and `sizes` are those of their max-poolings.
 
     Args:
         num_classes: outputs of the classifier.
@@ -58,6 +59,7 @@ class SpeedNet(ConvNet):
 
     own_init = {"_target_": "cnnlab.init.PaperSpeedNet"}
     classifier_modules = ("classifier",)
+    unpools = False
 
     def __init__(
         self,
@@ -94,16 +96,17 @@ class SpeedNet(ConvNet):
             for number, (before, after) in enumerate(pairwise(channels))
         )
         self.stage_channels = tuple(widths)
+        self.pool_channels = tuple(widths[len(widths) - poolings :])
         self.maxpool = nn.AdaptiveMaxPool2d(1)
         self.classifier = nn.Linear(widths[-1], num_classes, bias=False)
 
     def features(self, x: Tensor) -> Features:
         x = self.act(self.whiten(x))
-        stages = []
+        stages, poolings = [], Poolings()
         for block in self.blocks:
-            x = block(x)
+            x = block(x, poolings)
             stages.append(x)
-        return Features(tuple(stages))
+        return poolings.features(*stages)
 
     def classify(self, features: Features) -> dict[str, Tensor]:
         pooled = torch.flatten(self.maxpool(features.stages[-1]), 1)

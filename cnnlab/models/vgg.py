@@ -12,6 +12,7 @@ from cnnlab.models.norm import no_norm
 from cnnlab.models.parts import (
     FeatureModule,
     Pool,
+    Poolings,
     Stem,
     choose_stem,
     downsampler,
@@ -39,19 +40,12 @@ class _ConvStack(nn.Sequential):
         self.pools = frozenset(pools)
 
     def forward(self, x: Tensor) -> Features:  # type: ignore[override]
-        stages, indices, sizes = [], [], []
+        stages, poolings = [], Poolings()
         for position, layer in enumerate(self):
-            if position not in self.pools:
-                x = layer(x)
-                continue
-            stages.append(x)
-            if isinstance(layer, nn.MaxPool2d):
-                sizes.append((x.shape[-2], x.shape[-1]))
-                x, argmax = layer(x)
-                indices.append(argmax)
-            else:
-                x = layer(x)
-        return Features((*stages, x), tuple(indices), tuple(sizes))
+            if position in self.pools:
+                stages.append(x)
+            x = poolings.through(layer, x)
+        return poolings.features(*stages, x)
 
 
 def _conv_stack(

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cnnlab.losses import PerSample
-from cnnlab.protocols import Batch, ConvNet, DataSpec, Loss, Outputs
+from cnnlab.losses import PerSample, Weighted
+from cnnlab.protocols import Batch, ConvNet, DataSpec, Loss, Outputs, Split
 from cnnlab.tasks.pictures import picture_grid
 
 
@@ -23,7 +23,7 @@ class Task:
     Args:
         loss: the experiment's (`loss=`), made for `class_names` and `class_counts`.
         spec: of the data, as this task sees it.
-        weights: of the losses by name; 1 for those that are not named.
+        weights: of the losses by name; 1 for those that are not named. The parts of a `Weighted` loss bring theirs.
     """
 
     needs: tuple[str, ...] = ("label",)
@@ -36,7 +36,7 @@ class Task:
     def __init__(self, loss: Loss, spec: DataSpec, weights: Mapping[str, float] | None = None):
         self.criterion = loss
         self.spec = spec
-        self.weights = dict(weights or {})
+        self.weights = {**(loss.weights if isinstance(loss, Weighted) else {}), **(weights or {})}
 
     # ---- before a network is there ----
 
@@ -53,6 +53,16 @@ class Task:
             labels: (N,) int64 of the training images, where they have such.
         """
         return None if labels is None else torch.bincount(labels, minlength=spec.num_classes)
+
+    @classmethod
+    def weighed_counts(cls, spec: DataSpec, split: Split) -> Tensor | None:
+        """What balanced class weights are taken from, (classes,) int64: `class_counts`, or what must be counted for it.
+        Asked only where the loss is weighed so.
+
+        Args:
+            split: the training set.
+        """
+        return cls.class_counts(spec, split.labels)
 
     def own_head(self, model: ConvNet) -> Mapping[str, Any] | None:
         """The config node of the head that `head=auto` puts on a network which does not give what the task reads;
@@ -75,6 +85,11 @@ class Task:
     def prepare(self, batch: Batch) -> Batch:
         """The batch with the targets in the form that `losses` reads."""
         return batch
+
+    def criteria(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The experiment's loss as `main`, (N,); of a `Weighted` one each part by its name, before its weight."""
+        loss = self.criterion
+        return loss.apart(logits, target) if isinstance(loss, Weighted) else {"main": loss(logits, target)}
 
     def losses(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Each loss by its name, (N,), one value a sample; before its weight."""

@@ -54,7 +54,7 @@ class Classification(Task):
         return [(0.25, view) for view in pair] + [(0.125, view) for view in moved]
 
     def losses(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        main = {"main": self.criterion(outputs["logits"], batch["label"])}
+        main = self.criteria(outputs["logits"], batch["label"])
         return main | ({"aux": self.criterion(outputs["aux"], batch["label"])} if "aux" in outputs else {})
 
     def measure(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:

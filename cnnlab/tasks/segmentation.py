@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from cnnlab.protocols import Batch, ConvNet, DataSpec, Loss, Outputs
+from cnnlab.protocols import VOID, Batch, ConvNet, DataSpec, Loss, Outputs, Split
 from cnnlab.tasks.base import Task
 from cnnlab.tasks.metrics import by_class, confusion
 from cnnlab.tasks.pictures import above, beside, coloured, enlarged, grid, legend, stretched
 
+_PIECE = 64
+"""Samples whose masks are counted at a time."""
+
 
 class Segmentation(Task):
-    """Minimizes the mean over each image's pixels of `loss(mask logits, mask)`.
+    """Minimizes the mean over each image's pixels of `loss(mask logits, mask)`, void left out.
 
-    `head=auto` unpools where the backbone hands on its pooling indices, and else repeats values. With `views=mirror`,
-    an image is evaluated by the mean logits of itself and its mirror image, mirrored back.
+    Balanced class weights count pixels (Badrinarayanan et al. 2015, "SegNet", section 4, has the median in the place of
+    the mean).
+
+    `head=auto` unpools where 2x2 max-poolings halve the backbone's maps (VGG, the small CNN), and else repeats values.
+    With `views=mirror`, an image is evaluated by the mean logits of itself and its mirror image, mirrored back.
     """
 
     needs = ("mask",)
@@ -35,14 +42,22 @@ class Segmentation(Task):
 
     @classmethod
     def class_counts(cls, spec: DataSpec, labels: Tensor | None) -> Tensor | None:
-        return None  # of pixels, nobody has counted them
+        return None  # a mask has no label
+
+    @classmethod
+    def weighed_counts(cls, spec: DataSpec, split: Split) -> Tensor | None:
+        """Pixels of each class in all training masks, (classes,) int64, void left out: one pass over the split."""
+        counts = torch.zeros(VOID + 1, dtype=torch.int64)
+        for rows in torch.arange(len(split)).split(_PIECE):
+            counts += torch.bincount(split.fetch(rows)["mask"].flatten(), minlength=VOID + 1).cpu()
+        return counts[: len(spec.mask_classes)]
 
     def own_head(self, model: ConvNet) -> Mapping[str, Any]:
-        kind = "UnpoolDecoder" if model.pool_channels else "NearestDecoder"
+        kind = "UnpoolDecoder" if model.pool_channels and model.unpools else "NearestDecoder"
         return {"_target_": f"cnnlab.heads.{kind}"}
 
     def losses(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        return {"main": self.criterion(outputs["mask"], batch["mask"])}
+        return self.criteria(outputs["mask"], batch["mask"])
 
     def measure(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"confusion": confusion(outputs["mask"].argmax(1), batch["mask"], self.num_classes)}

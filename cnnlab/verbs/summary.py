@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
 def _describe(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from cnnlab.building.assemble import make_network, make_optimizer, make_task, spec_for_task
+    from cnnlab.building.assemble import make_network, make_optimizer, make_task, spec_for_task, task_class
     from cnnlab.building.dry import on_meta
     from cnnlab.composing.make import make
     from cnnlab.composing.signature import bind_section
@@ -68,7 +68,7 @@ def _describe(config: dict[str, Any]) -> dict[str, Any]:
     from cnnlab.schema import Groups, Regularization
 
     spec = spec_for_task(config, make(config["data"]).spec())
-    task = make_task(config, spec, torch.arange(spec.num_classes))
+    task = make_task(config, spec, torch.ones(len(task_class(config).class_names(spec))))
     model = on_meta(lambda: make_network(config, spec, task, bind_section(Regularization, config["regularization"])))
     optimizer = make_optimizer(config, model, bind_section(Groups, config["groups"]))
     groups = [

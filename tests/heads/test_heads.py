@@ -77,7 +77,7 @@ def test_a_head_beside_the_classifier_gives_what_each_would_alone():
     assert torch.equal(both["mask"], head(model.features(images))["mask"])
     names = {name for name, _ in model.named_parameters()}
     assert head_parameters(model) == {name for name in names if name.startswith(("head.", "classifier."))}
-    model.replace_head(UnpoolDecoder(model.stage_channels, model.pool_channels, 7))
+    model.replace_head(UnpoolDecoder(model.stage_channels, model.pool_channels, (16, 16), 7))
     assert model.eval()(images).keys() == {"mask"}
 
 

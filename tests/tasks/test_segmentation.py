@@ -81,7 +81,7 @@ def test_the_unpooling_decoder_puts_each_value_back_where_its_maximum_stood():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 7, 6, generator=generator)
     pooled, indices = functional.max_pool2d(x, 2, return_indices=True)
-    decoder = UnpoolDecoder((3, 3), (3,), 5)
+    decoder = UnpoolDecoder((3, 3), (3,), (7, 6), 5)
     seen = []
     decoder.blocks[0].register_forward_hook(lambda m, inputs, output: seen.append(inputs[0]))
     logits = decoder(Features((x, pooled), (indices,), ((7, 6),)))["mask"]
