@@ -34,3 +34,11 @@ def test_a_run_tells_what_it_does_not_use_and_records_what_it_left_out(cli: Call
     left_out = record_of(Path("run"))["left_out"]
     assert [entry["file"] for entry in left_out] == ["dog/gone.png", *(f"cat/broken{n}.jpg" for n in range(7))]
     assert all(entry["reason"] for entry in left_out)
+
+
+def test_another_length_is_told_to_bend_the_schedule(cli: Callable[..., Answer]):
+    assert cli("train", *TINY, "hydra.run.dir=run").code == 0
+    answer = cli("train", "resume=run", "trainer.epochs=2")
+    assert answer.code == 0 and "Cosine's curve is that of the new length (trainer.epochs=2)" in answer.err
+    answer = cli("train", "resume=run", "trainer.epochs=2")
+    assert answer.code == 0 and "curve" not in answer.err

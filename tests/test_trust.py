@@ -178,3 +178,10 @@ def test_flags_that_are_none(names: list[str], folders: list[str], said: str):
 def test_no_run_at_all(tmp_path: Path):
     with pytest.raises((UsageError, CheckpointError)):
         reopened(RunDir(tmp_path))
+
+
+def test_nothing_is_told_to_be_vouched_for_that_never_is_a_part():
+    with pytest.raises(UsageError) as told:
+        Trust(stored=True).require({"model": {"_target_": "os.system"}, "loss": {"_target_": "mylab.Loss"}})
+    assert "os.system (model)" in str(told.value) and "mylab.Loss (loss)" in str(told.value)
+    assert "--trust" not in str(told.value)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cnnlab.composing.kinds import defined_in, is_part, root_of
+from cnnlab.composing.kinds import STANDARD, defined_in, is_part, root_of
 from cnnlab.errors import UsageError, short
 
 PACKAGES = ("cnnlab", "torch", "torchvision", "timm", "pytorch_optimizer")
@@ -103,6 +103,13 @@ class Trust:
             return
         flags = list(dict.fromkeys(_flag(name, known) for name in named))
         listed = ", ".join(f"{short(name)} ({place})" for name, place in named.items())
+        if own := [
+            name for name in named if root_of(name) in STANDARD or not all(map(str.isidentifier, name.split(".")))
+        ]:
+            raise UsageError(
+                f"this run names code that is neither cnnlab's nor a part of another package: {listed}. It is not "
+                f"opened: nothing on a command line vouches for {', '.join(map(short, own))}"
+            )
         raise UsageError(
             f"this run names code that is neither cnnlab's nor one of {', '.join(PACKAGES[1:])}: {listed}. Opening it "
             f"runs that code: if you trust it, type {' '.join(flags)}"

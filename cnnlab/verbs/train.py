@@ -17,6 +17,9 @@ from cnnlab.terminal import say
 from cnnlab.verbs.arguments import answer, override_parser, parse
 from cnnlab.verbs.reopen import reopened
 
+LENGTHS = ("trainer.epochs", "trainer.max_steps")
+"""What says how long a run is, and so where its schedule stands."""
+
 
 def main(arguments: Sequence[str]) -> int:
     args = parse(arguments, override_parser("train"))
@@ -65,7 +68,7 @@ def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> 
     """
     folder = RunDir(path)
     stored = reopened(folder, open_composer.trust)
-    problems, added = [], []
+    problems, added, longer = [], [], []
     for override in parsed:
         if override.key_or_group == "resume":
             continue
@@ -73,6 +76,8 @@ def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> 
             problems.append(problem)
         elif override.key_or_group in (*RESUMABLE, *PLACES):
             section, _, name = override.key_or_group.partition(".")
+            if override.key_or_group in LENGTHS and stored.config[section][name] != override.value():
+                longer.append(line(override))
             stored.config[section][name] = override.value()
             added.append(line(override))
     if problems:
@@ -81,6 +86,10 @@ def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> 
             "start another run for anything else"
         )
         raise ConfigError(problems)
+    curve = str(stored.config["schedule"]["_target_"]).rpartition(".")[2]
+    if longer and curve not in ("Constant", "Plateau"):
+        told = f"schedule: {curve}'s curve is that of the new length ({', '.join(longer)}) from here on; what is done"
+        say(f"{told} was done at the rates of the old one", err=True)
     return replace(stored, overrides=(*stored.overrides, *added)), folder
 
 
