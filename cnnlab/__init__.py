@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["__version__", "build", "compose", "fit"]
 
-_API = {"compose": "cnnlab.composing.composer", "build": "cnnlab.building.builder", "fit": "cnnlab.train"}
+_API = {"compose": "cnnlab.building.trial", "build": "cnnlab.building.builder", "fit": "cnnlab.train"}
 
 
 def __getattr__(name: str) -> Any:

@@ -252,6 +252,13 @@ class Stats:
     """Sample pictures, as the network gets them, to TensorBoard."""
 
 
+@dataclass(frozen=True)
+class Paths:
+    """Where runs are written."""
+
+    outputs: str = "outputs"
+
+
 # ---- ranges that another library states in its code only ----
 
 _TORCH_OPTIM = {

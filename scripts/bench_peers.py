@@ -59,11 +59,8 @@ from cnnlab.bench import process
 from cnnlab.bench.arms import TrainerArm, ordinary
 from cnnlab.bench.rounds import Arm, Turn, interleave, rates, ratios
 from cnnlab.building.assemble import make_network
-from cnnlab.composing.composer import compose
-from cnnlab.composing.make import make
-from cnnlab.composing.signature import bind_section
+from cnnlab.building.trial import compose
 from cnnlab.machine.device import place
-from cnnlab.schema import Regularization, Trainer
 from cnnlab.train.run import Run
 
 OURS = "cnnlab train"
@@ -124,7 +121,7 @@ class Logits(nn.Module):
 
 def twin(cell: Cell, run: Run) -> nn.Module:
     """A network with the run's present weights, on the CPU, for the peers."""
-    weights, config = run.model.state_dict(), run.config
+    weights = run.model.state_dict()
     made: nn.Module
     if cell.torchvision is not None:
         import torchvision
@@ -132,8 +129,7 @@ def twin(cell: Cell, run: Run) -> nn.Module:
         made = getattr(torchvision.models, cell.torchvision)(num_classes=CLASSES)
         made.load_state_dict(weights)
         return made
-    spec, regularization = make(config["data"]).spec(), bind_section(Regularization, config["regularization"])
-    made = make_network(config, spec, run.task, regularization)
+    made = make_network(run.experiment, run.spec, run.task)
     made.load_state_dict(weights)
     return Logits(made)
 
@@ -194,9 +190,9 @@ def measure(cell: Cell, names: Sequence[str], options: argparse.Namespace, tell:
 
 def prepare(cell: Cell, typed: Sequence[str], folder: Path, workers: int) -> tuple[Path, torch.device]:
     """Decodes the images into cnnlab's cache, and leaves in a file what the peers need of them and of the network."""
-    composed = compose([*typed, "trainer.step=eager"])
-    placement = place(bind_section(Trainer, composed.config["trainer"]), closure=False)
-    run = ordinary(composed, folder / "weights")
+    experiment = compose([*typed, "trainer.step=eager"])
+    placement = place(experiment.trainer, closure=False)
+    run = ordinary(experiment, folder / "weights", {})
     split = run.loaders["train"].split
     batch = split.fetch(torch.arange(min(len(split), cell.images)))
     setting = Setting(
@@ -217,7 +213,7 @@ def prepare(cell: Cell, typed: Sequence[str], folder: Path, workers: int) -> tup
 
 def ours(typed: Sequence[str], folder: Path) -> tuple[Arm, str]:
     """cnnlab's arm, in its process; and the step that its trainer takes."""
-    run = ordinary(compose(typed), folder)
+    run = ordinary(compose(typed), folder, {})
     return TrainerArm(OURS, run), str(run.facts["step"])
 
 

@@ -40,8 +40,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cnnlab.building.builder import build, with_overrides
-from cnnlab.building.trial import check
+from cnnlab.building.builder import build
+from cnnlab.building.trial import check, read
 from cnnlab.composing.composer import Composed, Composer, composer
 from cnnlab.errors import ConfigError, DataError, DivergedError, InterruptedRun
 from cnnlab.train import fit
@@ -517,11 +517,12 @@ class Lab:
 
     def train(self, composed: Composed, rate: float = 1.0) -> Trained:
         """Builds and fits it, with the rate times `rate`. Raises `RowFailed`."""
-        optim = {**composed.config["optim"], "lr": rate * composed.config["optim"]["lr"]}
+        experiment = read(composed)
+        slower = {"optim.lr": rate * experiment.node("optim").get("lr")}
         try:
             with warnings.catch_warnings(), time_limit(TIME_LIMIT):
                 warnings.simplefilter("error")
-                run = build(with_overrides(composed, optim=optim))
+                run = build(experiment.with_values(slower))
                 before = [p.detach().clone() for p in run.step.parameters]
                 metrics = fit(run)
         except InterruptedRun:

@@ -98,7 +98,7 @@ CHILD = """
 import json, resource, sys, time
 began = time.perf_counter()
 from cnnlab.building.builder import build
-from cnnlab.composing.composer import compose
+from cnnlab.building.trial import compose
 from cnnlab.train.loop import updates
 seconds, overrides = float(sys.argv[1]), sys.argv[2:]
 run = build(compose(overrides))

@@ -9,6 +9,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 
 from cnnlab.building.builder import build
-from cnnlab.composing.composer import Composed, compose
+from cnnlab.building.trial import check, compose
+from cnnlab.composing.composer import Composed
+from cnnlab.composing.experiment import Experiment
 from cnnlab.errors import InterruptedRun
 from cnnlab.machine.ranks import Ranks
 from cnnlab.protocols import Listener, StepResult
@@ -37,15 +40,15 @@ SMALL = (
 
 
 @functools.cache
-def _composed(overrides: tuple[str, ...]) -> Composed:
+def _composed(overrides: tuple[str, ...]) -> Experiment:
     return compose(overrides)
 
 
-def composed(*overrides: str) -> Composed:
+def composed(*overrides: str) -> Experiment:
     """`SMALL` with the overrides; unless they name a model, a ResNet-8 of 5,000 parameters."""
     narrow = () if any(text.startswith("model=") for text in overrides) else ("model.width=4",)
     found = _composed((*SMALL, *narrow, *overrides))
-    return Composed(copy.deepcopy(found.config), found.run_dir, found.choices, found.overrides)
+    return replace(found, config=copy.deepcopy(found.config))
 
 
 def make_run(*overrides: str, folder: Path | None = None, ranks: Ranks | None = None) -> Run:
@@ -63,7 +66,7 @@ def resume_run(folder: Path, *, ranks: Ranks | None = None, **trainer: Any) -> R
     """The run in `folder` from its last checkpoint on, with changed `trainer` settings."""
     config = RunDir(folder).config()
     config["trainer"] |= trainer
-    return build(Composed(config, folder, {}, ()), RunDir(folder), ranks=ranks, resumed=True)
+    return build(check(Composed(config, folder, {}, ())), RunDir(folder), ranks=ranks, resumed=True)
 
 
 def fitted(*overrides: str, folder: Path | None = None) -> Run:

@@ -48,13 +48,13 @@ REACHED = (
     "cnnlab.runs.folder.write_atomically",
     "cnnlab.composing.make.make",
     "cnnlab.cli.main",
-    "cnnlab.verbs.train.train",
+    "cnnlab.building.launch.launch",
 )
 
 
 @pytest.fixture(scope="module")
 def stored() -> dict[str, Any]:
-    from cnnlab.composing.composer import compose
+    from cnnlab.building.trial import compose
 
     return compose(TINY).config
 

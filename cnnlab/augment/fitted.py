@@ -34,7 +34,7 @@ WORTH_SECONDS = 1.0
 def fit(
     pipeline: Pipeline,
     split: Split,
-    config: Mapping[str, Any],
+    settings: Mapping[str, Mapping[str, Any]],
     folder: Path | None,
     *,
     made: Callable[[], Path] | None = None,
@@ -46,13 +46,13 @@ def fit(
     where they see a random sample of it. A user's own parts are computed every time: their code may change.
 
     Args:
-        config: has the nodes `augment` and `normalize` that the pipeline was made of.
+        settings: what each part was made of, by `augment.<name>` and `normalize`.
         folder: of the cache, where there is one.
         made: gives the folder that is written to, which may be made for it; `folder` where this is not given.
         worth: seconds of computation from which the result is kept.
     """
     ours = all(type(part).__module__.startswith("cnnlab.") for part in (*pipeline.parts.values(), pipeline.normalize))
-    name = f"{_key(pipeline, split, config)}.fitted.pt"
+    name = f"{_key(pipeline, split, settings)}.fitted.pt"
     if ours and folder is not None:
         try:
             pipeline.load_state_dict(_read(folder / name))
@@ -86,11 +86,11 @@ def _checksum(content: bytes) -> bytes:
     return blake2b(content, digest_size=_CHECKSUM).digest()
 
 
-def _key(pipeline: Pipeline, split: Split, config: Mapping[str, Any]) -> str:
-    looking = [name for name, part in pipeline.parts.items() if type(part).fit is not Part.fit]
-    nodes = {f"augment.{name}": config["augment"][name] for name in looking}
+def _key(pipeline: Pipeline, split: Split, settings: Mapping[str, Mapping[str, Any]]) -> str:
+    looking = [f"augment.{name}" for name, part in pipeline.parts.items() if type(part).fit is not Part.fit]
     if type(pipeline.normalize).fit is not Normalize.fit:
-        nodes["normalize"] = config["normalize"]
+        looking.append("normalize")
+    nodes = {name: settings[name] for name in looking}
     sampled = pipeline.seed if len(split) > MAX_IMAGES else None
     text = json.dumps([_FORMAT, split.fingerprint, sampled, nodes], sort_keys=True, default=str)
     return blake2b(text.encode(), digest_size=12).hexdigest()

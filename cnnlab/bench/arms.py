@@ -14,15 +14,13 @@ import torch
 
 from cnnlab.bench.rounds import Arm, Update, endless
 from cnnlab.building.assemble import make_optimizer
-from cnnlab.building.builder import build, with_overrides
-from cnnlab.composing.composer import Composed
-from cnnlab.composing.signature import bind_section, locate
+from cnnlab.building.builder import build
+from cnnlab.composing.experiment import Experiment
 from cnnlab.data.served import served
 from cnnlab.observe.observer import IDLE
 from cnnlab.optim.traits import Traits, accelerated
 from cnnlab.protocols import Batch, Split, as_outputs, to_device
 from cnnlab.runs.folder import RunDir
-from cnnlab.schema import Groups
 from cnnlab.sinks.usual import attach
 from cnnlab.train.loop import updates
 from cnnlab.train.run import Run
@@ -64,31 +62,25 @@ class TrainerArm(Arm):
         self.trained.tell("on_end", None)
 
 
-def ordinary(composed: Composed, folder: Path, **sections: Mapping[str, Any]) -> Run:
+def ordinary(experiment: Experiment, folder: Path, values: Mapping[str, Any]) -> Run:
     """The run as `cnnlab train` starts it, in `folder`; without checkpoints, which no step waits for.
 
     Args:
-        sections: top-level keys of the config, with what changes in them; `augment` is replaced whole.
+        values: what changes, by dotted key.
     """
-    config = composed.config
-    changed: dict[str, Any] = {
-        name: dict(values) if name == "augment" else {**config[name], **values} for name, values in sections.items()
-    }
-    changed["trainer"] = {**config["trainer"], **sections.get("trainer", {}), "checkpoint": False}
-    composed = with_overrides(composed, **changed)
+    experiment = experiment.with_values({**values, "trainer.checkpoint": False})
     directory = RunDir(folder)
-    directory.create(composed.config, composed.overrides)
-    run = build(composed, directory)
+    directory.create(experiment.config, experiment.overrides)
+    run = build(experiment, directory)
     attach(run, directory, io.StringIO())
     run.tell("on_start")
     return run
 
 
-def every_step_sampled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of a config with all probes due at every step, and nothing that makes them rarer."""
-    stats = {**config["stats"], "every": 1, "max_records": 10**9, "max_overhead": None}
-    probes = {name: node and {**node, "every": None} for name, node in config["probe"].items()}
-    return {"stats": stats, "probe": probes}
+def every_step_sampled(experiment: Experiment) -> dict[str, Any]:
+    """What lets all probes be due at every step, with nothing that makes them rarer."""
+    stats = {"stats.every": 1, "stats.max_records": 10**9, "stats.max_overhead": None}
+    return {**stats, **{f"{node.where}.every": None for node in experiment.nodes("probe").values()}}
 
 
 class _Repeated:
@@ -113,7 +105,7 @@ def without_data(run: Run) -> Run:
 # ---- the loop that one would write by hand ----
 
 
-def bare_loop(config: Mapping[str, Any], run: Run, dtype: torch.dtype) -> Iterator[Update]:
+def bare_loop(experiment: Experiment, run: Run, dtype: torch.dtype) -> Iterator[Update]:
     """The barest loop over the same network, optimizer, loss, precision, memory format and augmentation.
 
     The images are in memory (on a GPU: in its memory), in batches as the run has them; there is one call of each
@@ -127,9 +119,8 @@ def bare_loop(config: Mapping[str, Any], run: Run, dtype: torch.dtype) -> Iterat
     device, loader = run.device, run.loaders["train"]
     images = _in_memory(loader.split, loader.batch_size, device)
     model = copy.deepcopy(run.model).train()
-    node = config["optim"]
-    fast = accelerated(locate(node["_target_"]), node, device, captured=False)
-    optimizer = make_optimizer(config, model, bind_section(Groups, config["groups"]), **fast)
+    node = experiment.node("optim")
+    optimizer = make_optimizer(experiment, model, **accelerated(node.target, node.settings, device, captured=False))
     augment: Callable[[Batch, int], Batch] = loader.transform or (lambda batch, epoch: batch)
 
     def epoch(number: int) -> Iterator[Update]:
@@ -157,9 +148,9 @@ def _in_memory(split: Split, batch_size: int, device: torch.device) -> Batch:
     return to_device(split.fetch(torch.arange(count)), device)
 
 
-def bare_loop_refusal(config: Mapping[str, Any]) -> str | None:
-    """Why there is no bare loop for this config, or `None`."""
-    traits = Traits.of(locate(config["optim"]["_target_"]))
+def bare_loop_refusal(experiment: Experiment) -> str | None:
+    """Why there is no bare loop for this experiment, or `None`."""
+    traits = Traits.of(experiment.node("optim").target)
     if traits.closure or traits.create_graph:
         return "this optimizer evaluates the loss by itself"
     return None

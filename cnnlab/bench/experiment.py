@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +20,11 @@ from cnnlab.bench.arms import (
 )
 from cnnlab.bench.roofline import LayerTime, MachineRates, layer_times, measure_rates, synchronizer, update_bytes
 from cnnlab.bench.rounds import Arm, Spread, Turn, interleave, rates, ratios
-from cnnlab.composing.composer import Composed
-from cnnlab.composing.signature import bind_section
+from cnnlab.composing.experiment import Experiment
 from cnnlab.inspect.summary import calls
 from cnnlab.machine.device import place
 from cnnlab.observe.observer import Observer
-from cnnlab.schema import StepKind, Trainer
+from cnnlab.schema import StepKind
 from cnnlab.train.run import Run
 
 SCHEMA_VERSION = 1
@@ -43,7 +42,7 @@ TOP_LAYERS = 5
 Progress = Callable[[str, int, int], None]
 
 
-def bench(composed: Composed, *, rounds: int, seconds: float, progress: Progress) -> dict[str, Any]:
+def bench(experiment: Experiment, *, rounds: int, seconds: float, progress: Progress) -> dict[str, Any]:
     """The figures of a checked experiment, as one JSON document.
 
     Args:
@@ -54,19 +53,17 @@ def bench(composed: Composed, *, rounds: int, seconds: float, progress: Progress
     Raises what `build` raises, and `DivergedError` if the loss becomes non-finite.
     """
     with process.undisturbed(), tempfile.TemporaryDirectory(prefix="cnnlab-bench-") as folder, ExitStack() as stack:
-        return _Bench(composed, Path(folder), stack, progress).measured(rounds, seconds)
+        return _Bench(experiment, Path(folder), stack, progress).measured(rounds, seconds)
 
 
 class _Bench:
-    def __init__(self, composed: Composed, folder: Path, stack: ExitStack, progress: Progress):
-        self.composed = composed
-        self.config = composed.config
+    def __init__(self, experiment: Experiment, folder: Path, stack: ExitStack, progress: Progress):
+        self.experiment = experiment
         self.folder = folder
         self.stack = stack
         self.progress = progress
         self.notices: list[str] = []
-        trainer = bind_section(Trainer, composed.config["trainer"])
-        self.placement = place(trainer, closure=bare_loop_refusal(composed.config) is not None)
+        self.placement = place(experiment.trainer, closure=bare_loop_refusal(experiment) is not None)
         self.device = self.placement.device
         self.synchronize = synchronizer(self.device)
 
@@ -85,7 +82,7 @@ class _Bench:
         self.progress("roofline", 1, 1)
         return {
             "schema_version": SCHEMA_VERSION,
-            "overrides": list(self.composed.overrides),
+            "overrides": list(self.experiment.overrides),
             "machine": process.machine(),
             "run": {"facts": run.facts, "batch_size": run.batch_size, "steps": run.total_steps},
             "rounds": rounds,
@@ -99,9 +96,9 @@ class _Bench:
             "roofline": self._roofline(run, step_seconds),
         }
 
-    def _build(self, name: str, **sections: Any) -> Run:
+    def _build(self, name: str, values: Mapping[str, Any] | None = None) -> Run:
         self.progress(f"building: {name}", 0, 1)
-        return ordinary(self.composed, self.folder / name.replace(" ", "-"), **sections)
+        return ordinary(self.experiment, self.folder / name.replace(" ", "-"), values or {})
 
     def _arm(self, arm: TrainerArm) -> TrainerArm:
         self.stack.callback(arm.close)
@@ -118,23 +115,22 @@ class _Bench:
         """The arms that there are for this config, beside the full one."""
         arms: list[Arm] = []
         # `auto` may choose by measuring, and all arms must take the step that the full run takes.
-        same = {"step": run.step.name} if run.step.name in StepKind.__members__ else {}
-        without: dict[str, Any] = {"trainer": same}
+        without: dict[str, Any] = {"trainer.step": run.step.name} if run.step.name in StepKind.__members__ else {}
         if run.observer.probes:
-            sampled = self._build(SAMPLED, **without, **every_step_sampled(self.config))
+            sampled = self._build(SAMPLED, {**without, **every_step_sampled(self.experiment)})
             arms.append(self._arm(TrainerArm(SAMPLED, sampled)))
-            without["stats"] = {"enabled": False}
-            run = self._build(NO_STATS, **without)
+            without["stats.enabled"] = False
+            run = self._build(NO_STATS, without)
             arms.append(self._arm(TrainerArm(NO_STATS, run)))
         plain = run
-        if any(self.config["augment"].values()):
+        if self.experiment.nodes("augment"):
             without["augment"] = {}
-            plain = self._build(NO_AUGMENT, **without)
+            plain = self._build(NO_AUGMENT, without)
             arms.append(self._arm(TrainerArm(NO_AUGMENT, plain)))
         arms.append(self._arm(TrainerArm(NO_DATA, without_data(plain))))
-        refusal = bare_loop_refusal(self.config)
+        refusal = bare_loop_refusal(self.experiment)
         if refusal is None:
-            arms.append(Arm(BARE, bare_loop(self.config, run, self.placement.dtype)))
+            arms.append(Arm(BARE, bare_loop(self.experiment, run, self.placement.dtype)))
         else:
             self.notices.append(f"there is no bare loop to compare with: {refusal}")
         return arms

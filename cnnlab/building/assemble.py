@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from cnnlab.augment import Pipeline
+from cnnlab.composing.experiment import Experiment, Node
 from cnnlab.composing.kinds import is_part
-from cnnlab.composing.make import make
-from cnnlab.composing.signature import accepts, bind_section, locate
+from cnnlab.composing.signature import accepts, locate
 from cnnlab.interventions import Ema, Freeze, MaxNorm
 from cnnlab.models.dropout import has_dropout, set_dropout_kind
 from cnnlab.optim.decay import decouple_decay
@@ -20,7 +18,7 @@ from cnnlab.optim.groups import parameter_groups
 from cnnlab.optim.traits import Traits, keep_kernels, place_rates
 from cnnlab.penalties import L1, L2
 from cnnlab.protocols import ConvNet, DataSpec, Head, Intervention, Penalty, Split
-from cnnlab.schema import DropoutKind, Groups, Regularization
+from cnnlab.schema import DropoutKind
 from cnnlab.tasks import Task
 from cnnlab.train.forward import Penalties
 from cnnlab.train.interventions import Interventions
@@ -28,17 +26,17 @@ from cnnlab.train.interventions import Interventions
 BALANCED = "balanced"
 
 
-def task_class(config: Mapping[str, Any]) -> type[Task]:
-    """The class of the config's task. Raises `ValueError` for what is none."""
-    target = locate(config["task"]["_target_"])
-    if not (isinstance(target, type) and issubclass(target, Task)):
-        raise ValueError(f"{config['task']['_target_']} is no subclass of Task; see cnnlab.tasks.Task")
-    return target
+def task_class(experiment: Experiment) -> type[Task]:
+    """The class of the experiment's task. Raises `ValueError` for what is none."""
+    node = experiment.node("task")
+    if not (isinstance(node.target, type) and issubclass(node.target, Task)):
+        raise ValueError(f"{node.name} is no subclass of Task; see cnnlab.tasks.Task")
+    return node.target
 
 
-def spec_for_task(config: Mapping[str, Any], spec: DataSpec) -> DataSpec:
+def spec_for_task(experiment: Experiment, spec: DataSpec) -> DataSpec:
     """The data's spec as its task sees it. Raises `ValueError` where the data lacks a target."""
-    task = task_class(config)
+    task = task_class(experiment)
     try:
         return spec.only(task.needs)
     except ValueError as error:
@@ -54,40 +52,46 @@ def weighs_classes(loss: Mapping[str, Any]) -> bool:
     return accepts(locate(str(loss["_target_"])), "class_counts") and loss.get("class_weights", BALANCED) == BALANCED
 
 
-def class_counts(config: Mapping[str, Any], spec: DataSpec, split: Split) -> torch.Tensor | None:
-    """How many there are of each class, (classes,) int64, as the config's loss weighs them; what takes long to count is
-    counted only for a loss that does.
+def class_counts(experiment: Experiment, spec: DataSpec, split: Split) -> torch.Tensor | None:
+    """How many there are of each class, (classes,) int64, as the experiment's loss weighs them; what takes long to count
+    is counted only for a loss that does.
 
     Args:
         split: the training set.
     """
-    kind = task_class(config)
-    return kind.weighed_counts(spec, split) if weighs_classes(config["loss"]) else kind.class_counts(spec, split.labels)
+    kind = task_class(experiment)
+    weighed = weighs_classes(experiment.node("loss").config or {})
+    return kind.weighed_counts(spec, split) if weighed else kind.class_counts(spec, split.labels)
 
 
-def make_task(config: Mapping[str, Any], spec: DataSpec, counts: torch.Tensor | None) -> Task:
+def make_task(experiment: Experiment, spec: DataSpec, counts: torch.Tensor | None) -> Task:
     """The task with its loss, for its own view of the data; `counts` (classes,) as `class_counts` gives them."""
-    kind = task_class(config)
-    loss = make(config["loss"], num_classes=len(kind.class_names(spec)), class_counts=counts)
-    return make(config["task"], loss=loss, spec=spec)
+    names = task_class(experiment).class_names(spec)
+    loss = experiment.node("loss").make(num_classes=len(names), class_counts=counts)
+    return experiment.node("task").make(loss=loss, spec=spec)
 
 
-def make_network(config: Mapping[str, Any], spec: DataSpec, task: Task, regularization: Regularization) -> nn.Module:
-    """The network of a config for such data, with its head in place. Raises `ValueError` if they do not go together."""
+def make_network(experiment: Experiment, spec: DataSpec, task: Task) -> nn.Module:
+    """The experiment's network for such data, with its head in place. Raises `ValueError` if they do not go
+    together."""
+    regularization = experiment.regularization
     kind = regularization.dropout_kind
     dropout = 0.0 if kind is DropoutKind.spatial else regularization.dropout
     shared = {
         "num_classes": spec.num_classes,
         "image_size": spec.size,
-        "activation": make(config["activation"]),
-        "norm": make(config["norm"]),
+        "activation": experiment.node("activation").make(),
+        "norm": experiment.node("norm").make(),
         "dropout": dropout,
     }
-    model = make(config["model"], in_channels=spec.channels, stochastic_depth=regularization.stochastic_depth, **shared)
+    model = experiment.node("model").make(
+        in_channels=spec.channels, stochastic_depth=regularization.stochastic_depth, **shared
+    )
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a torch.nn.Module, received {type(model).__name__}")
     had_dropout = has_dropout(model)
-    put_head(config, model, task, mask_classes=len(spec.mask_classes), channels=spec.channels, **shared)
+    wired = {"mask_classes": len(spec.mask_classes), "channels": spec.channels, **shared}
+    put_head(experiment.node("head"), model, task, **wired)
     if regularization.dropout and had_dropout and not has_dropout(model) and kind is not DropoutKind.spatial:
         raise ValueError(
             f"`regularization.dropout={regularization.dropout:g}`: this task's head takes the place of the "
@@ -98,25 +102,24 @@ def make_network(config: Mapping[str, Any], spec: DataSpec, task: Task, regulari
     return model
 
 
-def put_head(config: Mapping[str, Any], model: nn.Module, task: Task, **wired: Any) -> None:
-    """Gives the network the head that the config names, or else the one that the task wants of it.
+def put_head(node: Node, model: nn.Module, task: Task, **wired: Any) -> None:
+    """Gives the network the head that `node` names, or else the one that the task wants of it.
 
     The network keeps its classifier beside the head where the task reads what only the classifier gives.
 
     Raises:
         ValueError: task, network and head do not fit each other.
     """
-    node = config["head"]
     gives = model.gives if isinstance(model, ConvNet) else ("logits",)
     lacking = [output for output in task.reads if output not in gives]
-    if node.get("_target_") is None and lacking:
-        node = task.own_head(_with_stages(model))
-        if node is None:
+    if not node and lacking:
+        node = Node("head", task.own_head(_with_stages(model)))
+        if not node:
             raise ValueError(
                 f"`head`: {type(task).__name__} reads {', '.join(lacking)}, and {type(model).__name__} gives "
                 f"{', '.join(gives)}; type head=NAME of one that gives it"
             )
-    if node.get("_target_") is None:
+    if not node:
         return
     network = _with_stages(model)
     head = _made_head(node, network, wired)
@@ -148,10 +151,10 @@ def _with_stages(model: nn.Module) -> ConvNet:
     return model
 
 
-def _made_head(node: Mapping[str, Any], model: ConvNet, wired: Mapping[str, Any]) -> Head:
-    target = locate(str(node["_target_"]))
+def _made_head(node: Node, model: ConvNet, wired: dict[str, Any]) -> Head:
+    target = node.target
     if not (isinstance(target, type) and issubclass(target, Head)):
-        raise ValueError(f"`head`: {node['_target_']} is no subclass of Head; see cnnlab.protocols.Head")
+        raise ValueError(f"`head`: {node.name} is no subclass of Head; see cnnlab.protocols.Head")
     if target.needs_maps and not model.spatial:
         raise ValueError(
             f"`head`: expected a network with feature maps for {target.__name__}, received {type(model).__name__}, "
@@ -161,7 +164,7 @@ def _made_head(node: Mapping[str, Any], model: ConvNet, wired: Mapping[str, Any]
     if accepts(target, "stage_sizes"):
         stages["stage_sizes"] = _stage_sizes(model, (wired["channels"], *wired["image_size"]))
     try:
-        return make(node, **stages, **wired)
+        return node.make(**stages, **wired)
     except ValueError as error:
         raise ValueError(f"`head`: {error}") from error
 
@@ -180,62 +183,62 @@ def _stage_sizes(model: ConvNet, image: tuple[int, int, int]) -> tuple[tuple[int
     return tuple((stage.shape[-2], stage.shape[-1]) for stage in stages)
 
 
-def make_pipeline(config: Mapping[str, Any], spec: DataSpec, seed: int) -> Pipeline:
-    parts = {name: make(node) for name, node in config["augment"].items() if node is not None}
-    return Pipeline(parts, make(config["normalize"]), spec=spec, seed=seed)
+def make_pipeline(experiment: Experiment, spec: DataSpec) -> Pipeline:
+    parts = {name: node.make() for name, node in experiment.nodes("augment").items()}
+    return Pipeline(parts, experiment.node("normalize").make(), spec=spec, seed=experiment.seed)
 
 
-def make_interventions(config: Mapping[str, Any], regularization: Regularization, groups: Groups) -> Interventions:
-    """What the config lets change the run: projections first, averages last, of what the weights have become."""
+def make_interventions(experiment: Experiment) -> Interventions:
+    """What the experiment lets change the run: projections first, averages last, of what the weights have become."""
     found: dict[str, Intervention] = {}
-    if groups.freeze:
-        found["freeze"] = Freeze(groups.freeze)
+    regularization = experiment.regularization
+    if experiment.groups.freeze:
+        found["freeze"] = Freeze(experiment.groups.freeze)
     if regularization.max_norm is not None:
         found["max_norm"] = MaxNorm(regularization.max_norm)
-    for name, node in config.get("intervention", {}).items():
-        if node is not None:
-            found[f"intervention.{name}"] = make(node)
+    for node in experiment.nodes("intervention").values():
+        found[node.where] = node.make()
     if regularization.ema:
         found["ema"] = Ema(regularization.ema)
     return Interventions(found)
 
 
-def make_penalties(config: Mapping[str, Any], regularization: Regularization) -> Penalties:
+def make_penalties(experiment: Experiment) -> Penalties:
     """The terms of the loss that depend on the weights alone. Raises `ValueError` for two of one name."""
     found: dict[str, Penalty] = {}
+    regularization = experiment.regularization
     if regularization.l1:
         found["l1"] = L1(regularization.l1)
     if regularization.l2:
         found["l2"] = L2(regularization.l2)
-    for name, node in config.get("penalty", {}).items():
-        if node is not None and name in found:
+    for name, node in experiment.nodes("penalty").items():
+        if name in found:
             raise ValueError(
                 f"`penalty.{name}`: regularization.{name} has this name in the records; give it another in its YAML, "
                 f"or type regularization.{name}=0"
             )
-        if node is not None:
-            found[name] = make(node)
+        found[name] = node.make()
     return Penalties(found)
 
 
-def make_optimizer(config: Mapping[str, Any], model: nn.Module, groups: Groups, **fast: Any) -> torch.optim.Optimizer:
+def make_optimizer(experiment: Experiment, model: nn.Module, **fast: Any) -> torch.optim.Optimizer:
     """The optimizer over the parameter groups; each group states its `base_lr`.
 
     Args:
         fast: what `cnnlab.optim.traits.accelerated` found for the device.
     """
-    node = config["optim"]
-    traits = Traits.of(locate(node["_target_"]))
-    decoupled = bind_section(Regularization, config["regularization"]).decoupled_decay
-    if decoupled and node.get("weight_decay"):
+    node, groups = experiment.node("optim"), experiment.groups
+    traits = Traits.of(node.target)
+    decoupled, own = experiment.regularization.decoupled_decay, node.get("weight_decay")
+    if decoupled and own:
         raise ValueError(
             f"`regularization.decoupled_decay={decoupled:g}`: this optimizer decays by itself "
-            f"(optim.weight_decay={node['weight_decay']:g}); type optim.weight_decay=0, or "
+            f"(optim.weight_decay={own:g}); type optim.weight_decay=0, or "
             "regularization.decoupled_decay=0"
         )
     listed = parameter_groups(
         model,
-        weight_decay=node.get("weight_decay") if traits.weight_decay else None,
+        weight_decay=own if traits.weight_decay else None,
         decoupled_decay=decoupled,
         decay_norm_and_bias=groups.decay_norm_and_bias,
         layer_decay=groups.layer_decay,
@@ -243,8 +246,7 @@ def make_optimizer(config: Mapping[str, Any], model: nn.Module, groups: Groups, 
         freeze=groups.freeze,
         single_group=traits.single_group,
     )
-    first = next(iter(inspect.signature(locate(node["_target_"])).parameters))
-    optimizer = make({**node, **fast}, **{first: listed})
+    optimizer = node.with_settings(**fast).make(**{str(node.first_parameter): listed})
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     place_rates(optimizer)

@@ -10,11 +10,12 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import Any
 
+from cnnlab.composing.experiment import SECTIONS, Experiment
 from cnnlab.composing.kinds import is_part
 from cnnlab.composing.signature import RESERVED, locate, parameters_of
 from cnnlab.composing.values import show
@@ -42,12 +43,12 @@ class Setting:
         return f"`{self.key}={show(self.value)}`"
 
 
-def settings_of(config: Mapping[str, Any], groups: Collection[str], sections: Mapping[str, type]) -> Iterator[Setting]:
+def settings_of(config: Mapping[str, Any], groups: Collection[str]) -> Iterator[Setting]:
     """The settings of some groups and fixed sections that are not the defaults of what they configure."""
     for group in groups:
         node = config.get(group)
-        if group in sections and isinstance(node, Mapping):
-            yield from _of_call(sections[group], node, (group,))
+        if group in SECTIONS and isinstance(node, Mapping):
+            yield from _of_call(SECTIONS[group], node, (group,))
         elif isinstance(node, Mapping) and is_part(node):
             yield from _of_part(node, (group,))
         elif isinstance(node, Mapping):
@@ -85,9 +86,9 @@ def _plain(default: Any) -> Any:
     return [_plain(item) for item in default] if isinstance(default, tuple) else default
 
 
-def without(config: Mapping[str, Any], settings: Sequence[Setting]) -> dict[str, Any]:
-    """The config with the defaults in place of some settings."""
-    found = dict(config)
+def without(experiment: Experiment, settings: Sequence[Setting]) -> Experiment:
+    """The experiment with the defaults in place of some settings."""
+    found = dict(experiment.config)
     for setting in settings:
         node = found
         for name in setting.path[:-1]:
@@ -97,7 +98,7 @@ def without(config: Mapping[str, Any], settings: Sequence[Setting]) -> dict[str,
             node.pop(setting.path[-1], None)
         else:
             node[setting.path[-1]] = setting.instead[0]
-    return found
+    return replace(experiment, config=found)
 
 
 def blamed(
@@ -132,17 +133,15 @@ def blamed(
 
 
 class Attempts:
-    """Actions on the parts of a config; what they refuse is kept in `problems`, by the settings that it is about.
+    """Actions on the parts of an experiment; what they refuse is kept in `problems`, by the settings that it is about.
 
     Args:
-        config: nested values, which the actions read here, as `config`.
-        sections: the dataclasses of its fixed sections.
+        experiment: which the actions read here, as `experiment`.
         typed: the keys of the command line.
     """
 
-    def __init__(self, config: Mapping[str, Any], sections: Mapping[str, type], typed: Collection[str] = ()):
-        self.config = config
-        self.sections = sections
+    def __init__(self, experiment: Experiment, typed: Collection[str] = ()):
+        self.experiment = experiment
         self.typed = typed
         self.broken: set[str] = set()
         self.problems: list[str] = []
@@ -179,27 +178,27 @@ class Attempts:
     ) -> list[str]:
         """All that an action refuses: the settings that a refusal is about are put back, and it is tried again."""
         problems: list[str] = []
-        kept = self.config
+        kept = self.experiment
         try:
             while error is not None and len(problems) < MOST_TOLD:
                 text = textwrap.shorten(str(error), 500, placeholder=" ...")
                 if text.startswith(("`", *(f"{group}:" for group in groups), f"{where}.")):
                     return [*problems, text]
-                settings = list(settings_of(self.config, groups, self.sections))
+                settings = list(settings_of(self.experiment.config, groups))
                 about = blamed(error, settings, partial(self.refused, action), self.typed)
                 kind = "" if isinstance(error, ValueError | UsageError) else f"{type(error).__name__}: "
                 problems.append(f"{' with '.join(map(str, about)) or f'`{where}`'}: {kind}{text}")
                 if not about:
                     break
                 error = self.refused(action, *about)
-                self.config = without(self.config, about)
+                self.experiment = without(self.experiment, about)
         finally:
-            self.config = kept
+            self.experiment = kept
         return problems
 
     def refused(self, action: Callable[[], Any], *settings: Setting) -> Exception | None:
         """What an action refuses without some settings; `None` where it does what it is to."""
-        kept, self.config = self.config, without(self.config, settings)
+        kept, self.experiment = self.experiment, without(self.experiment, settings)
         try:
             action()
         except DataError:
@@ -207,5 +206,5 @@ class Attempts:
         except Exception as error:
             return error
         finally:
-            self.config = kept
+            self.experiment = kept
         return None

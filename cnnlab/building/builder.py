@@ -1,4 +1,4 @@
-"""From a composed config to a run: checks everything first, then wires what must know of each other."""
+"""From a checked experiment to a run: makes its parts and wires what must know of each other."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ from cnnlab.building.assemble import (
 )
 from cnnlab.building.facts import facts, unseen_classes, weighed_classes
 from cnnlab.building.stepping import StepMaker
-from cnnlab.composing.composer import Composed
-from cnnlab.composing.make import make
-from cnnlab.composing.signature import bind_section, locate
+from cnnlab.composing.experiment import Experiment
 from cnnlab.data.choice import loaded, with_decoder
 from cnnlab.data.found import Findings
 from cnnlab.data.loader import Loader
@@ -42,7 +40,7 @@ from cnnlab.observe.taps import Taps
 from cnnlab.optim.traits import Traits, accelerated
 from cnnlab.protocols import Batch, Data, DataSpec, Split
 from cnnlab.runs.folder import RunDir
-from cnnlab.schema import Groups, Layout, Loading, Regularization, Stats, StepKind, Trainer
+from cnnlab.schema import Layout, Loading, StepKind
 from cnnlab.tasks import Task
 from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.origin import Origin, chosen, described, load_own
@@ -56,14 +54,14 @@ MIN_STATISTICS_BATCH = 2
 
 
 def build(
-    composed: Composed,
+    experiment: Experiment,
     folder: RunDir | None = None,
     *,
     ranks: Ranks | None = None,
     resumed: bool = False,
     choices: Mapping[str, str] | None = None,
 ) -> Run:
-    """Makes the run of a checked config: loads the data, initializes the network, chooses the step.
+    """Makes the run of a checked experiment: loads the data, initializes the network, chooses the step.
 
     Args:
         resumed: the run goes on from `folder`'s last checkpoint, with the choices recorded in it; without a
@@ -73,14 +71,19 @@ def build(
     Raises:
         CheckpointError: there is none to go on from, or it is damaged or another run's.
         DataError: the data is missing or unusable.
+        TypeError: for what was not checked.
         UsageError: the parts do not go together on this machine.
     """
+    if not isinstance(experiment, Experiment):
+        raise TypeError(
+            f"expected a checked experiment, as cnnlab.compose([...]) gives it, received {type(experiment).__name__}"
+        )
     ranks = ranks or Ranks()
     state = None
     if resumed and folder is not None:
-        state = ranks.share(_last_checkpoint(folder, composed.config) if ranks.is_main else None)
+        state = ranks.share(_last_checkpoint(folder, experiment.config) if ranks.is_main else None)
         choices = state["origin"]["choices"] if state is not None else None
-    run = _Builder(composed.config, folder, ranks, resumed, choices or {}).run()
+    run = _Builder(experiment, folder, ranks, resumed, choices or {}).run()
     if state is not None:
         run.restore(state)
     return run
@@ -102,40 +105,35 @@ def _last_checkpoint(folder: RunDir, config: Mapping[str, Any]) -> dict[str, Any
 class _Builder:
     def __init__(
         self,
-        config: dict[str, Any],
+        experiment: Experiment,
         folder: RunDir | None,
         ranks: Ranks,
         resumed: bool,
         choices: Mapping[str, str],
     ):
-        self.config = config
+        self.experiment = experiment
         self.folder = folder
         self.ranks = ranks
         self.resumed = resumed
-        self.seed = int(config["seed"])
+        self.seed = experiment.seed
         self.choices = choices
-        self.trainer: Trainer = as_recorded(bind_section(Trainer, config["trainer"]), choices)
-        self.regularization: Regularization = bind_section(Regularization, config["regularization"])
-        self.groups: Groups = bind_section(Groups, config["groups"])
-        self.loading: Loading = bind_section(Loading, config["loading"])
-        self.stats: Stats = bind_section(Stats, config["stats"])
-        self.traits = Traits.of(locate(config["optim"]["_target_"]))
+        self.trainer = as_recorded(experiment.trainer, choices)
+        self.loading = experiment.loading
+        self.traits = Traits.of(experiment.node("optim").target)
         self.notices: list[str] = []
         self.findings = Findings()
 
     def run(self) -> Run:
         placement = self.place()
-        data = make(self.config["data"])
-        spec = spec_for_task(self.config, data.spec())
+        spec = spec_for_task(self.experiment, self.experiment.node("data").make().spec())
         splits = self.splits(placement)
-        pipeline = make_pipeline(self.config, spec, self.seed)
+        pipeline = make_pipeline(self.experiment, spec)
         # In turn: the others find in the cache what took rank 0 long.
-        self.ranks.in_turn(
-            lambda: fitted.fit(pipeline, splits["train"], self.config, known_cache(), made=partial(cache_folder, None))
-        )
+        settings, made = self.fitting(), partial(cache_folder, None)
+        self.ranks.in_turn(lambda: fitted.fit(pipeline, splits["train"], settings, known_cache(), made=made))
         labels = splits["train"].labels
-        counts = class_counts(self.config, spec, splits["train"])
-        task = make_task(self.config, spec, counts)
+        counts = class_counts(self.experiment, spec, splits["train"])
+        task = make_task(self.experiment, spec, counts)
         task.to(placement.device)
         self.notices += unseen_classes(task.class_names(spec), task.class_counts(spec, labels))
         if counts is not None and task.class_counts(spec, labels) is None:
@@ -147,9 +145,9 @@ class _Builder:
         if self.trainer.max_steps is not None:
             total_steps = min(total_steps, self.trainer.max_steps)
         optimizer = self.optimizer(model, placement)
-        interventions = make_interventions(self.config, self.regularization, self.groups)
+        interventions = make_interventions(self.experiment)
         interventions.attach(model, self.seed)
-        schedule = make(self.config["schedule"])
+        schedule = self.experiment.node("schedule").make()
         if hasattr(schedule, "resolve"):
             schedule.resolve(loaders["train"].steps, total_steps, self.trainer.batch_size)
         if hasattr(schedule, "notices"):
@@ -163,7 +161,7 @@ class _Builder:
             self.traits,
             placement,
             self.trainer,
-            make_penalties(self.config, self.regularization),
+            make_penalties(self.experiment),
             interventions,
             self.ranks,
             self.seed,
@@ -174,7 +172,7 @@ class _Builder:
         if self.trainer.step is StepKind.auto and step.name in StepKind.__members__:
             placement = replace(placement, step=StepKind(step.name))  # what a resumed run takes unasked
         run = Run(
-            config=self.config,
+            experiment=self.experiment,
             trainer=self.trainer,
             folder=self.folder,
             model=model,
@@ -192,7 +190,7 @@ class _Builder:
             selection=Selection(*task.monitor),
             total_steps=total_steps,
             interventions=interventions,
-            patience=self.regularization.patience,
+            patience=self.experiment.regularization.patience,
             checkpointer=Checkpointer(enabled=self.trainer.checkpoint, minutes=self.trainer.checkpoint_minutes),
             resumed=self.resumed,
             left_out=self.findings.left_out,
@@ -218,23 +216,23 @@ class _Builder:
         )
         if placement.device.type == "cpu":
             prepare_cpu()
-        if self.traits.create_graph and (self.ranks.world > 1 or self.trainer.accumulate > 1):
+        if self.traits.create_graph and self.ranks.world > 1:
             raise UsageError(
-                "this optimizer differentiates the loss twice, which needs the whole batch in one piece; "
-                "type trainer.accumulate=1 and run it on one process"
-            )
-        if (self.traits.closure or self.traits.create_graph) and self.trainer.clip_norm is not None:
-            raise UsageError(
-                "`trainer.clip_norm`: this optimizer searches along the loss's own slope, and takes no clipped "
-                "gradients; type trainer.clip_norm=null"
+                "this optimizer differentiates the loss twice, which needs the whole batch in one piece; run it on "
+                "one process"
             )
         return placement
+
+    def fitting(self) -> dict[str, dict[str, Any]]:
+        """The settings of the parts that look at the training set, as `fitted.fit` knows them."""
+        nodes = [*self.experiment.nodes("augment").values(), self.experiment.node("normalize")]
+        return {node.where: dict(node.config or {}) for node in nodes}
 
     def splits(self, placement: Placement) -> dict[str, Split]:
         """The data, and how its files are decoded."""
 
         def data(loading: Loading) -> Data:
-            return make(self.config["data"], loading=loading)
+            return self.experiment.node("data").make(loading=loading)
 
         splits, self.findings = loaded(data, self.loading, self.ranks, self.choices.get("data_path"))
         self.notices += self.findings.notices
@@ -305,8 +303,8 @@ class _Builder:
     def network(self, spec: DataSpec, task: Task, placement: Placement) -> tuple[nn.Module, Any]:
         """The network with its initial weights, and what gave it them."""
         with rng.seeded(self.seed, "init", "construction"):
-            model = make_network(self.config, spec, task, self.regularization)
-        init = make(self.config["init"])
+            model = make_network(self.experiment, spec, task)
+        init = self.experiment.node("init").make()
         init(model, self.seed)
         self.start_from_prior(model, task, spec)
         model = model.to(placement.device)
@@ -335,15 +333,15 @@ class _Builder:
             self.notices.append("loss: this network's logits do not end with a bias, so the loss's prior has no effect")
 
     def optimizer(self, model: nn.Module, placement: Placement) -> torch.optim.Optimizer:
-        node = self.config["optim"]
+        node = self.experiment.node("optim")
         captured = placement.step is StepKind.captured
-        fast = accelerated(locate(node["_target_"]), node, placement.device, captured=captured)
-        return make_optimizer(self.config, model, self.groups, **fast)
+        fast = accelerated(node.target, node.settings, placement.device, captured=captured)
+        return make_optimizer(self.experiment, model, **fast)
 
     def observer(self, model: nn.Module, placement: Placement, total_steps: int) -> Observer:
-        stats = self.stats
-        nodes = self.config["probe"] if stats.enabled else {}
-        probes = [make(node) for node in nodes.values() if node is not None]
+        stats = self.experiment.stats
+        nodes = self.experiment.nodes("probe") if stats.enabled else {}
+        probes = [node.make() for node in nodes.values()]
         needs = frozenset[str]().union(*(probe.needs for probe in probes))
         taps = None
         if needs & {"activations", "activation_gradients"}:
@@ -372,7 +370,7 @@ class _Builder:
         own = run.folder if run.is_main else None
         recorder = Recorder(own)
         evidence = Evidence(own, len(run.loaders["train"].split), run.device, self.ranks)
-        origin = Origin(self.config, self.described(run), self.chosen(run, placement), run.files, run.dir)
+        origin = Origin(run.config, self.described(run), self.chosen(run, placement), run.files, run.dir)
         run.origin = origin
         parts: dict[str, Any] = {
             "origin": origin,
@@ -423,8 +421,3 @@ class _Builder:
 
 def _memory_format(layout: Layout) -> torch.memory_format:
     return torch.channels_last if layout is Layout.channels_last else torch.contiguous_format
-
-
-def with_overrides(composed: Composed, **config: Any) -> Composed:
-    """The same experiment with top-level keys of the config replaced."""
-    return replace(composed, config={**composed.config, **config})

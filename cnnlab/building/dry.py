@@ -3,17 +3,16 @@ an empty batch, an optimizer's first step on four weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from cnnlab.building.assemble import make_penalties
+from cnnlab.composing.experiment import Experiment
 from cnnlab.machine.memory import is_out_of_memory
 from cnnlab.optim.traits import Traits
 from cnnlab.protocols import ConvNet, DataSpec
-from cnnlab.schema import Regularization
 from cnnlab.train.forward import Penalties
 
 
@@ -72,13 +71,13 @@ def headed(model: nn.Module, spec: DataSpec) -> None:
         ) from error
 
 
-def penalized(config: Mapping[str, Any], model: nn.Module, regularization: Regularization) -> None:
+def penalized(experiment: Experiment, model: nn.Module) -> None:
     """Lets the penalties see the shapes of a network's weights. Raises `ValueError` with the reason where one refuses.
 
     What reads values, and cannot run so, is left to the first batch.
     """
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, penalty in make_penalties(config, regularization).named.items():
+    for name, penalty in make_penalties(experiment).named.items():
         try:
             Penalties({name: penalty})(weights)
         except Exception as error:  # a third party's formula may raise anything

@@ -89,7 +89,7 @@ def weighed_classes(names: Sequence[str], counts: Tensor, masks: int) -> list[st
 
 
 def _part(run: Run, group: str) -> str:
-    return str(run.config[group]["_target_"]).rpartition(".")[2]
+    return run.experiment.node(group).name.rpartition(".")[2]
 
 
 def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:

@@ -8,7 +8,7 @@ from contextlib import nullcontext, suppress
 from typing import Any
 
 from cnnlab.building.builder import build
-from cnnlab.composing.composer import Composed
+from cnnlab.composing.experiment import Experiment
 from cnnlab.inspect.flops import forward_flops
 from cnnlab.machine.interrupts import watcher
 from cnnlab.machine.ranks import join, leave
@@ -19,7 +19,7 @@ from cnnlab.train import fit
 
 
 def launch(
-    composed: Composed, folder: RunDir | None = None, *, json_output: bool = False, again: bool = False
+    experiment: Experiment, folder: RunDir | None = None, *, json_output: bool = False, again: bool = False
 ) -> dict[str, float]:
     """Runs one checked experiment, in its own folder; `folder` is given when a run goes on.
 
@@ -31,19 +31,19 @@ def launch(
     ranks = join()
     going_on = folder is not None
     try:
-        folder = folder or RunDir(ranks.share(str(composed.run_dir)))
+        folder = folder or RunDir(ranks.share(str(experiment.run_dir)))
         with folder.claimed() if ranks.is_main else nullcontext():
             if not going_on and ranks.is_main:
-                folder.create(composed.config, composed.overrides, again=again)
+                folder.create(experiment.config, experiment.overrides, again=again)
             ranks.wait()
             if ranks.is_main:
                 watcher.on_forced_end = folder.record_forced_end
             try:
-                run = _started(composed, folder, ranks, going_on, json_output)
+                run = _started(experiment, folder, ranks, going_on, json_output)
             except BaseException as error:
                 if ranks.is_main and not going_on:  # a run that could not go on stays what it was
                     with suppress(OSError):
-                        folder.record_failure(error, config_hash=config_hash(composed.config))
+                        folder.record_failure(error, config_hash=config_hash(experiment.config))
                 raise
             return fit(run)
     except Exception as error:
@@ -59,9 +59,9 @@ def launch(
         leave()
 
 
-def _started(composed: Composed, folder: RunDir, ranks: Any, going_on: bool, json_output: bool) -> Any:
+def _started(experiment: Experiment, folder: RunDir, ranks: Any, going_on: bool, json_output: bool) -> Any:
     """The run, built, with its listeners, and with what is known of it in `run.json`."""
-    run = build(composed, folder, ranks=ranks, resumed=going_on)
+    run = build(experiment, folder, ranks=ranks, resumed=going_on)
     if not run.is_main:
         return run
     if going_on:
@@ -69,22 +69,22 @@ def _started(composed: Composed, folder: RunDir, ranks: Any, going_on: bool, jso
             run.notices.insert(
                 0, f"run: its process was killed; it goes on from its checkpoint of step {run.clock.step}"
             )
-        folder.write_config(composed.config, composed.overrides)
+        folder.write_config(experiment.config, experiment.overrides)
         folder.error.unlink(missing_ok=True)
     console = attach(run, folder, sys.stderr if json_output else sys.stdout)
     for notice in run.notices:
         console.notice(notice)
     data_files.write(folder.path, run.files)
-    folder.update(**_opening(composed, run))
+    folder.update(**_opening(experiment, run))
     return run
 
 
-def _opening(composed: Composed, run: Any) -> dict[str, Any]:
+def _opening(experiment: Experiment, run: Any) -> dict[str, Any]:
     return {
-        "seed": composed.config["seed"],
-        "config_hash": config_hash(composed.config),
-        "choices": composed.choices,
-        "config_dirs": list(composed.config_dirs),
+        "seed": experiment.seed,
+        "config_hash": config_hash(experiment.config),
+        "choices": experiment.choices,
+        "config_dirs": list(experiment.config_dirs),
         "classes": list(run.task.class_names(run.spec)),
         "samples": {name: len(loader.split) for name, loader in run.loaders.items()},
         "left_out": [{"file": name, "reason": reason} for name, reason in run.left_out],

@@ -6,9 +6,9 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,37 +17,19 @@ from torch import nn
 from cnnlab.building.assemble import make_network, make_optimizer, make_pipeline, spec_for_task, task_class
 from cnnlab.building.blame import Attempts, settings_of
 from cnnlab.building.dry import headed, on_cpu, on_meta, passes, penalized, steps
-from cnnlab.composing.composer import Composed, Composer
+from cnnlab.composing.composer import Composed, Composer, composer
+from cnnlab.composing.experiment import SECTIONS, VALUES, Experiment, Node
 from cnnlab.composing.groups import GROUPS
 from cnnlab.composing.kinds import is_part, lacking, public_name, root_of
-from cnnlab.composing.make import make
 from cnnlab.composing.overrides import key_of
-from cnnlab.composing.signature import accepts, bind_section, check_part, check_section, locate
+from cnnlab.composing.signature import check_part, check_section, locate
 from cnnlab.composing.trust import Trust
 from cnnlab.composing.values import check_value
 from cnnlab.errors import ConfigError, did_you_mean, short
 from cnnlab.machine.device import place
 from cnnlab.optim.traits import Traits
 from cnnlab.protocols import DataSpec, Intervention
-from cnnlab.schema import DataPath, Decoder, DropoutKind, Groups, Loading, Regularization, Stats, Trainer
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Where runs are written."""
-
-    outputs: str = "outputs"
-
-
-SECTIONS = {
-    "trainer": Trainer,
-    "loading": Loading,
-    "groups": Groups,
-    "regularization": Regularization,
-    "stats": Stats,
-    "paths": Paths,
-}
-VALUES: dict[str, Any] = {"seed": int, "name": str, "resume": str | None}
+from cnnlab.schema import DataPath, Decoder, Device, DropoutKind, Loading
 
 MAX_NAME = 255
 """Bytes of a file's name that the usual file systems take."""
@@ -55,7 +37,24 @@ MAX_PATH = 2000
 """Bytes of an experiment's name: with the folders around it, a path has 4,096."""
 
 
-def checked(composer: Composer, overrides: Sequence[str], number: int | None = None) -> Composed:
+def compose(
+    overrides: Sequence[str] = (), config_dirs: Sequence[str | Path] = (), trusted: Sequence[str] = ()
+) -> Experiment:
+    """The checked experiment that `cnnlab train OVERRIDES...` would run.
+
+    Args:
+        config_dirs: as `--config-dir`.
+        trusted: as `--trust`.
+
+    Raises:
+        ConfigError: with everything that is wrong with it.
+        DataError: the config is sound, and its data is not there.
+    """
+    with composer(config_dirs, trusted=trusted) as open_composer:
+        return checked(open_composer, overrides)
+
+
+def checked(composer: Composer, overrides: Sequence[str], number: int | None = None) -> Experiment:
     """Composes and checks one experiment, or cell `number` of a sweep, and reports what is wrong all at once.
 
     Raises:
@@ -67,25 +66,34 @@ def checked(composer: Composer, overrides: Sequence[str], number: int | None = N
     if problems:
         raise ConfigError(problems)
     assert draft.composed is not None
-    _try(draft.composed)
-    return draft.composed
+    return _tried(Experiment.of(draft.composed))
 
 
-def check(composed: Composed) -> None:
-    """Raises `ConfigError` with every problem, else `DataError` where the data is not there."""
+def check(composed: Composed) -> Experiment:
+    """The experiment, checked.
+
+    Raises `ConfigError` with every problem, else `DataError` where the data is not there.
+    """
+    return _tried(read(composed))
+
+
+def read(composed: Composed) -> Experiment:
+    """The experiment of a run that was checked when it began, to be looked at again: its parts are not made for a
+    trial, and its data may be gone. Raises `ConfigError` with every problem that names, signatures and values tell."""
     if problems := static_problems(composed):
         raise ConfigError(problems)
-    _try(composed)
+    return Experiment.of(composed)
 
 
-def _try(composed: Composed) -> None:
-    """Makes every part of a config whose values are sound. Raises what `check` does."""
-    trial = _Trial(composed.config, [key_of(text) for text in composed.overrides])
+def _tried(experiment: Experiment) -> Experiment:
+    """Makes every part of an experiment whose values are sound. Raises what `check` does."""
+    trial = _Trial(experiment, [key_of(text) for text in experiment.overrides])
     trial.run()
     if trial.problems:
         raise ConfigError(trial.problems)
     if trial.data_error is not None:
         raise trial.data_error
+    return experiment
 
 
 def static_problems(composed: Composed) -> list[str]:
@@ -167,15 +175,12 @@ def _wired(name: str, node: Any, trust: Trust) -> tuple[str, ...]:
 class _Trial(Attempts):
     """Makes each part, once the values of all are sound."""
 
-    def __init__(self, config: Mapping[str, Any], typed: Collection[str] = ()):
-        super().__init__(config, SECTIONS, typed)
-
     def run(self) -> None:
         for group in ("schedule", "init", "normalize"):
-            self.attempt(group, partial(self.own, group), group)
+            self.attempt(group, lambda: self.part(group, self.experiment.node(group)), group)  # noqa: B023 (called at once)
         for group in (name for name in GROUPS if GROUPS[name].named and self.sound(name)):
-            for name in self.config.get(group, {}):
-                self.attempt(f"{group}.{name}", partial(self.own, group, name), group)
+            for name, node in self.experiment.nodes(group).items():
+                self.attempt(node.where, lambda: self.part(group, self.experiment.nodes(group)[name]), group)  # noqa: B023
         optimizer = self.attempt("optim", self.dry_optimizer, "optim")
         self.placement()
         spec = self.spec()
@@ -184,50 +189,46 @@ class _Trial(Attempts):
 
     # ---- each part by itself ----
 
-    def own(self, group: str, name: str | None = None) -> Any:
-        """The part of a group, or the one with a name in it."""
-        node = self.config.get(group)
-        return self.part(group, node if name is None or node is None else node[name])
-
-    def part(self, group: str, node: Any, **wired: Any) -> Any:
+    def part(self, group: str, node: Node, **wired: Any) -> Any:
         """The part, which has what its group asks for."""
-        made = make(node, **wired)
+        made = node.make(**wired)
         if made is not None and (problem := lacking(made, GROUPS[group].kinds)):
-            raise ValueError(f"{node['_target_']} {problem}")
+            raise ValueError(f"{node.name} {problem}")
         return made
 
     def spec(self) -> DataSpec | None:
         loading = self.loading()
-        data = self.attempt("data", lambda: self.part("data", self.config["data"], loading=loading), "data")
+        data = self.attempt("data", lambda: self.part("data", self.experiment.node("data"), loading=loading), "data")
         return None if data is None else self.attempt("data", data.spec, "data")
 
     def loading(self) -> Loading | None:
         """The section, once it is one that this data set can follow."""
         if not self.sound("loading", "data"):
             return None
-        loading: Loading = bind_section(Loading, self.config["loading"])
-        target = locate(self.config["data"]["_target_"])
-        if loading.path is DataPath.stream and not getattr(target, "streams", accepts(target, "loading")):
+        loading, node = self.experiment.loading, self.experiment.node("data")
+        if loading.path is DataPath.stream and not getattr(node.target, "streams", node.takes("loading")):
             self.refuse(
-                f"`loading.path=stream`: {target.__name__} decodes its images once; type loading.path=auto", "loading"
+                f"`loading.path=stream`: {node.target.__name__} decodes its images once; type loading.path=auto",
+                "loading",
             )
-        device = self.config["trainer"].get("device") if self.sound("trainer") else None
-        if loading.decode is Decoder.cuda and device not in ("auto", "cuda", None):
+        device = self.experiment.trainer.device
+        if loading.decode is Decoder.cuda and device not in (Device.auto, Device.cuda):
             self.refuse(
-                f"`loading.decode=cuda`: this run is on trainer.device={device}; type loading.decode=auto", "loading"
+                f"`loading.decode=cuda`: this run is on trainer.device={device.value}; type loading.decode=auto",
+                "loading",
             )
         return loading
 
     def dry_optimizer(self) -> torch.optim.Optimizer:
-        node = self.config["optim"]
-        first = next(iter(inspect.signature(locate(node["_target_"])).parameters), None)
+        node = self.experiment.node("optim")
+        first = node.first_parameter
         if first is None:
             raise ValueError("expected the parameters to train as its first parameter, received one that takes none")
         weight = nn.Parameter(torch.ones(2, 2))
-        made = make(node, **{first: [weight]})
+        made = node.make(**{first: [weight]})
         if not isinstance(made, torch.optim.Optimizer):
             raise ValueError(f"expected a torch.optim.Optimizer, received {type(made).__name__}")
-        said, is_there = Traits.of(locate(node["_target_"])), Traits.of(type(made))
+        said, is_there = Traits.of(node.target), Traits.of(type(made))
         if replace(said, weight_decay=is_there.weight_decay) != is_there:
             name = public_name(type(made))
             raise ValueError(f"this function makes a {name}, which is run in another way; annotate it with -> {name}")
@@ -237,8 +238,8 @@ class _Trial(Attempts):
     def placement(self) -> None:
         if not self.sound("trainer", "optim"):
             return
-        trainer: Trainer = bind_section(Trainer, self.config["trainer"])
-        traits = Traits.of(locate(self.config["optim"]["_target_"]))
+        trainer = self.experiment.trainer
+        traits = Traits.of(self.experiment.node("optim").target)
         self.attempt("trainer", lambda: place(trainer, closure=traits.closure), "trainer")
         if trainer.accumulate > trainer.batch_size:
             self.refuse(
@@ -260,11 +261,10 @@ class _Trial(Attempts):
 
     def searched_gradients(self) -> None:
         """An optimizer that searches along the loss's own slope takes no other gradients."""
-        for name, node in self.config.get("intervention", {}).items():
-            target = None if node is None else locate(node["_target_"])
-            if target is not None and getattr(target, "gradients", None) is not Intervention.gradients:
+        for node in self.experiment.nodes("intervention").values():
+            if getattr(node.target, "gradients", None) is not Intervention.gradients:
                 self.refuse(
-                    f"`intervention.{name}`: this optimizer searches along the loss's own slope, and takes no changed "
+                    f"`{node.where}`: this optimizer searches along the loss's own slope, and takes no changed "
                     "gradients; type another optim, or intervention=none",
                     "intervention",
                 )
@@ -272,28 +272,28 @@ class _Trial(Attempts):
     # ---- what only the parts together can tell: targets, sizes, heads, parameter names ----
 
     def together(self, whole: DataSpec, optimizer: bool) -> None:
-        spec: DataSpec | None = self.attempt("task", lambda: spec_for_task(self.config, whole), "task")
+        spec: DataSpec | None = self.attempt("task", lambda: spec_for_task(self.experiment, whole), "task")
         if spec is None:
             return
-        self.attempt("augment", lambda: make_pipeline(self.config, spec, 0), "augment", "normalize")
+        self.attempt("augment", lambda: make_pipeline(self.experiment, spec), "augment", "normalize")
         loss = self.attempt("loss", lambda: self.loss(spec), "loss", "task")
         task = self.attempt(
-            "task", lambda: self.part("task", self.config["task"], loss=loss, spec=spec), "task", "loss"
+            "task", lambda: self.part("task", self.experiment.node("task"), loss=loss, spec=spec), "task", "loss"
         )
         if task is not None and self.sound("model", "activation", "norm", "regularization", "head"):
             self.network(spec, task, optimizer)
 
     def loss(self, spec: DataSpec) -> Any:
         """Made for a training set with one of each class."""
-        classes = len(task_class(self.config).class_names(spec))
-        return self.part("loss", self.config["loss"], num_classes=classes, class_counts=torch.ones(classes))
+        classes, node = len(task_class(self.experiment).class_names(spec)), self.experiment.node("loss")
+        return self.part("loss", node, num_classes=classes, class_counts=torch.ones(classes))
 
     def network(self, spec: DataSpec, task: Any, optimizer: bool) -> None:
-        self.unused_choices(bind_section(Regularization, self.config["regularization"]))
+        self.unused_choices()
         among = ("activation", "norm", "regularization", "head")
 
         def network() -> nn.Module:
-            return make_network(self.config, spec, task, bind_section(Regularization, self.config["regularization"]))
+            return make_network(self.experiment, spec, task)
 
         model = self.attempt("model", lambda: on_meta(network), "model", among=among)
         if model is None:
@@ -301,35 +301,32 @@ class _Trial(Attempts):
         if self.is_own("activation") or self.is_own("norm"):
             self.attempt("model", lambda: passes(on_cpu(network), spec), "model", among=among)
         self.attempt("head", lambda: headed(model, spec), "head")
-
-        def penalties() -> None:
-            penalized(self.config, model, bind_section(Regularization, self.config["regularization"]))
-
-        self.attempt("penalty", penalties, "penalty")
+        self.attempt("penalty", lambda: penalized(self.experiment, model), "penalty")
         if self.sound("init"):
-            self.attempt("init", lambda: getattr(make(self.config["init"]), "validate", lambda _: None)(model), "init")
+
+            def validated() -> None:
+                getattr(self.experiment.node("init").make(), "validate", lambda _: None)(model)
+
+            self.attempt("init", validated, "init")
         if optimizer and self.sound("groups"):
-
-            def grouped() -> torch.optim.Optimizer:
-                return make_optimizer(self.config, model, bind_section(Groups, self.config["groups"]))
-
-            self.attempt("groups", grouped, "groups", among=("optim",))
+            self.attempt("groups", lambda: make_optimizer(self.experiment, model), "groups", among=("optim",))
 
     def is_own(self, group: str) -> bool:
         """Whether a group's part, or a value of it, is the user's choice, which its constructor may let pass."""
-        node = self.config[group]
-        target = str(node.get("_target_") or "")
-        chosen = any(key.startswith(f"{group}.") for key in self.typed) or root_of(target) not in ("cnnlab", "torch")
-        return bool(target) and (chosen or any(settings_of(self.config, [group], SECTIONS)))
+        node = self.experiment.node(group)
+        chosen = any(key.startswith(f"{group}.") for key in self.typed)
+        chosen = chosen or root_of(node.name) not in ("cnnlab", "torch")
+        return bool(node) and (chosen or any(settings_of(self.experiment.config, [group])))
 
-    def unused_choices(self, regularization: Regularization) -> None:
+    def unused_choices(self) -> None:
         """A setting that silently had no effect would be the worst answer."""
-        target = locate(self.config["model"]["_target_"])
+        model, regularization = self.experiment.node("model"), self.experiment.regularization
         for name in ("dropout", "stochastic_depth"):
             if name == "dropout" and regularization.dropout_kind is DropoutKind.spatial:
                 continue  # acts between the network's features and what reads them
-            if getattr(regularization, name) is not None and not accepts(target, name):
-                self.refuse(f"`regularization.{name}`: {target.__name__} has none; type regularization.{name}=null")
+            if getattr(regularization, name) is not None and not model.takes(name):
+                has_none = f"{model.target.__name__} has none; type regularization.{name}=null"
+                self.refuse(f"`regularization.{name}`: {has_none}")
         for group in (name for name in GROUPS if GROUPS[name].factory):
-            if self.config[group].get("_target_") is not None and not accepts(target, group):
-                self.refuse(f"`{group}`: {target.__name__} does not let its {group} be chosen; type {group}=auto")
+            if self.experiment.node(group) and not model.takes(group):
+                self.refuse(f"`{group}`: {model.target.__name__} does not let its {group} be chosen; type {group}=auto")

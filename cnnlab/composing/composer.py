@@ -370,13 +370,3 @@ def composer(
         yield Composer(config_dirs, config_name, trusted)
     finally:
         settings.cfg = kept
-
-
-def compose(overrides: Sequence[str] = (), config_dirs: Sequence[str | Path] = ()) -> Composed:
-    """Composes one experiment, as `cnnlab train OVERRIDES...` does.
-
-    Raises:
-        ConfigError: with every unknown group, option and key.
-    """
-    with composer(config_dirs) as open_composer:
-        return open_composer.compose(overrides)

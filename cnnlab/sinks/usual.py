@@ -54,6 +54,6 @@ def attach(run: Any, folder: RunDir, stream: TextIO) -> Console:
     console = Console(stream, live=run.trainer.progress)
     shown = Unfailing(console)
     board = TensorBoard(folder.tensorboard)
-    pictures = [SamplePictures(board)] if run.config["stats"]["pictures"] else []
+    pictures = [SamplePictures(board)] if run.experiment.stats.pictures else []
     run.listeners += [shown, board, *pictures]
     return console

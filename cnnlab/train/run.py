@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from cnnlab.composing.experiment import Experiment
 from cnnlab.data.ahead import NotAwaited
 from cnnlab.data.loader import Loader
 from cnnlab.errors import CheckpointError, CnnlabError, DivergedError, InterruptedRun, UsageError
@@ -41,8 +42,9 @@ _log = logging.getLogger(__name__)
 class Run:
     """Everything that one training needs. `cnnlab.building.builder.build` makes it from a config."""
 
-    config: dict[str, Any]
+    experiment: Experiment
     trainer: Trainer
+    """Its section, with what `auto` chose when the run began."""
     folder: RunDir | None
     model: nn.Module
     task: Task
@@ -86,6 +88,11 @@ class Run:
         """The base learning rate of the last update."""
 
     # ---- what listeners ask ----
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The experiment's, as the run folder keeps it and by which a checkpoint is known."""
+        return self.experiment.config
 
     @property
     def dir(self) -> Any:

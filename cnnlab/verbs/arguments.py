@@ -10,7 +10,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-from cnnlab.composing.composer import CONFIG_NAME, Composed, Composer
+from cnnlab.composing.composer import CONFIG_NAME, Composer
+from cnnlab.composing.experiment import Experiment
 from cnnlab.composing.hydra_private import get_args_parser
 from cnnlab.errors import UsageError, did_you_mean
 from cnnlab.terminal import one_line, say
@@ -108,7 +109,7 @@ def parse(arguments: Sequence[str], parser: Parser | None = None) -> Arguments:
     return Arguments(**shared, config_dirs=config_dirs, own=own, raw=list(arguments))
 
 
-def experiment(open_composer: Composer, args: Arguments) -> Composed:
+def checked_experiment(open_composer: Composer, args: Arguments) -> Experiment:
     """The one checked experiment that the overrides ask for. Raises `ConfigError` with every problem."""
     from cnnlab.building.trial import checked
 

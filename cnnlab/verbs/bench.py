@@ -13,7 +13,7 @@ from cnnlab.errors import UsageError
 from cnnlab.machine.surroundings import torchrun
 from cnnlab.runs.folder import jsonable
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.arguments import answer, experiment, override_parser, parse
+from cnnlab.verbs.arguments import answer, checked_experiment, override_parser, parse
 
 if TYPE_CHECKING:
     from cnnlab.sinks.drawing import Drawing
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     with composer(args.config_dirs, args.config_name, args.trust) as open_composer:
         if args.show:
             return answer(open_composer, args)
-        composed = experiment(open_composer, args)
+        composed = checked_experiment(open_composer, args)
     from cnnlab.bench.experiment import bench
 
     with _progress() as progress:

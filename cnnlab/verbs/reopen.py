@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from cnnlab.composing.composer import Composed, make_importable
+from cnnlab.composing.experiment import Experiment
 from cnnlab.composing.trust import TYPED, Trust
-from cnnlab.errors import ConfigError
 from cnnlab.machine.surroundings import here
 from cnnlab.runs.folder import RunDir
 
 
-def reopened(folder: RunDir, trust: Trust = TYPED) -> Composed:
+def reopened(folder: RunDir, trust: Trust = TYPED) -> Experiment:
     """The experiment of a run folder, whoever wrote it: what it names is looked at before any of it is imported.
 
     Args:
@@ -20,7 +20,7 @@ def reopened(folder: RunDir, trust: Trust = TYPED) -> Composed:
         UsageError: this is no run folder, or it names code that nobody vouches for.
         CheckpointError: its files are damaged.
     """
-    from cnnlab.building.trial import static_problems
+    from cnnlab.building.trial import read
 
     config, record, trust = folder.config(), folder.read(), trust.of_a_run()
     recorded = tuple(map(str, record.get("config_dirs", [])))
@@ -28,7 +28,4 @@ def reopened(folder: RunDir, trust: Trust = TYPED) -> Composed:
     trust.require(config, recorded)
     known = tuple(dict.fromkeys([*trust.folders, *recorded]))
     overrides = tuple(folder.overrides())
-    composed = Composed(config, folder.path, record.get("choices", {}), overrides, known, trust=trust)
-    if problems := static_problems(composed):
-        raise ConfigError(problems)
-    return composed
+    return read(Composed(config, folder.path, record.get("choices", {}), overrides, known, trust=trust))

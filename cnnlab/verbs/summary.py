@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from cnnlab.composing.composer import composer
+from cnnlab.composing.experiment import Experiment
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.arguments import answer, experiment, override_parser, parse
+from cnnlab.verbs.arguments import answer, checked_experiment, override_parser, parse
 
 HELP = """cnnlab summary: shows what an experiment would train.
 
@@ -41,10 +42,10 @@ def main(arguments: Sequence[str]) -> int:
     with composer(args.config_dirs, args.config_name, args.trust) as open_composer:
         if args.show:
             return answer(open_composer, args)
-        composed = experiment(open_composer, args)
+        composed = checked_experiment(open_composer, args)
     from cnnlab.inspect.summary import to_json
 
-    described = _describe(composed.config)
+    described = _describe(composed)
     if args.json:
         document = {
             "network": to_json(described["network"]),
@@ -57,20 +58,17 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _describe(config: dict[str, Any]) -> dict[str, Any]:
+def _describe(experiment: Experiment) -> dict[str, Any]:
     import torch
 
     from cnnlab.building.assemble import make_network, make_optimizer, make_task, spec_for_task, task_class
     from cnnlab.building.dry import on_meta
-    from cnnlab.composing.make import make
-    from cnnlab.composing.signature import bind_section
     from cnnlab.inspect.summary import summarize
-    from cnnlab.schema import Groups, Regularization
 
-    spec = spec_for_task(config, make(config["data"]).spec())
-    task = make_task(config, spec, torch.ones(len(task_class(config).class_names(spec))))
-    model = on_meta(lambda: make_network(config, spec, task, bind_section(Regularization, config["regularization"])))
-    optimizer = make_optimizer(config, model, bind_section(Groups, config["groups"]))
+    spec = spec_for_task(experiment, experiment.node("data").make().spec())
+    task = make_task(experiment, spec, torch.ones(len(task_class(experiment).class_names(spec))))
+    model = on_meta(lambda: make_network(experiment, spec, task))
+    optimizer = make_optimizer(experiment, model)
     groups = [
         {
             "name": group.get("name", "all"),
@@ -83,23 +81,21 @@ def _describe(config: dict[str, Any]) -> dict[str, Any]:
         for group in optimizer.param_groups
     ]
     return {
-        "network": summarize(model, (spec.channels, *spec.size), batch=config["trainer"]["batch_size"]),
+        "network": summarize(model, (spec.channels, *spec.size), batch=experiment.trainer.batch_size),
         "notes": getattr(model, "notes", []),
         "optimizer": type(optimizer).__name__,
         "groups": groups,
-        "schedule": _rates(config, optimizer.param_groups[0]["base_lr"]),
+        "schedule": _rates(experiment, optimizer.param_groups[0]["base_lr"]),
     }
 
 
-def _rates(config: dict[str, Any], base: float) -> dict[str, list[float]]:
+def _rates(experiment: Experiment, base: float) -> dict[str, list[float]]:
     """The base group's rate at evenly spaced points of the run, by epoch."""
-    from cnnlab.composing.make import make
-
-    schedule = make(config["schedule"])
-    epochs, steps = config["trainer"]["epochs"], 1000
+    schedule = experiment.node("schedule").make()
+    epochs, steps = experiment.trainer.epochs, 1000
     total = epochs * steps
     if hasattr(schedule, "resolve"):
-        schedule.resolve(steps, total, config["trainer"]["batch_size"])
+        schedule.resolve(steps, total, experiment.trainer.batch_size)
     at = [round(i * (total - 1) / (POINTS - 1)) for i in range(POINTS)]
     return {"epoch": [step / steps for step in at], "lr": [base * schedule.factor(step, total) for step in at]}
 

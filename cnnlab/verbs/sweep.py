@@ -18,6 +18,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 
 from cnnlab.composing.composer import Composed, Composer, make_importable, options_taken
+from cnnlab.composing.experiment import Experiment
 from cnnlab.composing.hydra_private import BASIC_SWEEPER, Callbacks
 from cnnlab.composing.overrides import is_for_hydra
 from cnnlab.composing.signature import check_part
@@ -75,16 +76,16 @@ def _interruption(stop: KeyboardInterrupt, folder: SweepDir) -> InterruptedRun:
     )
 
 
-def _checked(open_composer: Composer, cells: Sequence[Sequence[str]]) -> list[Composed]:
+def _checked(open_composer: Composer, cells: Sequence[Sequence[str]]) -> list[Experiment]:
     from cnnlab.building.trial import checked
 
-    composed: list[Composed] = []
+    composed: list[Experiment] = []
     problems: dict[str, list[str]] = {}
     unusable: list[DataError] = []
     for number, cell in enumerate(cells):
         try:
             composed.append(checked(open_composer, cell, number))
-            if composed[-1].config["resume"] is not None:
+            if composed[-1].resume is not None:
                 raise ConfigError(["`resume`: one run goes on at a time; type it without -m"])
         except ConfigError as error:
             for problem in error.problems:
@@ -108,7 +109,7 @@ def _in_cells(problem: str, found: Sequence[str], total: int) -> str:
 class SweepDir:
     """The folder of a sweep, and `sweep.json` in it."""
 
-    def __init__(self, cells: Sequence[Composed]):
+    def __init__(self, cells: Sequence[Experiment]):
         first = cells[0].sweep_dir
         assert first is not None
         self.path = first
@@ -257,21 +258,22 @@ def run_cell(config: Any, *, config_dirs: Sequence[str], json_output: bool) -> N
 
 def _run_cell(config: Any, config_dirs: Sequence[str], json_output: bool) -> None:
     from cnnlab.building.launch import launch
+    from cnnlab.building.trial import read
 
     make_importable([*config_dirs, here()])
     hydra = HydraConfig.get()
     plain: Any = OmegaConf.to_container(config, resolve=True)
     folder = Path(hydra.runtime.output_dir)
-    composed = Composed(plain, folder, options_taken(hydra), tuple(hydra.overrides.task), tuple(config_dirs))
+    experiment = read(Composed(plain, folder, options_taken(hydra), tuple(hydra.overrides.task), tuple(config_dirs)))
     label = f"cell {hydra.job.num}"
     run = RunDir(folder)
     try:
         if run.status() in FINISHED:
             say(f"\n{label}: done before", err=json_output)
             return
-        say(f"\n{label}: {one_line(' '.join(composed.overrides))}", err=json_output)
+        say(f"\n{label}: {one_line(' '.join(experiment.overrides))}", err=json_output)
         # One that ended before its first checkpoint begins again, under its claim: nobody else's folder is touched.
-        launch(composed, run if run.last.exists() else None, json_output=json_output, again=True)
+        launch(experiment, run if run.last.exists() else None, json_output=json_output, again=True)
     except InterruptedRun as error:  # a launcher keeps what is an Exception and goes on with the next cell
         number = error.exit_code - 128
         raise (KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)) from error

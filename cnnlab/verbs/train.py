@@ -9,7 +9,8 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Override
 
-from cnnlab.composing.composer import Composed, Composer, composer
+from cnnlab.composing.composer import Composer, composer
+from cnnlab.composing.experiment import Experiment
 from cnnlab.composing.overrides import is_plain, line, repeated, wrong_key
 from cnnlab.errors import ConfigError, UsageError, short
 from cnnlab.runs.folder import PLACES, RESUMABLE, RunDir, flatten, jsonable
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def asked(open_composer: Composer, overrides: Sequence[str]) -> tuple[Composed, RunDir | None]:
+def asked(open_composer: Composer, overrides: Sequence[str]) -> tuple[Experiment, RunDir | None]:
     """The checked experiment that the overrides ask for, and the folder of the run that goes on, if any."""
     from cnnlab.building.trial import check, checked
 
@@ -52,33 +53,31 @@ def asked(open_composer: Composer, overrides: Sequence[str]) -> tuple[Composed, 
         parsed = open_composer.parse(overrides)
         given = [override.value() for override in parsed if override.key_or_group == "resume"]
         if isinstance(given[-1], str) and given[-1]:
-            composed, folder = resumed(open_composer, Path(given[-1]), parsed)
-            check(composed)
-            return composed, folder
-    composed = checked(open_composer, overrides)
-    if composed.config["resume"] is not None:
-        raise UsageError(f"`resume`: type it by itself, as resume={composed.config['resume']}")
-    return composed, None
+            experiment, folder = resumed(open_composer, Path(given[-1]), parsed)
+            return check(experiment), folder
+    experiment = checked(open_composer, overrides)
+    if experiment.resume is not None:
+        raise UsageError(f"`resume`: type it by itself, as resume={experiment.resume}")
+    return experiment, None
 
 
-def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> tuple[Composed, RunDir]:
+def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> tuple[Experiment, RunDir]:
     """The experiment of a run folder, with the changes that a run may take.
 
     Raises `ConfigError` for every other change; what only repeats the run's own config is none.
     """
     folder = RunDir(path)
     stored = reopened(folder, open_composer.trust)
-    problems, added, longer = [], [], []
+    problems, added, longer, values = [], [], [], {}
     for override in parsed:
         if override.key_or_group == "resume":
             continue
         if problem := _refusal(override, stored, open_composer.groups()):
             problems.append(problem)
         elif override.key_or_group in (*RESUMABLE, *PLACES):
-            section, _, name = override.key_or_group.partition(".")
-            if override.key_or_group in LENGTHS and stored.config[section][name] != override.value():
+            if override.key_or_group in LENGTHS and flatten(stored.config)[override.key_or_group] != override.value():
                 longer.append(line(override))
-            stored.config[section][name] = override.value()
+            values[override.key_or_group] = override.value()
             added.append(line(override))
     if problems:
         problems[-1] += (
@@ -86,14 +85,14 @@ def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> 
             "start another run for anything else"
         )
         raise ConfigError(problems)
-    curve = str(stored.config["schedule"]["_target_"]).rpartition(".")[2]
+    curve = stored.node("schedule").name.rpartition(".")[2]
     if longer and curve not in ("Constant", "Plateau"):
         told = f"schedule: {curve}'s curve is that of the new length ({', '.join(longer)}) from here on; what is done"
         say(f"{told} was done at the rates of the old one", err=True)
-    return replace(stored, overrides=(*stored.overrides, *added)), folder
+    return replace(stored.with_values(values), overrides=(*stored.overrides, *added)), folder
 
 
-def _refusal(override: Override, stored: Composed, groups: Collection[str]) -> str | None:
+def _refusal(override: Override, stored: Experiment, groups: Collection[str]) -> str | None:
     """Why a run cannot go on with this override, or `None`."""
     key, config = override.key_or_group, stored.config
     has = stored.choices.get(key, flatten(config).get(key, config.get(key)))

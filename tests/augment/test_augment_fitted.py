@@ -15,7 +15,7 @@ from cnnlab.augment import fitted, moments
 from cnnlab.augment.pipeline import Pipeline
 from cnnlab.data.splits import TensorSplit
 
-CONFIG: dict[str, Any] = {"augment": {"pca_noise": {"std": 0.1}, "flip": {}}, "normalize": {"name": "zca"}}
+CONFIG: dict[str, Any] = {"augment.pca_noise": {"std": 0.1}, "augment.flip": {}, "normalize": {"name": "zca"}}
 
 
 def pipeline(normalize: augment.Normalize | None = None, seed: int = 0) -> Pipeline:
@@ -57,7 +57,7 @@ def test_a_second_run_reads_no_image_and_has_the_same_numbers(tmp_path: Path):
     [
         (1, CONFIG),
         (0, {**CONFIG, "normalize": {"name": "zca", "epsilon": 0.5}}),
-        (0, {**CONFIG, "augment": {"pca_noise": {"std": 0.2}, "flip": {}}}),
+        (0, {**CONFIG, "augment.pca_noise": {"std": 0.2}}),
     ],
 )
 def test_other_images_or_settings_are_computed_anew(images: int, config: dict[str, Any], tmp_path: Path):
@@ -70,7 +70,7 @@ def test_other_images_or_settings_are_computed_anew(images: int, config: dict[st
 def test_what_looks_at_no_image_changes_nothing(tmp_path: Path):
     fitted.fit(pipeline(), counted(), CONFIG, tmp_path, worth=0)
     same = counted()
-    fitted.fit(pipeline(), same, {**CONFIG, "augment": {**CONFIG["augment"], "flip": {"p": 0.1}}}, tmp_path)
+    fitted.fit(pipeline(), same, {**CONFIG, "augment.flip": {"p": 0.1}}, tmp_path)
     assert same.reads == 0
 
 

@@ -8,13 +8,11 @@ from lab_runs import composed, fitted, make_run
 from torch import nn
 
 from cnnlab.building.assemble import make_network, make_task
-from cnnlab.building.trial import check, checked
+from cnnlab.building.trial import check, checked, read
 from cnnlab.composing.composer import Composer
-from cnnlab.composing.make import make
 from cnnlab.errors import ConfigError
 from cnnlab.inspect.summary import summarize
 from cnnlab.models.dropout import ClassicDropout
-from cnnlab.schema import DropoutKind, Regularization
 
 RATE = 0.3
 DRAWS = 40_000
@@ -62,12 +60,10 @@ NETWORKS = ("cnn", "resnet", "resnet18", "vgg", "vgg16", "alexnet", "inception",
 
 def network(composer: Composer, *overrides: str) -> nn.Module:
     """On the meta device, as `cnnlab summary` has it."""
-    config = composer.compose(["data=shapes", "data.size=64", *overrides]).config
-    spec = make(config["data"]).spec()
-    kind = DropoutKind(config["regularization"]["dropout_kind"])
+    experiment = read(composer.compose(["data=shapes", "data.size=64", *overrides]))
+    spec = experiment.node("data").make().spec()
     with torch.device("meta"):
-        task = make_task(config, spec, None)
-        return make_network(config, spec, task, Regularization(config["regularization"]["dropout"], kind))
+        return make_network(experiment, spec, make_task(experiment, spec, None))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -10,11 +10,9 @@ from lab_runs import make_run
 from torch import nn
 
 from cnnlab.building.assemble import make_network, make_task
-from cnnlab.building.trial import checked
+from cnnlab.building.trial import checked, read
 from cnnlab.composing.composer import Composer
-from cnnlab.composing.make import make
 from cnnlab.errors import ConfigError
-from cnnlab.schema import Regularization
 
 NETWORKS = ("resnet", "resnet18", "vgg", "alexnet_2012", "inception_v3", "cnn", "mlp", "speednet")
 WIDTHS = {"resnet": "8", "resnet18": "8", "cnn": "[4,8]", "mlp": "[16]", "speednet": "[8,8]"}
@@ -44,11 +42,10 @@ def lacks(name: str, swap: str) -> bool:
 
 def built(composer: Composer, *overrides: str) -> tuple[nn.Module, torch.Tensor]:
     """The network on the meta device, and two of its images."""
-    config = composer.compose(["data=shapes", "data.size=96", *overrides]).config
-    spec = make(config["data"]).spec()
+    experiment = read(composer.compose(["data=shapes", "data.size=96", *overrides]))
+    spec = experiment.node("data").make().spec()
     with torch.device("meta"):
-        task = make_task(config, spec, None)
-        model = make_network(config, spec, task, Regularization(config["regularization"]["dropout"]))
+        model = make_network(experiment, spec, make_task(experiment, spec, None))
         return model, torch.empty(2, spec.channels, *spec.size)
 
 

@@ -13,7 +13,6 @@ from cnnlab.building.assemble import make_optimizer
 from cnnlab.building.trial import check
 from cnnlab.errors import ConfigError
 from cnnlab.optim.decay import decouple_decay
-from cnnlab.schema import Groups
 
 
 def network() -> nn.Module:
@@ -36,9 +35,8 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 20)
 def test_adam_with_decoupled_decay_is_torchs_adamw():
     """All parameters decay here, as torch's do; in double precision, to the last digits."""
     ours = make_optimizer(
-        composed("optim=adam", "regularization=decoupled_decay", "regularization.decoupled_decay=0.3").config,
+        composed("optim=adam", "regularization.decoupled_decay=0.3", "groups.decay_norm_and_bias=true"),
         first := network(),
-        Groups(decay_norm_and_bias=True),
     )
     second = network()
     theirs = torch.optim.AdamW(second.parameters(), lr=0.001, weight_decay=0.3)
@@ -60,8 +58,8 @@ def test_a_step_is_the_gradients_step_and_the_decay_of_the_old_weights(name: str
     """w' = w - lr·λ·w + (step of the optimizer without it), on weights; norms and biases get the step alone."""
     plain, decayed = network(), network()
     overrides = [f"optim={name}"] + (["optim.weight_decay=0"] if name == "nesterov" else [])
-    first = make_optimizer(composed(*overrides).config, plain, Groups())
-    second = make_optimizer(composed(*overrides, "regularization.decoupled_decay=0.5").config, decayed, Groups())
+    first = make_optimizer(composed(*overrides), plain)
+    second = make_optimizer(composed(*overrides, "regularization.decoupled_decay=0.5"), decayed)
     before = copy.deepcopy(plain.state_dict())
     for model, optimizer in ((plain, first), (decayed, second)):
         model(torch.ones(4, 1, 4, 4, dtype=torch.float64)).square().sum().backward()
@@ -73,11 +71,11 @@ def test_a_step_is_the_gradients_step_and_the_decay_of_the_old_weights(name: str
 
 
 def test_the_groups_say_what_decays_at_which_rate():
-    config = composed("optim=sgd", "regularization.decoupled_decay=0.1", "groups.head_lr=2").config
     run = make_run("optim=sgd", "regularization.decoupled_decay=0.1", "groups.head_lr=2")
     listed = {group["name"]: group["decoupled_decay"] for group in run.optimizer.param_groups}
     assert listed == {"backbone": 0.1, "backbone, no decay": 0.0, "head": 0.1, "head, no decay": 0.0}
-    everything = make_optimizer(config, run.model, Groups(decay_norm_and_bias=True))
+    overrides = ("optim=sgd", "regularization.decoupled_decay=0.1", "groups.decay_norm_and_bias=true")
+    everything = make_optimizer(composed(*overrides), run.model)
     assert [group["decoupled_decay"] for group in everything.param_groups] == [0.1]
 
 
