@@ -204,7 +204,7 @@ def test_no_data_repeats_one_batch_and_the_bare_loop_sees_every_image():
     assert TrainerArm("no data", without_data(run)).run(5) == (160, 0)
     assert run.clock.step == 0
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    assert Arm("bare loop", bare_loop(run.config, run, torch.float32)).run(4) == (100, 0)
+    assert Arm("bare loop", bare_loop(run.experiment, run, torch.float32)).run(4) == (100, 0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
 
 

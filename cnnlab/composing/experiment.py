@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 from cnnlab.composing.composer import Composed
-from cnnlab.composing.groups import GROUPS
 from cnnlab.composing.make import make
 from cnnlab.composing.signature import RESERVED, accepts, bind_section, locate, parameters_of
 from cnnlab.schema import Groups, Loading, Paths, Regularization, Stats, Trainer
@@ -138,7 +137,6 @@ class Experiment(Composed):
 
         A run that is older than the group has none of its parts.
         """
-        assert GROUPS[group].named, f"{group} has one part: node({group!r})"
         named = self.config.get(group) or {}
         return {name: Node(f"{group}.{name}", part) for name, part in named.items() if part is not None}
 
