@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,8 +54,8 @@ def weighs_classes(loss: Mapping[str, Any]) -> bool:
 
 
 def class_counts(experiment: Experiment, spec: DataSpec, split: Split) -> torch.Tensor | None:
-    """How many there are of each class, (classes,) int64, as the experiment's loss weighs them; what takes long to count
-    is counted only for a loss that does.
+    """How many there are of each class, (classes,) int64, as the experiment's loss weighs them; what takes long
+    to count is counted only for a loss that does.
 
     Args:
         split: the training set.
