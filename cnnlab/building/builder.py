@@ -126,8 +126,8 @@ class _Builder:
     def run(self) -> Run:
         placement = self.place()
         spec = spec_for_task(self.experiment, self.experiment.node("data").make().spec())
-        splits = self.splits(placement)
         pipeline = make_pipeline(self.experiment, spec)
+        splits = self.splits(placement, pipeline.crops)
         # In turn: the others find in the cache what took rank 0 long.
         settings, made = self.fitting(), partial(cache_folder, None)
         self.ranks.in_turn(lambda: fitted.fit(pipeline, splits["train"], settings, known_cache(), made=made))
@@ -228,11 +228,11 @@ class _Builder:
         nodes = [*self.experiment.nodes("augment").values(), self.experiment.node("normalize")]
         return {node.where: dict(node.config or {}) for node in nodes}
 
-    def splits(self, placement: Placement) -> dict[str, Split]:
-        """The data, and how its files are decoded."""
+    def splits(self, placement: Placement, crops: bool) -> dict[str, Split]:
+        """The data, and how its files are decoded; `crops`: the augmentation cuts pieces out of whole photos."""
 
         def data(loading: Loading) -> Data:
-            return self.experiment.node("data").make(loading=loading)
+            return self.experiment.node("data").make(loading=loading, crops=crops)
 
         splits, self.findings = loaded(data, self.loading, self.ranks, self.choices.get("data_path"))
         self.notices += self.findings.notices

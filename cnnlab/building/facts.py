@@ -27,7 +27,7 @@ def facts(run: Run, placement: Placement, pipeline: Pipeline, traits: Traits) ->
     layout = placement.layout.value.replace("_", "-")
     return {
         "model": "; ".join([f"{_part(run, 'model')}, {parameters:,} parameters", *getattr(run.model, "notes", [])]),
-        "data": f"{_part(run, 'data')}, {pixels}: {sizes}",
+        "data": f"{_part(run, 'data')}, {pixels}{_stored(run)}: {sizes}",
         "classes": classes_in_words(
             run.task.class_names(run.spec), run.task.class_counts(run.spec, splits["train"].labels)
         ),
@@ -86,6 +86,12 @@ def weighed_classes(names: Sequence[str], counts: Tensor, masks: int) -> list[st
         f"({most / total:.1%}, weight {total / len(present) / most:.2g}) to {rare} ({least / total:.1%}, weight "
         f"{total / len(present) / least:.2g})"
     ]
+
+
+def _stored(run: Run) -> str:
+    """A word where training photos are stored whole."""
+    stored = run.loaders["train"].split.stored
+    return "" if stored is None else f" of photos stored whole at {stored[0]}x{stored[1]}"
 
 
 def _part(run: Run, group: str) -> str:

@@ -140,6 +140,8 @@ def decode(
         require_pixels(image, recipe.max_pixels)  # a container may hold another size than it says
         pixels = Pixels(image, recipe, _turning(image))
         size = pixels.size if own is None else own[:: -1 if pixels.size != image.size else 1]
+        if recipe.fit == "whole" and like is None:  # which of its sides is longer, halving may hide
+            like = (size[1], size[0])
         array = np.asarray(fitted(pixels, recipe, None if like is None else (like[1], like[0])))
         if depth is not None:
             depth.add(pixels.depth)

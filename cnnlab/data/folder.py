@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from cnnlab.data.places import cache_folder
 from cnnlab.data.sources import Listing
 from cnnlab.data.splits import Fraction, assemble, digest, require_fractions
 from cnnlab.data.stream import StreamSplit, streamed, streams
+from cnnlab.data.whole import as_seen, only_used
 from cnnlab.errors import DataError
 from cnnlab.protocols import DataSpec, Split
 from cnnlab.schema import DataPath, PositiveInt
@@ -35,15 +37,30 @@ class _Found:
     given: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Splits that are stored alike: their files, labels (M,), rows and recipe."""
+
+    listing: Listing
+    labels: Tensor
+    parts: dict[str, Tensor]
+    recipe: Recipe
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the decoded images."""
+        return len(self.listing) * self.recipe.channels * self.recipe.height * self.recipe.width
+
+
 @dataclass(eq=False)
 class ImageFolder(Decoding, LabelledCut):
     """Classification of the images in `root/<class>/` or `root/{train,val,test}/<class>/`.
 
     Images may have any size, format and mode that Pillow decodes by itself; subfolders of a class are searched too, and
     links are followed, each file once. What is hidden is not read; what is found and not used is told in `findings`.
-    Training and evaluation get the same pixels: the shorter side resized to `resize` (bilinear, antialiased),
-    the middle `size` x `size` cut out; augmentation works on that. Images are decoded once, into a cache, or
-    anew each epoch (`loading.path`), to the same pixels.
+    The shorter side is resized to `resize` (bilinear, antialiased), and the middle `size` x `size` cut out.
+    Augmentation works on that, or on the whole photo, where it crops (`stored`). Images are decoded once, into a cache,
+    or anew each epoch (`loading.path`), to the same pixels.
 
     Args:
         root: the folder.
@@ -103,47 +120,63 @@ class ImageFolder(Decoding, LabelledCut):
         classes = sorted(layout["train"])
         found = self._listed(layout, walk, self.findings)
         files, labels, given = found.files, found.labels, found.given
-        size = self.size
+        size, beyond = self.size, True
         if size is None:
             own = own_size(Listing(self._root, files), self.cache)
-            size = own.taken()
+            size, beyond = own.taken(), own.side is None
             self.findings.notices += own.notices()
         recipe = self._recipe(size)
         parts = self.parted(given, labels, len(classes), val=self.val, test=self.test)
-        if self.limit is not None:
-            used = torch.cat([*parts.values()]).sort().values
-            files, labels = [files[row] for row in used.tolist()], labels[used]
-            parts = {name: torch.searchsorted(used, rows) for name, rows in parts.items()}
-        listing = Listing(self._root, files)
-        needed = len(files) * recipe.channels * recipe.height * recipe.width
-        cached = is_cached(listing, recipe, self.cache)
+        # Nothing lies beyond images that are taken as they are.
+        stored = self.whole(recipe) if beyond or self.stored is not None else None
+        used, parts = only_used(parts) if self.limit is not None else (torch.arange(len(files)), parts)
+        files, labels = [files[row] for row in used.tolist()], labels[used]
+        pieces = self._pieces(files, labels, parts, recipe, stored)
+        needed = sum(piece.nbytes for piece in pieces)
+        cached = all(is_cached(piece.listing, piece.recipe, self.cache) for piece in pieces)
         if streams(self._loading, needed, cache_folder(self.cache), cached=cached):
-            return self._streamed(listing, recipe, labels, parts)
+            return self._streamed(files, recipe, stored, labels, parts)
+        splits: dict[str, Split] = {}
+        left_out = len(self.findings.left_out)
         try:
-            store = decoded(
-                listing,
-                recipe,
-                **self.decoding,
-            )
+            for piece in pieces:
+                splits |= self._decoded(piece, recipe)
         except UnwritableCache:
             if self._loading.path is not DataPath.auto:
                 raise
-            return self._streamed(listing, recipe, labels, parts)
-        self.findings.leave_out(listing, store.failures)
-        parts = store.readable(parts)
-        self.findings.record(parts, listing)
-        source = digest(store.fingerprint, labels)
-        return assemble(store.images, {"label": labels}, source, parts, mapped=True)
+            del self.findings.left_out[left_out:]
+            return self._streamed(files, recipe, stored, labels, parts)
+        return splits
 
-    def _streamed(self, listing: Listing, recipe: Recipe, labels: Tensor, parts: dict[str, Tensor]) -> dict[str, Split]:
+    def _pieces(
+        self, files: Sequence[str], labels: Tensor, parts: Mapping[str, Tensor], seen: Recipe, stored: Recipe | None
+    ) -> list[_Piece]:
+        pieces = []
+        for used, rows, recipe in self.by_recipe(parts, len(files), seen, stored):
+            listing = Listing(self._root, [files[row] for row in used.tolist()])
+            pieces.append(_Piece(listing, labels[used], rows, recipe))
+        return pieces
+
+    def _decoded(self, piece: _Piece, seen: Recipe) -> dict[str, Split]:
+        store = decoded(piece.listing, piece.recipe, **self.decoding)
+        self.findings.leave_out(piece.listing, store.failures)
+        parts = store.readable(piece.parts)
+        self.findings.record(parts, piece.listing)
+        source, targets = digest(store.fingerprint, piece.labels), {"label": piece.labels}
+        return assemble(store.images, *as_seen(targets, source, store.sizes, seen, piece.recipe), parts, mapped=True)
+
+    def _streamed(
+        self, files: Sequence[str], seen: Recipe, stored: Recipe | None, labels: Tensor, parts: dict[str, Tensor]
+    ) -> dict[str, Split]:
+        listing = Listing(self._root, files)
         if self.on_error == "skip":
             failures = unreadable(
-                listing, recipe, cache=self.cache, workers=self.workers, patience=self._loading.patience
+                listing, seen, cache=self.cache, workers=self.workers, patience=self._loading.patience
             )
             self.findings.leave_out(listing, failures)
             parts = without(failures, parts)
         self.findings.record(parts, listing)
-        return streamed(StreamSplit, listing, recipe, labels, parts, self._loading)
+        return streamed(StreamSplit, listing, seen, labels, parts, self._loading, stored)
 
     def _layout(self, walk: Walk, findings: Findings) -> Layout:
         return class_folders(self._root, walk, _LAYOUT, self.val_as_test, findings)

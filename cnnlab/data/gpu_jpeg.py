@@ -20,6 +20,7 @@ from cnnlab.data.threads import Threads
 from cnnlab.errors import DataError
 
 Failures = list[tuple[int, str]]
+_Pixels = tuple[np.ndarray[Any, Any], tuple[int, int]]
 
 # Of the markers FFC0..FFCF these three begin no frame; 8 is reserved.
 _NO_FRAME = (0xC4, 0xC8, 0xCC)
@@ -35,31 +36,33 @@ class GpuJpegs:
     edges of colours that the file has at half the resolution, so a run keeps to one of the two.
 
     Args:
-        recipe: with `fit="crop"`.
+        recipe: with `fit="crop"` or `"whole"`.
         device: where images come out; the CPU too, by torchvision's own decoder.
         threads: that read the files.
         patience: seconds that a file may take to be read; `None` waits for ever.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, threads: int, patience: float | None = PATIENCE) -> None:
-        assert recipe.fit == "crop" and not recipe.mask
+        assert recipe.fit in ("crop", "whole") and not recipe.mask
         self.recipe = recipe
         self.device = device
         self.patience = patience
         self._readers = Threads(threads, "cnnlab-read")
         hush()
 
-    def begin(self, items: Sequence[Item]) -> Callable[[], tuple[Tensor, Failures]]:
+    def begin(self, items: Sequence[Item]) -> Callable[[], tuple[Tensor, Tensor, Failures]]:
         """Starts to read the files; what is returned decodes them, on the current stream, without waiting for it.
 
-        It gives the images (n, C, H, W) uint8 on the device, and position and reason of those that failed.
+        It gives the images (n, C, H, W) uint8 on the device, the files' own (height, width) (n, 2) on the CPU, and
+        position and reason of those that failed.
         """
         read = [self._readers.submit(_prepared, item, self.recipe) for item in items]
 
-        def finish() -> tuple[Tensor, Failures]:
+        def finish() -> tuple[Tensor, Tensor, Failures]:
             recipe, failures = self.recipe, []
             shape = (len(items), recipe.channels, recipe.height, recipe.width)
             images = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+            sizes = torch.zeros((len(items), 2), dtype=torch.int64)
             encoded: dict[int, bytes] = {}
             for number, future in enumerate(read):
                 ready = _awaited(future, items[number], self.patience)
@@ -68,13 +71,18 @@ class GpuJpegs:
                 elif isinstance(ready, str):
                     failures.append((number, ready))
                 else:
-                    images[number].copy_(_movable(ready, self.device), non_blocking=True)
-            failures += self._decode(encoded, images)
-            return images, sorted(failures)
+                    self._put(ready, images[number], sizes[number])
+            failures += self._decode(encoded, images, sizes)
+            return images, sizes, sorted(failures)
 
         return finish
 
-    def _decode(self, encoded: dict[int, bytes], images: Tensor) -> Failures:
+    def _put(self, ready: _Pixels, image: Tensor, size: Tensor) -> None:
+        pixels, own = ready
+        image.copy_(_movable(pixels, self.device), non_blocking=True)
+        size.copy_(torch.tensor(own))
+
+    def _decode(self, encoded: dict[int, bytes], images: Tensor, sizes: Tensor) -> Failures:
         if not encoded:
             return []
         if self.device.type == "cuda":
@@ -86,15 +94,16 @@ class GpuJpegs:
         try:
             decoded = self._jpegs(list(encoded.values()))
         except RuntimeError:  # one of them is broken, and it is not said which
-            return self._one_by_one(encoded, images)
+            return self._one_by_one(encoded, images, sizes)
         for number, picture in zip(encoded, decoded, strict=True):
             images[number].copy_(fitted(picture, self.recipe))
+            sizes[number] = torch.tensor(picture.shape[1:])
         return []
 
     def _jpegs(self, files: Sequence[bytes]) -> list[Tensor]:
         return decode_jpegs(files, "GRAY" if self.recipe.channels == 1 else "RGB", self.device)
 
-    def _one_by_one(self, encoded: dict[int, bytes], images: Tensor) -> Failures:
+    def _one_by_one(self, encoded: dict[int, bytes], images: Tensor, sizes: Tensor) -> Failures:
         """By Pillow, which says what is wrong with a file, and reads some that nvJPEG does not."""
         failures = []
         for number, file in encoded.items():
@@ -102,7 +111,7 @@ class GpuJpegs:
             if isinstance(ready, str):
                 failures.append((number, ready))
             else:
-                images[number].copy_(_movable(ready, self.device), non_blocking=True)
+                self._put(ready, images[number], sizes[number])
         return failures
 
 
@@ -152,8 +161,8 @@ def works(device: torch.device) -> bool:
     return abs(int(image[0, 4, 4]) - 200) < 10
 
 
-def _prepared(item: Item, recipe: Recipe) -> bytes | np.ndarray[Any, Any] | str:
-    """A JPEG file for the GPU, undecoded; the pixels of any other; or why there are none."""
+def _prepared(item: Item, recipe: Recipe) -> bytes | _Pixels | str:
+    """A JPEG file for the GPU, undecoded; the pixels of any other, and its own size; or why there are none."""
     try:
         file = contents(item)
     except OSError as error:
@@ -161,9 +170,9 @@ def _prepared(item: Item, recipe: Recipe) -> bytes | np.ndarray[Any, Any] | str:
     return file if is_plain_jpeg(file, recipe.max_pixels) else _by_pillow(file, recipe)
 
 
-def _by_pillow(file: bytes, recipe: Recipe) -> np.ndarray[Any, Any] | str:
+def _by_pillow(file: bytes, recipe: Recipe) -> _Pixels | str:
     try:
-        return decode(io.BytesIO(file), recipe)[0]
+        return decode(io.BytesIO(file), recipe)
     except MemoryError:
         raise
     except Exception as error:  # each of Pillow's parsers raises what it stumbles on
@@ -205,9 +214,12 @@ def _may_turn(segment: bytes) -> bool:
 
 
 def fitted(picture: Tensor, recipe: Recipe) -> Tensor:
-    """(C, H, W) uint8 resized to the recipe's shorter side and cut to its middle, as `cnnlab.data.decode` does."""
+    """(C, H, W) uint8 at the recipe's size, as `cnnlab.data.decode` has it."""
     _, height, width = picture.shape
-    scaled, left, top = cropped(width, height, recipe)
+    if recipe.fit == "whole" and height > width:
+        return fitted(picture.transpose(1, 2), recipe)
+    whole = ((recipe.width, recipe.height), 0, 0)
+    scaled, left, top = whole if recipe.fit == "whole" else cropped(width, height, recipe)
     if (width, height) != scaled:
         resized = functional.interpolate(
             picture[None].float(), (scaled[1], scaled[0]), mode="bilinear", antialias=True, align_corners=False

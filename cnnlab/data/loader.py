@@ -11,7 +11,7 @@ from torch import Tensor
 from cnnlab.data.ahead import Copier, ahead
 from cnnlab.data.served import served
 from cnnlab.errors import DataError
-from cnnlab.protocols import Batch, Split, to_device
+from cnnlab.protocols import VIEW, Batch, Split, to_device
 from cnnlab.schema import DataPath, Loading
 
 Transform = Callable[[Batch, int], Batch]
@@ -95,7 +95,7 @@ class Loader:
         self.neighbours = neighbours
         self._kept: list[Batch] = []
         """The first batch, whole and untransformed, where somebody looked at it; shared with `alone`."""
-        self._wanted = None if targets is None else {"image", "index", *targets}
+        self._wanted = None if targets is None else {"image", "index", VIEW, *targets}
 
     @property
     def resident(self) -> bool:

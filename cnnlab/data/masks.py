@@ -14,7 +14,7 @@ from cnnlab.data.found import Findings, Walk, class_names, first_lines, first_na
 from cnnlab.data.layout import SPLIT_NAMES, SPLITS, split_folders
 from cnnlab.data.mask_reading import MaskOptions, Reading, Value, decided
 from cnnlab.data.options import Cut, Decoding
-from cnnlab.data.pairs import Pairs, decoded_pairs, untaught
+from cnnlab.data.pairs import Pairs, decoded_pairs, untaught, whole_train
 from cnnlab.data.splits import Fraction, assemble, digest, require_fractions
 from cnnlab.errors import DataError
 from cnnlab.protocols import VOID, DataSpec, Split
@@ -108,7 +108,9 @@ class MaskFolder(Decoding, Cut):
         self.findings.notices += [*pairs.notices, *untaught(classes, pairs.present())]
         self.findings.record(pairs.parts, *pairs.sources)
         source = digest(pairs.fingerprint, classes)
-        return assemble(pairs.images, {"mask": pairs.masks}, source, pairs.parts, mapped=True)
+        splits = assemble(pairs.images, {"mask": pairs.masks}, source, pairs.parts, mapped=True)
+        options = {"scale": self.scale_masks, **self.decoding}
+        return whole_train(splits, pairs, {}, self.whole(self._recipe), reading.meaning, **options)
 
     def _classes(self) -> tuple[str, ...]:
         path = self._root / "classes.txt"

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from cnnlab.data.found import Findings
 from cnnlab.data.pixels import MAX_PIXELS, Recipe, checked_range
-from cnnlab.data.splits import Imbalance, Limit, partitioned
+from cnnlab.data.splits import Imbalance, Limit, partitioned, require_samples
+from cnnlab.data.whole import only_used, usual_side, whole
 from cnnlab.schema import Loading, NonNegativeInt, PositiveInt
 
 
@@ -71,7 +73,11 @@ class Reading:
             a JPEG or JPEG 2000 beyond it is decoded at half its size where that fits (see `cnnlab.data.bounds`).
         value_range: what becomes black and white of an image of more than 8 bits a pixel; `None`: 0 and 65,535. Masks
             hold numbers, and have no range.
+        stored: shorter side at which training photos are stored whole, for crops to be taken of them; `input` stores
+            what the network sees. `None`: 256/224 of the input's shorter side (`resize`, if that is more) where the
+            augmentation crops, else `input`.
         loading: the config's section; `None` takes its defaults.
+        crops: whether the augmentation cuts pieces out of whole photos.
 
     `findings` is what a person should know of the data, once it is loaded.
 
@@ -83,7 +89,9 @@ class Reading:
     cache: str | None = None
     max_pixels: PositiveInt = MAX_PIXELS
     value_range: tuple[float, ...] | None = None
+    stored: PositiveInt | Literal["input"] | None = None
     loading: Loading | None = None
+    crops: bool = False
 
     streams: ClassVar[bool] = False
     """Whether `loading.path=stream` can be asked for."""
@@ -99,6 +107,31 @@ class Reading:
         """How a file becomes an image of this size."""
         bounds: Any = {"value_range": checked_range(self.value_range), "max_pixels": self.max_pixels}
         return Recipe(channels, height, width, fit, resize, **bounds)
+
+    def whole(self, seen: Recipe) -> Recipe | None:
+        """How training photos are stored, where they are stored whole.
+
+        Args:
+            seen: how the network sees a photo without augmentation.
+        """
+        if self.stored == "input" or (self.stored is None and not self.crops):
+            return None
+        return whole(seen, usual_side(seen) if self.stored is None else self.stored)
+
+    def by_recipe(
+        self, parts: Mapping[str, Tensor], count: int, seen: Recipe, stored: Recipe | None
+    ) -> list[tuple[Tensor, dict[str, Tensor], Recipe]]:
+        """The splits by the way that their images are stored: the rows of the data that each needs, where among them
+        each split's rows are, and the recipe. Evaluation gets what the network sees.
+
+        Args:
+            parts: rows by split, of `count`; all are needed where there is one way, so that thinning makes no other.
+        """
+        if stored is None:
+            return [(torch.arange(count), {**parts}, seen)]
+        require_samples(parts)
+        others = {name: rows for name, rows in parts.items() if name != "train"}
+        return [(*only_used({"train": parts["train"]}), stored), (*only_used(others), seen)]
 
 
 @dataclass(kw_only=True, eq=False)

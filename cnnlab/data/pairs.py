@@ -20,9 +20,10 @@ from cnnlab.data.found import first_lines, first_names
 from cnnlab.data.mask_pixels import Meaning
 from cnnlab.data.places import cache_folder
 from cnnlab.data.sources import FittedListing, Listing
-from cnnlab.data.splits import digest
+from cnnlab.data.splits import assemble, digest
+from cnnlab.data.whole import as_seen
 from cnnlab.errors import DataError
-from cnnlab.protocols import VOID
+from cnnlab.protocols import VOID, Split
 from cnnlab.runs.folder import write_atomically
 
 
@@ -41,6 +42,16 @@ class Pairs:
     notices: list[str]
     """Of masks that have another size than their images."""
     _inside: _Inside
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the images."""
+        return self._inside.recipe
+
+    @property
+    def sizes(self) -> Tensor:
+        """(M, 2) height and width of each image's file; (0, 0) of a pair that cannot be used."""
+        return self._inside.sizes
 
     def first(self) -> dict[int, int]:
         """The values that occur in the masks, each with the first row that has it."""
@@ -148,6 +159,36 @@ def decoded_pairs(
         _notices(unfit, [masks[row] for row in scaled]),
         inside,
     )
+
+
+def whole_train(
+    splits: Mapping[str, Split],
+    pairs: Pairs,
+    targets: Mapping[str, Tensor],
+    stored: Recipe | None,
+    meaning: Meaning | None,
+    **options: Any,
+) -> dict[str, Split]:
+    """The splits, `train` with whole photos and their masks where they are stored so (decoded once more: what masks
+    hold is known by what the network sees of all of them).
+
+    Args:
+        pairs: what the splits were made of.
+        targets: those besides the mask, one a row of `pairs`.
+        stored: how photos are stored; `None` leaves the splits as they are.
+        meaning, options: as `decoded_pairs` was told.
+    """
+    if stored is None:
+        return {**splits}
+    rows = pairs.parts["train"]
+    pictured, masks = pairs.sources
+    images, numbers = ([source.files[row] for row in rows.tolist()] for source in (pictured, masks))
+    every = {"train": torch.arange(len(rows))}
+    found = decoded_pairs(pictured.root, images, numbers, stored, every, meaning, **options)
+    own = {name: target[rows] for name, target in targets.items()}
+    source, own = digest(found.fingerprint, *own.values()), {**own, "mask": found.masks}
+    train = as_seen(own, source, found.sizes, pairs.recipe, stored)
+    return {**splits, **assemble(found.images, *train, found.parts, mapped=True)}
 
 
 def _of_another_size(

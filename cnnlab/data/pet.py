@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from cnnlab.data.cache import decoded
+from cnnlab.data.decode import Recipe
 from cnnlab.data.fetch import from_torchvision
 from cnnlab.data.found import Findings
 from cnnlab.data.lists import Folder, kept, leave_out, listed, tell_shared
 from cnnlab.data.mask_pixels import Meaning
 from cnnlab.data.options import Decoding, LabelledCut
-from cnnlab.data.pairs import decoded_pairs, untaught
+from cnnlab.data.pairs import decoded_pairs, untaught, whole_train
 from cnnlab.data.sources import Listing
 from cnnlab.data.splits import Fraction, assemble, digest
+from cnnlab.data.whole import as_seen
 from cnnlab.errors import DataError
 from cnnlab.protocols import VOID, DataSpec, Split
 from cnnlab.schema import PositiveInt
@@ -84,20 +87,28 @@ class OxfordPet(Decoding, LabelledCut):
         labels = torch.tensor([breeds[name] for name in ids], dtype=torch.int64)
         parts = self.parted(given, labels, len(BREEDS), val=self.val)
         images, *masks = [[folder.of_id(name) for name in ids] for folder in folders]
+        stored = self.whole(self._recipe)
         if not masks:
-            listing = Listing(base, images)
-            store = decoded(listing, self._recipe, **self.decoding)
-            self.findings.leave_out(listing, store.failures)
-            parts = store.readable(parts)
-            self.findings.record(parts, listing)
-            source = digest(store.fingerprint, labels)
-            return assemble(store.images, {"label": labels}, source, parts, mapped=True)
+            splits: dict[str, Split] = {}
+            for used, rows, recipe in self.by_recipe(parts, len(ids), self._recipe, stored):
+                listing = Listing(base, [images[row] for row in used.tolist()])
+                splits |= self._decoded(listing, recipe, rows, labels[used])
+            return splits
         pairs = decoded_pairs(base, images, masks[0], self._recipe, parts, _TRIMAP, **self.decoding)
         self.findings.left_out += pairs.left_out
         self.findings.notices += [*pairs.notices, *untaught(MASK_CLASSES, pairs.present())]
         self.findings.record(pairs.parts, *pairs.sources)
         targets = {"label": labels, "mask": pairs.masks}
-        return assemble(pairs.images, targets, digest(pairs.fingerprint, labels), pairs.parts, mapped=True)
+        splits = assemble(pairs.images, targets, digest(pairs.fingerprint, labels), pairs.parts, mapped=True)
+        return whole_train(splits, pairs, {"label": labels}, stored, _TRIMAP, **self.decoding)
+
+    def _decoded(self, listing: Listing, recipe: Recipe, parts: dict[str, Tensor], labels: Tensor) -> dict[str, Split]:
+        store = decoded(listing, recipe, **self.decoding)
+        self.findings.leave_out(listing, store.failures)
+        parts = store.readable(parts)
+        self.findings.record(parts, listing)
+        source, targets = digest(store.fingerprint, labels), {"label": labels}
+        return assemble(store.images, *as_seen(targets, source, store.sizes, self._recipe, recipe), parts, mapped=True)
 
     def _lists(self) -> dict[str, dict[str, int]]:
         """The breed of each image, by its id, of `train` and `test`."""

@@ -30,7 +30,8 @@ class Recipe:
     """How a file becomes an array (channels, height, width) uint8.
 
     `fit`: `crop` resizes the shorter side to `resize` and cuts the middle out; `letterbox` fits the whole
-    image in and fills the rest with black (a mask: with void, 255); `stretch` resizes each side by itself.
+    image in and fills the rest with black (a mask: with void, 255); `stretch` resizes each side by itself; `whole`
+    does so, too, with an image that is higher than wide laid on its side (its rows become columns).
     `mask` reads class numbers: no conversion, nearest neighbour. Images are resized bilinearly with
     antialiasing. `meaning`: the classes that a mask's values, or colours, stand for; `None` takes values as they are.
 
@@ -42,7 +43,7 @@ class Recipe:
     channels: int
     height: int
     width: int
-    fit: Literal["crop", "letterbox", "stretch"]
+    fit: Literal["crop", "letterbox", "stretch", "whole"]
     resize: int = 0
     mask: bool = False
     value_range: tuple[float, float] | None = None
@@ -234,11 +235,13 @@ def fitted(pixels: Pixels, recipe: Recipe, like: tuple[int, int] | None = None) 
     from PIL import Image as pillow
 
     target = (recipe.width, recipe.height)
-    if recipe.fit == "stretch":
+    across, down = like or pixels.size
+    if recipe.fit == "whole" and down > across:
+        return _resized(pixels, (recipe.height, recipe.width), recipe).transpose(pillow.Transpose.TRANSPOSE)
+    if recipe.fit in ("stretch", "whole"):
         return _resized(pixels, target, recipe)
     if recipe.fit == "crop":
         return _cut(pixels, target, recipe, like or pixels.size)
-    across, down = like or pixels.size
     left, top, width, height = letterbox(down, across, recipe.height, recipe.width)
     canvas = pillow.new(pixels.mode, target, 255 if recipe.mask else 0)
     canvas.paste(_resized(pixels, (width, height), recipe), (left, top))

@@ -24,9 +24,12 @@ class Served:
     labels: Tensor | None
     streams: bool = False
     """Whether images are decoded each time that they are asked for."""
-    stored: tuple[int, int] | None = None
-    """(height, width) of the stored images where those are the whole photos, from which crops are taken (see
-    `cnnlab.data.whole`)."""
+
+    @property
+    def stored(self) -> tuple[int, int] | None:
+        """(height, width) of the stored images where those are the whole photos, from which crops are taken (see
+        `cnnlab.data.whole`)."""
+        return None
 
     def __len__(self) -> int:
         raise NotImplementedError(f"{type(self).__name__} implements __len__")

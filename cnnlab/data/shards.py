@@ -128,7 +128,7 @@ class WebDataset(Reading, LabelledCut):
             parts = without(failures, parts)
         tell_copies(index, parts, self.findings)
         self.findings.record(parts, index)
-        return streamed(ShardSplit, index, self._recipe, labels, parts, self._loading)
+        return streamed(ShardSplit, index, self._recipe, labels, parts, self._loading, self.whole(self._recipe))
 
     def _tell_unused(self, index: ShardIndex) -> None:
         """What belongs to no sample is told. Raises `DataError` for what lacks something, unless it is left out."""

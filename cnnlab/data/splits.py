@@ -14,7 +14,7 @@ from torch import Tensor
 from cnnlab import rng
 from cnnlab.data.served import Served, free_memory
 from cnnlab.errors import DataError, UsageError
-from cnnlab.protocols import Batch, Split
+from cnnlab.protocols import VIEW, Batch, Split
 from cnnlab.schema import DataPath, Loading, PositiveInt, Range
 
 Fraction = Annotated[float, Range(above=0, below=1)]
@@ -32,7 +32,7 @@ class TensorSplit(Served):
 
     Args:
         images: (M, C, H, W) uint8, in memory, memory-mapped from a file, or on a device.
-        targets: name to a tensor with M rows: `label` (M,), `mask` (M, H, W), `box` (M, 4).
+        targets: name to a tensor with M rows: `label` (M,), `mask` (M, H, W), `box` (M, 4); of whole photos, `view`.
         fingerprint: names the content, for the run's record.
         rows: (N,) int64, the rows that make up this split, in order; `None` takes all.
         mapped: the images are a memory-mapped file.
@@ -65,6 +65,11 @@ class TensorSplit(Served):
     @property
     def device(self) -> torch.device:
         return self.images.device
+
+    @property
+    def stored(self) -> tuple[int, int] | None:
+        height, width = self.images.shape[-2:]
+        return (height, width) if VIEW in self.targets else None
 
     @property
     def nbytes(self) -> int:

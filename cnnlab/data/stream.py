@@ -20,8 +20,9 @@ from cnnlab.data.pool import DecodingPool, cores
 from cnnlab.data.served import Served
 from cnnlab.data.sources import Sources
 from cnnlab.data.splits import digest, require_samples
+from cnnlab.data.whole import views
 from cnnlab.errors import DataError
-from cnnlab.protocols import Batch, Split
+from cnnlab.protocols import VIEW, Batch, Split
 from cnnlab.schema import DataPath, Decoder, Loading
 
 DISK_SHARE = 0.5
@@ -53,6 +54,7 @@ class StreamSplit(Served):
     Args:
         sources: the undecoded images.
         recipe: what they are decoded to.
+        seen: what the network sees of them without augmentation; the same, unless they are decoded whole.
         labels: (M,) int64, one a source.
         fingerprint: names the content.
         rows: (N,) int64, the sources that make up this split, in order.
@@ -62,10 +64,18 @@ class StreamSplit(Served):
     streams = True
 
     def __init__(
-        self, sources: Sources, recipe: Recipe, labels: Tensor, fingerprint: str, rows: Tensor, pool: DecodingPool
+        self,
+        sources: Sources,
+        recipe: Recipe,
+        seen: Recipe,
+        labels: Tensor,
+        fingerprint: str,
+        rows: Tensor,
+        pool: DecodingPool,
     ) -> None:
         self.sources = sources
         self.recipe = recipe
+        self.seen = seen
         self.fingerprint = fingerprint
         self.rows = rows
         self._labels = labels[rows]
@@ -75,6 +85,10 @@ class StreamSplit(Served):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def stored(self) -> tuple[int, int] | None:
+        return (self.recipe.height, self.recipe.width) if self.recipe.fit == "whole" else None
 
     def path(self, device: torch.device, loading: Loading) -> DataPath:
         return DataPath.stream
@@ -116,14 +130,15 @@ class StreamSplit(Served):
             size = max(1, min(_CHUNK_FILES, -(-len(items) // max(1, self.pool.workers))))
             asked = [self.pool.ask(items[at : at + size], self.recipe) for at in range(0, len(items), size)]
 
-            def finish_images() -> tuple[Tensor, list[tuple[int, str]]]:
+            def finish_images() -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
                 return _joined(asked, len(items), self.recipe, pin, self._saw)
 
         def finish() -> Batch:
-            image, failures = finish_images()
+            image, sizes, failures = finish_images()
             if failures:
                 raise self._broken([(rows[number], reason) for number, reason in failures])
-            return {"image": image, "index": index, "label": self._labels[index]}
+            batch = {"image": image, "index": index, "label": self._labels[index]}
+            return {**batch, VIEW: views(sizes, self.seen, self.recipe)} if self.stored else batch
 
         return finish
 
@@ -143,22 +158,25 @@ class StreamSplit(Served):
 
 def _joined(
     asked: Sequence[Future[Decoded]], count: int, recipe: Recipe, pin: bool, saw: Callable[[Depth], None]
-) -> tuple[Tensor, list[tuple[int, str]]]:
-    """The chunks as images (count, C, H, W) uint8, and the position and reason of each that failed."""
+) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
+    """The chunks as images (count, C, H, W) uint8, the files' own (height, width), and the position and reason of each
+    that failed."""
     shape = (count, recipe.channels, recipe.height, recipe.width)
     images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
     # numpy copies in this one thread; torch would take the cores from the network's own threads.
     into, done = images.numpy(), 0
+    sizes = torch.zeros((count, 2), dtype=torch.int64)
     failures: list[tuple[int, str]] = []
     depth = Depth()
     for future in asked:
         chunk = future.result()
         np.copyto(into[done : done + len(chunk.images)], chunk.images)
+        sizes[done : done + len(chunk.images)] = torch.from_numpy(chunk.sizes)
         failures += [(done + number, reason) for number, reason in chunk.failures]
         done += len(chunk.images)
         depth.add(chunk.depth)
     saw(depth)
-    return images, failures
+    return images, sizes, failures
 
 
 def streamed(
@@ -168,11 +186,14 @@ def streamed(
     labels: Tensor,
     parts: Mapping[str, Tensor],
     loading: Loading,
+    stored: Recipe | None = None,
 ) -> dict[str, Split]:
     """Splits of one kind that share the sources and the decoding processes.
 
     Args:
+        recipe: what the network sees of an image without augmentation.
         parts: rows by split.
+        stored: what training images are decoded to, where they are decoded whole.
 
     Raises:
         DataError: where a split would be empty.
@@ -180,4 +201,10 @@ def streamed(
     require_samples(parts)
     source = digest("stream", sources.fingerprint, recipe, labels)
     pool = DecodingPool(cores() if loading.workers is None else loading.workers, loading.patience)
-    return {name: kind(sources, recipe, labels, digest(source, name, rows), rows, pool) for name, rows in parts.items()}
+
+    def split(name: str, rows: Tensor) -> Split:
+        if stored is None or name != "train":
+            return kind(sources, recipe, recipe, labels, digest(source, name, rows), rows, pool)
+        return kind(sources, stored, recipe, labels, digest(source, stored, name, rows), rows, pool)
+
+    return {name: split(name, rows) for name, rows in parts.items()}

@@ -19,6 +19,7 @@ from cnnlab.data.lists import Folder, kept, leave_out, listed, tell_shared
 from cnnlab.data.options import Decoding, LabelledCut
 from cnnlab.data.sources import Listing
 from cnnlab.data.splits import Fraction, assemble, digest, require_fractions
+from cnnlab.data.whole import as_seen
 from cnnlab.errors import DataError
 from cnnlab.protocols import DataSpec, Split
 from cnnlab.schema import PositiveInt
@@ -80,11 +81,21 @@ class VocBoxes(Decoding, LabelledCut):
         ids, given = kept(self._lists, out, folder, self.findings)
         labels = torch.tensor([self._label(name) for name in ids])
         parts = self.parted(given, labels, len(self._classes), val=self.val, test=self.test)
-        listing = Listing(self._root, [folder.of_id(name) for name in ids])
-        store = decoded(listing, self._recipe, **self.decoding)
-        self.findings.leave_out(listing, store.failures)
         pixels = torch.tensor([self._objects[name][1] for name in ids])
-        boxes = fitted_boxes(pixels, store.sizes, self._recipe)
+        splits: dict[str, Split] = {}
+        for used, rows, recipe in self.by_recipe(parts, len(ids), self._recipe, self.whole(self._recipe)):
+            chosen = [ids[row] for row in used.tolist()]
+            listing = Listing(self._root, [folder.of_id(name) for name in chosen])
+            splits |= self._decoded(listing, chosen, rows, recipe, labels[used], pixels[used])
+        return splits
+
+    def _decoded(
+        self, listing: Listing, ids: list[str], parts: dict[str, Tensor], recipe: Recipe, labels: Tensor, pixels: Tensor
+    ) -> dict[str, Split]:
+        """Raises `DataError` for a box outside its image."""
+        store = decoded(listing, recipe, **self.decoding)
+        self.findings.leave_out(listing, store.failures)
+        boxes = fitted_boxes(pixels, store.sizes, recipe)
         parts = store.readable(parts)
         for rows in parts.values():
             outside = rows[(boxes[rows, 2:] <= boxes[rows, :2]).any(1)].tolist()
@@ -94,8 +105,8 @@ class VocBoxes(Decoding, LabelledCut):
                     f"the first {pixels[outside[0]].tolist()} of {ids[outside[0]]}; repair its annotation"
                 )
         self.findings.record(parts, listing)
-        source = digest(store.fingerprint, labels, boxes)
-        return assemble(store.images, {"label": labels, "box": boxes}, source, parts, mapped=True)
+        source, targets = digest(store.fingerprint, labels, boxes), {"label": labels, "box": boxes}
+        return assemble(store.images, *as_seen(targets, source, store.sizes, self._recipe, recipe), parts, mapped=True)
 
     @cached_property
     def _lists(self) -> dict[str, list[str]]:
@@ -191,5 +202,6 @@ def fitted_boxes(boxes: Tensor, sizes: Tensor, recipe: Recipe) -> Tensor:
             left, top, new_width, new_height = letterbox(height, width, recipe.height, recipe.width)
         xs = [(left + min(max(x / width, 0), 1) * new_width) / recipe.width for x in (x1, x2)]
         ys = [(top + min(max(y / height, 0), 1) * new_height) / recipe.height for y in (y1, y2)]
-        fitted.append([xs[0], ys[0], xs[1], ys[1]])
+        lies = recipe.fit == "whole" and height > width
+        fitted.append([ys[0], xs[0], ys[1], xs[1]] if lies else [xs[0], ys[0], xs[1], ys[1]])
     return torch.tensor(fitted, dtype=torch.float32).reshape(-1, 4)

@@ -11,7 +11,7 @@ from cnnlab.data.found import Findings
 from cnnlab.data.lists import Folder, kept, leave_out, listed, tell_shared
 from cnnlab.data.mask_pixels import Meaning
 from cnnlab.data.options import Decoding, LabelledCut, shared
-from cnnlab.data.pairs import decoded_pairs, untaught
+from cnnlab.data.pairs import decoded_pairs, untaught, whole_train
 from cnnlab.data.splits import Fraction, assemble
 from cnnlab.data.voc import VocBoxes
 from cnnlab.errors import DataError
@@ -114,4 +114,5 @@ class Voc2012(Decoding, LabelledCut):
         self.findings.left_out += pairs.left_out
         self.findings.notices += [*pairs.notices, *untaught(("background", *CLASSES), pairs.present())]
         self.findings.record(pairs.parts, *pairs.sources)
-        return assemble(pairs.images, {"mask": pairs.masks}, pairs.fingerprint, pairs.parts, mapped=True)
+        splits = assemble(pairs.images, {"mask": pairs.masks}, pairs.fingerprint, pairs.parts, mapped=True)
+        return whole_train(splits, pairs, {}, self.whole(recipe), _MEANING, **self.decoding)

@@ -223,7 +223,7 @@ def test_what_torchvision_decodes_is_what_pillow_does_up_to_rounding(tmp_path: P
     Image.fromarray(picture).save(files[3], exif=exif, quality=95)
     files[4].write_bytes(files[0].read_bytes()[:200])
     recipe = Recipe(3, 16, 16, "crop", 20)
-    images, failures = GpuJpegs(recipe, torch.device("cpu"), 2).begin([str(path) for path in files])()
+    images, sizes, failures = GpuJpegs(recipe, torch.device("cpu"), 2).begin([str(path) for path in files])()
     assert [number for number, _ in failures] == [4]
     for number, path in enumerate(files[:4]):
         wanted = torch.from_numpy(decode(str(path), recipe)[0].copy())
