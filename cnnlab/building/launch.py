@@ -32,6 +32,8 @@ def launch(
     going_on = folder is not None
     try:
         folder = folder or RunDir(ranks.share(str(experiment.run_dir)))
+        if going_on and ranks.is_main:
+            folder.require_kinds()
         with folder.claimed() if ranks.is_main else nullcontext():
             if not going_on and ranks.is_main:
                 folder.create(experiment.config, experiment.overrides, again=again)

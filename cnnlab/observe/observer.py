@@ -280,6 +280,9 @@ class Observer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on with the cadences of the run that is resumed."""
+        for name in ("stretch", "records", "figures"):
+            if state[name] < (name == "stretch"):
+                raise ValueError(f"expected {name} of {int(name == 'stretch')} or more, received {state[name]}")
         self.stretch = state["stretch"]
         self.overhead.load_state_dict(state["overhead"])
         if state["total_steps"] == self._total_steps:

@@ -227,6 +227,9 @@ class Taps:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["idle"]) != len(self._idle):
             raise ValueError(f"expected {len(self._idle)} tapped layers, received {len(state['idle'])}")
+        for name, idle in zip(self.names, state["idle"], strict=True):
+            if idle is not None and (idle.ndim != 1 or idle.dtype != torch.float32 or not bool((idle >= 0).all())):
+                raise ValueError(f"expected of {name} a count of each channel, in float32")
         self._idle = [None if idle is None else idle.to(self.bank.device) for idle in state["idle"]]
 
 

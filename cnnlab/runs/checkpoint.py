@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from cnnlab.errors import CheckpointError
 from cnnlab.runs.folder import write_atomically
@@ -63,10 +64,59 @@ class State:
             raise CheckpointError(f"{where} has no {', '.join(missing)}: it is of another kind of run")
         for name in names:
             try:
+                require_alike(self._parts[name].state_dict(), state[name])
                 self._parts[name].load_state_dict(state[name])
             except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
                 reason = " ".join(str(error).split())[:_LONGEST]
                 raise CheckpointError(f"{where}: its {name} does not fit this run: {reason}") from error
+
+
+def require_alike(own: Any, found: Any, where: str = "") -> None:
+    """Raises `ValueError` where `found` cannot be a later state of the part whose state is `own`.
+
+    What torch would cast or broadcast in silence is refused: of tensors, shape and dtype are compared; of all else,
+    the type. What `own` has not yet (`None`, a state that grows) says nothing, and neither does a plain value that
+    `found` lacks: an earlier version may not have kept it.
+    """
+    place = f"its {where} " if where else ""
+    if found is None and not isinstance(own, Tensor):
+        return  # the part itself says whether it may have none
+    if isinstance(own, Mapping):
+        if not isinstance(found, Mapping):
+            raise ValueError(f"{place}is of type {type(found).__name__}, expected values by name")
+        lost = [str(name) for name, value in own.items() if name not in found and _of_tensors(value)]
+        if lost:
+            raise ValueError(f"{place}lacks {', '.join(lost[:3])}")
+        for name in own.keys() & found.keys():
+            require_alike(own[name], found[name], f"{where}.{name}" if where else str(name))
+    elif isinstance(own, list | tuple):
+        if not isinstance(found, list | tuple):
+            raise ValueError(f"{place}is of type {type(found).__name__}, expected a list")
+        if len(own) == len(found):
+            for position, pair in enumerate(zip(own, found, strict=True)):
+                require_alike(*pair, f"{where}.{position}")
+    elif isinstance(own, Tensor) and own.numel():
+        if own.ndim == 0 and isinstance(found, int | float):  # a rate, which a captured step keeps in a tensor
+            return
+        if not isinstance(found, Tensor) or (found.shape, found.dtype) != (own.shape, own.dtype):
+            raise ValueError(f"{place}is {_described(found)}, expected {_described(own)}")
+    elif isinstance(own, bool | int | float | str):
+        scalar = isinstance(found, Tensor) and found.ndim == 0
+        kinds: tuple[type, ...] = (float, int) if type(own) is float else (type(own),)
+        if type(found) not in kinds and not scalar:
+            raise ValueError(f"{place}is of type {type(found).__name__}, expected {type(own).__name__}")
+
+
+def _of_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value) and all(map(_of_tensors, value.values()))
+    return isinstance(value, Tensor)
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"of type {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
 
 
 def save(state: Mapping[str, Any], *paths: Path) -> None:

@@ -373,6 +373,15 @@ class RunDir:
         with suppress(OSError):
             self.error.write_text(text, encoding="utf-8", errors="backslashreplace")
 
+    def require_kinds(self) -> None:
+        """Raises `CheckpointError` where a folder, a device or a pipe is in the place of a file that a run goes on
+        writing, or a file in that of a folder."""
+        for path in (self.run_json, self.metrics, self.stats, self.error, self.last, self.best):
+            stored.require_file(path)
+        for path in (self.evidence / "sample_loss.f16", self.evidence / "shape.json"):
+            stored.require_file(path)
+        stored.require_folder(self.tensorboard)
+
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Keeps other processes from writing here meanwhile; makes the folder where there is none. Who has it already

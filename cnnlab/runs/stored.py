@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ DEEPEST = 100
 
 def damaged(path: Path, why: object) -> CheckpointError:
     return CheckpointError(f"{path} is damaged: {short(' '.join(str(why).split()))}")
+
+
+def altered(path: Path, what: str) -> CheckpointError:
+    """For a file whose checksum a checkpoint knows."""
+    return CheckpointError(
+        f"{path} is damaged: it is not what the run wrote until its checkpoint; put that back, or take the file away: "
+        f"the run then goes on without those {what}"
+    )
 
 
 def text_of(path: Path) -> str:
@@ -142,11 +151,66 @@ def or_null(kind: Kind) -> Kind:
     return f"{words} or null", lambda value: value is None or test(value)
 
 
-def require(document: Mapping[str, Any], kinds: Mapping[str, Kind], path: Path, inside: str = "") -> None:
+def require(
+    document: Mapping[str, Any], kinds: Mapping[str, Kind], path: Path, inside: str = "", where: str = ""
+) -> None:
     """Raises `CheckpointError` where a value that is there is not of its kind; others may be there besides."""
     for name, (words, test) in kinds.items():
         if name in document and not test(document[name]):
-            raise damaged(path, f"expected `{inside}{name}` to be {words}, received {_kind(document[name])}")
+            raise damaged(path, f"{where}expected `{inside}{name}` to be {words}, received {_kind(document[name])}")
+
+
+# ---- lines ----
+
+
+def require_file(path: Path) -> None:
+    """Raises `CheckpointError` for a folder, a device or a pipe in a file's place, and for a file in its folder's."""
+    if path.exists() and not path.is_file():
+        raise damaged(path, "expected a file, found a folder, a device or a pipe")
+    require_folder(path.parent)
+
+
+def require_folder(path: Path) -> None:
+    """Raises `CheckpointError` for anything else in a folder's place."""
+    if path.exists() and not path.is_dir():
+        raise damaged(path, "expected a folder, found a file")
+
+
+def json_lines(path: Path, kinds: Mapping[str, Kind]) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file, one a line; none where there is no file. A torn last line is left out.
+
+    Args:
+        kinds: as for `require`.
+
+    Raises:
+        CheckpointError: for a line that is damaged in any other way.
+    """
+    require_file(path)
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        count = 0
+        while (line := file.readline(MOST_BYTES)).endswith(b"\n"):
+            count += 1
+            try:
+                document = parsed_json(line)
+            except ValueError as error:
+                raise damaged(path, f"line {count}: {error}") from error
+            if not isinstance(document, dict):
+                raise damaged(path, f"line {count}: expected a JSON object, received {_kind(document)}")
+            require(document, kinds, path, where=f"line {count}: ")
+            yield document
+        if len(line) == MOST_BYTES:
+            raise damaged(path, f"line {count + 1}: expected at most {MOST_BYTES >> 20} MiB")
+
+
+def checksum(path: Path, size: int) -> int:
+    """The CRC-32 of the first `size` bytes of a file, or of all that it has."""
+    found = 0
+    with path.open("rb") as file:
+        while size > 0 and (block := file.read(min(size, 1 << 20))):
+            found, size = zlib.crc32(block, found), size - len(block)
+    return found
 
 
 def _kind(value: Any) -> str:

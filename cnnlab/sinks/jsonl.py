@@ -5,12 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cnnlab.errors import CheckpointError
+from cnnlab.runs import stored
 from cnnlab.runs.disk import append_to, writing
+
+_KINDS: dict[str, stored.Kind] = {
+    "step": stored.COUNT,
+    "epoch": stored.COUNT,
+    "split": stored.TEXT,
+    "lr": stored.or_null(stored.NUMBER),
+    "layers": stored.TEXTS,
+    "tensors": stored.TEXTS,
+}
+"""What every reader of a record relies on."""
 
 
 class JsonlSink:
@@ -23,19 +34,28 @@ class JsonlSink:
     Args:
         path: the file; its folder is made.
         digits: significant digits of floats; `None` keeps them exact. Statistics do with 5, at half the size.
+
+    Raises:
+        CheckpointError: for anything but a file in its place.
     """
 
     def __init__(self, path: Path, digits: int | None = None):
         self.path = Path(path)
         self._digits = digits
+        self._summed = -1, 0
+        """A size of the file, and its checksum."""
+        stored.require_file(self.path)
         with writing(self.path):
             append_to(self.path).close()
             self.truncate(self.size())
 
     def write(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps(self._plain(record), separators=(",", ":"), allow_nan=False)
+        line = json.dumps(self._plain(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         with writing(self.path), append_to(self.path) as file:
-            file.write(line.encode() + b"\n")
+            size, (known, checksum) = file.tell(), self._summed
+            file.write(line)
+        if size == known:
+            self._summed = size + len(line), zlib.crc32(line, checksum)
 
     def size(self) -> int:
         """Length of the file in bytes, for a checkpoint to remember."""
@@ -43,6 +63,19 @@ class JsonlSink:
             return self.path.stat().st_size
         except FileNotFoundError:  # it vanished; the next record makes it again
             return 0
+
+    def checksum(self) -> int:
+        """CRC-32 of the file, for a checkpoint to remember; read once, then kept up to date."""
+        size = self.size()
+        if self._summed[0] != size:
+            self._summed = size, stored.checksum(self.path, size) if size else 0
+        return self._summed[1]
+
+    def require(self, size: int, checksum: int) -> None:
+        """Raises `CheckpointError` if the first `size` bytes, where there are so many, are not those that had this
+        checksum."""
+        if self.size() >= size and stored.checksum(self.path, size) != checksum:
+            raise stored.altered(self.path, "records")
 
     def truncate(self, size: int) -> None:
         """Cuts the file to `size` bytes, and from there back to the end of the last whole line.
@@ -53,6 +86,7 @@ class JsonlSink:
         keep = _end_of_last_line(self.path, min(size, self.size()))
         if keep != self.size():
             os.truncate(self.path, keep)
+            self._summed = -1, 0
 
     def _plain(self, value: Any) -> Any:
         if isinstance(value, float):
@@ -85,13 +119,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises `CheckpointError` for a line that is damaged in any other way.
     """
-    if not Path(path).exists():
-        return
-    with Path(path).open("rb") as file:
-        for count, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise CheckpointError(f"{path}, line {count} is no JSON document: {error}") from error
+    for count, record in enumerate(stored.json_lines(Path(path), _KINDS), start=1):
+        if "step" not in record:
+            raise stored.damaged(Path(path), f"line {count}: expected a record with a `step`")
+        yield record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from cnnlab.machine.ranks import Ranks
 from cnnlab.protocols import Listener, StepResult
+from cnnlab.runs import stored
 from cnnlab.runs.disk import append_to, writing
 from cnnlab.runs.folder import RunDir, write_atomically
 from cnnlab.sinks.jsonl import JsonlSink, read_records
@@ -79,6 +81,7 @@ class Recorder(Listener):
     def state_dict(self) -> dict[str, Any]:
         sinks = {"metrics": self._metrics, "stats": self._stats}
         sizes: dict[str, Any] = {name: sink.size() for name, sink in sinks.items() if sink is not None}
+        sizes["checksums"] = {name: sink.checksum() for name, sink in sinks.items() if sink is not None}
         if self._events is not None:
             sizes["events"] = {path.name: path.stat().st_size for path in _event_files(self._events)}
         return sizes
@@ -88,6 +91,8 @@ class Recorder(Listener):
         for name, sink in (("metrics", self._metrics), ("stats", self._stats)):
             if sink is None:
                 continue
+            if name in state.get("checksums", {}):  # older versions keep none
+                sink.require(state[name], state["checksums"][name])
             sink.truncate(state[name])
             if sink.size() < state[name]:
                 kept = [record["step"] for record in read_records(sink.path)]
@@ -101,7 +106,7 @@ class Recorder(Listener):
 
 
 def _event_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*tfevents*")) if folder.is_dir() else []
+    return [path for path in sorted(folder.glob("*tfevents*")) if path.is_file()]
 
 
 def _cut_events(folder: Path, sizes: Mapping[str, int]) -> list[str]:
@@ -134,6 +139,8 @@ class Evidence(Listener):
         self._ranks = ranks
         self._losses = torch.full((samples,), float("nan"), dtype=torch.float32, device=device)
         self._rows = 0
+        self._checksum = 0
+        """CRC-32 of the whole rows."""
         self._partial = False
         """Whether the file has a row of an epoch that the run's end cut."""
         self._missing: list[str] = []
@@ -178,21 +185,25 @@ class Evidence(Listener):
     def on_epoch(self, run: Run, figures: dict[str, float]) -> None:
         self.on_save(run)
         if self._folder is not None:
-            self._write_row()
+            row = self._write_row()
             self._describe()
+            if run.clock.batch == 0:
+                self._checksum = zlib.crc32(row, self._checksum)
         self._partial = run.clock.batch != 0
         if not self._partial:
             self._rows += 1
             self._losses.fill_(float("nan"))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self._losses, "rows": self._rows, "partial": self._partial}
+        return {"losses": self._losses, "rows": self._rows, "partial": self._partial, "checksum": self._checksum}
 
-    def _write_row(self) -> None:
-        """The losses at hand as the row after the whole ones; whole rows that are lost become NaN."""
+    def _write_row(self) -> bytes:
+        """Writes the losses at hand as the row after the whole ones; whole rows that are lost become NaN."""
         self._keep_rows()
+        row: bytes = self._losses.clamp(-6e4, 6e4).half().cpu().numpy().tobytes()
         with writing(self._path), append_to(self._path) as file:
-            file.write(self._losses.clamp(-6e4, 6e4).half().cpu().numpy().tobytes())
+            file.write(row)
+        return row
 
     def _keep_rows(self) -> int:
         """Cuts the file to its whole rows, fills it up with NaN where some are lost; how many were there."""
@@ -201,6 +212,8 @@ class Evidence(Listener):
             there = min(self._rows, file.tell() // length)
             file.truncate(there * length)
             file.write(np.full((self._rows - there) * len(self._losses), np.nan, dtype=np.float16).tobytes())
+        if there < self._rows:
+            self._checksum = stored.checksum(self._path, self._rows * length)
         return there
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -211,6 +224,7 @@ class Evidence(Listener):
         self._rows, self._partial = state["rows"], state.get("partial", False)
         if self._folder is None:
             return
+        self._require(state.get("checksum"))
         there = self._keep_rows()
         shape = json.dumps([-1, len(self._losses)]).encode()
         write_atomically(self._folder.evidence / "shape.json", shape)
@@ -218,6 +232,17 @@ class Evidence(Listener):
         self._missing = [f"{self._path} has lost {lost} of {self._rows} epochs: their rows are NaN"] if lost else []
         if self._partial:
             self._write_row()
+
+    def _require(self, checksum: int | None) -> None:
+        """Raises `CheckpointError` if the rows are there, and are not those that had this checksum; older versions
+        kept none."""
+        stored.require_file(self._path)
+        size = 2 * len(self._losses) * self._rows
+        there = self._path.stat().st_size if self._path.exists() else 0
+        known = stored.checksum(self._path, size) if there >= size > 0 else 0
+        if checksum is not None and there >= size and known != checksum:
+            raise stored.altered(self._path, "losses")
+        self._checksum = known
 
 
 def sample_losses(folder: RunDir) -> np.ndarray:

@@ -1,0 +1,157 @@
+"""Run folders whose records, evidence or checkpoints hold what no run has written: refused by name, never a fault."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lab_runs import interrupted_at, resume_run
+
+from cnnlab.errors import CheckpointError
+from cnnlab.runs import checkpoint
+from cnnlab.runs.checkpoint import require_alike
+from cnnlab.runs.folder import RunDir
+from cnnlab.sinks.jsonl import read_records
+from cnnlab.train import fit
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was interrupted in its second epoch."""
+    folder = tmp_path_factory.mktemp("whole")
+    interrupted_at(6, "model=cnn", "model.widths=[4]", "regularization.ema=0.9", "optim=rmsprop", folder=folder)
+    return folder
+
+
+@pytest.fixture
+def own(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "own")
+
+
+def altered(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
+
+RECORDS = ("metrics.jsonl", "stats.jsonl", "evidence/sample_loss.f16")
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_one_altered_bit_of_a_record_is_noticed_on_a_resume(own: Path, name: str):
+    altered(own / name)
+    before = {path: (own / path).read_bytes() for path in RECORDS}
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged.*take the file away"):
+        resume_run(own)
+    assert (own / name).read_bytes() == before[name], "it is left for whoever wants to look"
+    (own / name).unlink()
+    run = resume_run(own)
+    assert any(name in notice for notice in run.notices), "what is missing is told"
+    fit(run)
+
+
+def test_what_was_lost_and_filled_up_goes_on_with_its_own_checksum(own: Path):
+    (own / "evidence" / "sample_loss.f16").unlink()
+    fit(resume_run(own))
+    fit(resume_run(own, epochs=3))
+
+
+@pytest.mark.parametrize("name", [*RECORDS, "error.txt", "evidence/shape.json", "run.json"])
+def test_a_folder_or_a_pipe_in_a_files_place_is_refused_by_name(own: Path, name: str):
+    (own / name).unlink(missing_ok=True)
+    (own / name).mkdir()
+    with pytest.raises(CheckpointError, match=name):
+        RunDir(own).require_kinds()
+    (own / name).rmdir()
+    os.mkfifo(own / name)
+    with pytest.raises(CheckpointError, match=name):
+        RunDir(own).require_kinds()
+
+
+@pytest.mark.parametrize("name", ["evidence", "tensorboard", "checkpoints"])
+def test_a_file_in_a_folders_place_is_refused_by_name(own: Path, name: str):
+    shutil.rmtree(own / name, ignore_errors=True)  # a run from Python has no tensorboard/
+    (own / name).touch()
+    with pytest.raises(CheckpointError, match=f"{name} is damaged: expected a folder"):
+        RunDir(own).require_kinds()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"[1]", "expected a JSON object, received a list"),
+        (b"{}", "a `step`"),
+        (b'{"step": "1"}', "expected `step` to be a count, received a text"),
+        (b'{"step": 1, "lr": []}', "expected `lr` to be a number or null"),
+        (b'{"step": 1, "layers": 3}', "expected `layers` to be a list of texts"),
+        (b'{"step": NaN}', "NaN is no JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_line_of_another_kind_is_refused_by_name(tmp_path: Path, line: bytes, words: str):
+    path = tmp_path / "stats.jsonl"
+    path.write_bytes(b'{"step":1}\n' + line + b"\n")
+    with pytest.raises(CheckpointError, match=rf"stats\.jsonl is damaged: line 2: .*{words}"):
+        list(read_records(path))
+
+
+def first(state: Any) -> str:
+    return next(iter(state))
+
+
+def cast(state: dict[str, Any]) -> None:
+    state["model"][first(state["model"])] = state["model"][first(state["model"])].double()
+
+
+def cut(state: dict[str, Any]) -> None:
+    state["ema"]["average"][0] = state["ema"]["average"][0][:1]
+
+
+def narrow_losses(state: dict[str, Any]) -> None:
+    state["evidence"]["losses"] = state["evidence"]["losses"].half()
+
+
+def broadcast(state: dict[str, Any]) -> None:
+    state["normalize"]["normalize"] = {name: torch.zeros(3, 1) for name in state["normalize"]["normalize"]}
+
+
+def unfitted(state: dict[str, Any]) -> None:
+    state["normalize"] = {}
+
+
+def half_a_row(state: dict[str, Any]) -> None:
+    state["evidence"]["rows"] = 0.5
+
+
+def no_stretch(state: dict[str, Any]) -> None:
+    state["observer"]["stretch"] = 0
+
+
+def flat_taps(state: dict[str, Any]) -> None:
+    state["taps"]["idle"] = [torch.zeros(2, 2) for _ in state["taps"]["idle"]]
+
+
+WRONG = (cast, cut, narrow_losses, broadcast, unfitted, half_a_row, no_stretch, flat_taps)
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_shapes_and_types_of_no_state_of_this_run_are_refused(own: Path, change: Callable[[dict[str, Any]], None]):
+    path = own / "checkpoints" / "last.pt"
+    state = checkpoint.load(path)
+    change(state)
+    checkpoint.save(state, path)
+    with pytest.raises(CheckpointError, match=r"last\.pt: its "):
+        resume_run(own)
+
+
+def test_what_grows_or_is_not_there_yet_says_nothing():
+    require_alike({"best": None, "names": [], "step": 0}, {"best": 1.5, "names": ["a"], "more": 1})
+    require_alike({"lr": torch.tensor(0.1)}, {"lr": 0.1})
+    for own, found in (({"a": 1}, {"a": "1"}), ({"a": True}, {"a": 1}), ({"a": []}, {"a": {}}), ({}, [])):
+        with pytest.raises(ValueError, match="of type"):
+            require_alike(own, found)
