@@ -218,7 +218,8 @@ SAID = {
     "trainer.epochs.more=3": ["trainer.epochs is a value", "type trainer.epochs="],
     "model=[resnet,vgg]": ["expected one option", "-m model=resnet,vgg"],
     "augment=flip,crop": ["type augment=[flip,crop]"],
-    "seed=0,1": ["several values", "type -m", "'seed=\"0,1\"'"],
+    "seed=0,1": ["several values in one run; type -m for a sweep"],
+    "name=a,b": ["several values", "type -m", "'name=\"a,b\"'"],
     "seed=range(3)": ["several values", "type -m"],
     "data.root=[/a/b(1)": ["cannot be read", "'data.root=\"[/a/b(1)\"'"],
     "name=it's (x)": ["cannot be read", '"name=\\"it\'s (x)\\""'],
@@ -279,6 +280,10 @@ def test_what_is_wrong_is_said(told: dict[str, str], override: str, words: list[
     problem = about(told, override)
     assert all(word in problem for word in words), problem
     assert len(problem) < 800
+
+
+def test_a_number_is_not_told_to_be_quoted_as_a_text(told: dict[str, str]):
+    assert '"' not in about(told, "seed=0,1")  # a text is no seed: it would be refused again
 
 
 def test_all_problems_at_once_and_the_rest_still_composes(shared_composer: Composer):
