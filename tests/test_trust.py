@@ -11,12 +11,12 @@ import pytest
 import yaml
 from cli_runs import TINY, Answer
 
+from cnnlab.building.reopen import reopened
 from cnnlab.composing.groups import GROUPS
 from cnnlab.composing.signature import check_part
 from cnnlab.composing.trust import Trust
 from cnnlab.errors import CheckpointError, UsageError
 from cnnlab.runs.folder import RunDir
-from cnnlab.verbs.reopen import reopened
 
 Cli = Callable[..., Answer]
 

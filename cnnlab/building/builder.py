@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cnnlab import rng
@@ -24,11 +24,13 @@ from cnnlab.building.assemble import (
     spec_for_task,
 )
 from cnnlab.building.facts import facts, unseen_classes, weighed_classes
+from cnnlab.building.opened import recorded_recipe
 from cnnlab.building.stepping import StepMaker
 from cnnlab.composing.experiment import Experiment
 from cnnlab.data.choice import loaded, with_decoder
 from cnnlab.data.found import Findings
 from cnnlab.data.loader import Loader
+from cnnlab.data.pixels import Recipe
 from cnnlab.data.places import cache_folder, known_cache
 from cnnlab.errors import CheckpointError, UsageError
 from cnnlab.init.prior import start_from
@@ -122,17 +124,21 @@ class _Builder:
         self.traits = Traits.of(experiment.node("optim").target)
         self.notices: list[str] = []
         self.findings = Findings()
+        self.recipe: Recipe | None = None
+        self.counts: Tensor | None = None
 
     def run(self) -> Run:
         placement = self.place()
-        spec = spec_for_task(self.experiment, self.experiment.node("data").make().spec())
+        data = self.experiment.node("data").make()
+        spec = spec_for_task(self.experiment, data.spec())
+        self.recipe = getattr(data, "seen", None)
         pipeline = make_pipeline(self.experiment, spec)
         splits = self.splits(placement, pipeline.crops)
         # In turn: the others find in the cache what took rank 0 long.
         settings, made = self.fitting(), partial(cache_folder, None)
         self.ranks.in_turn(lambda: fitted.fit(pipeline, splits["train"], settings, known_cache(), made=made))
         labels = splits["train"].labels
-        counts = class_counts(self.experiment, spec, splits["train"])
+        counts = self.counts = class_counts(self.experiment, spec, splits["train"])
         task = make_task(self.experiment, spec, counts)
         task.to(placement.device)
         self.notices += unseen_classes(task.class_names(spec), task.class_counts(spec, labels))
@@ -401,7 +407,6 @@ class _Builder:
     def described(self, run: Run) -> dict[str, Any]:
         """What a checkpoint keeps of the data, for whoever opens the network again."""
         spec, splits = run.spec, {name: loader.split for name, loader in run.loaders.items()}
-        counts = run.task.class_counts(spec, splits["train"].labels)
         return described(
             {name: split.fingerprint for name, split in splits.items()},
             {name: len(split) for name, split in splits.items()},
@@ -410,7 +415,8 @@ class _Builder:
             classes=list(spec.classes),
             mask_classes=list(spec.mask_classes),
             targets=sorted(spec.targets),
-            class_counts=None if counts is None else counts.tolist(),
+            class_counts=None if self.counts is None else self.counts.tolist(),
+            recipe=recorded_recipe(self.recipe),
         )
 
     def chosen(self, run: Run, placement: Placement) -> dict[str, str]:

@@ -100,13 +100,16 @@ class Reading:
         checked_range(self.value_range)
         self._loading = self.loading or Loading()
         self.findings = Findings()
+        self.seen: Recipe | None = None
+        """How the network sees a file; known after `spec`."""
 
     def recipe(
         self, channels: int, height: int, width: int, fit: Literal["crop", "letterbox", "stretch"], resize: int = 0
     ) -> Recipe:
         """How a file becomes an image of this size."""
         bounds: Any = {"value_range": checked_range(self.value_range), "max_pixels": self.max_pixels}
-        return Recipe(channels, height, width, fit, resize, **bounds)
+        self.seen = Recipe(channels, height, width, fit, resize, **bounds)
+        return self.seen
 
     def whole(self, seen: Recipe) -> Recipe | None:
         """How training photos are stored, where they are stored whole.

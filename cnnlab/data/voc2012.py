@@ -62,6 +62,7 @@ class Voc2012(Decoding, LabelledCut):
                 "type data.imbalance=null"
             )
         self._root = Path(self.root).expanduser()
+        self._recipe = self.recipe(3, self.size, self.size, self.fit)
 
     def spec(self) -> DataSpec:
         size = (self.size, self.size)
@@ -109,10 +110,9 @@ class Voc2012(Decoding, LabelledCut):
         ids, given = kept(lists, out, folders[0], self.findings)
         parts = self.parted(given, None, len(CLASSES) + 1, val=self.val)
         images, masks = [[folder.of_id(name) for name in ids] for folder in folders]
-        recipe = self.recipe(3, self.size, self.size, self.fit)
-        pairs = decoded_pairs(base, images, masks, recipe, parts, _MEANING, **self.decoding)
+        pairs = decoded_pairs(base, images, masks, self._recipe, parts, _MEANING, **self.decoding)
         self.findings.left_out += pairs.left_out
         self.findings.notices += [*pairs.notices, *untaught(("background", *CLASSES), pairs.present())]
         self.findings.record(pairs.parts, *pairs.sources)
         splits = assemble(pairs.images, {"mask": pairs.masks}, pairs.fingerprint, pairs.parts, mapped=True)
-        return whole_train(splits, pairs, {}, self.whole(recipe), _MEANING, **self.decoding)
+        return whole_train(splits, pairs, {}, self.whole(self._recipe), _MEANING, **self.decoding)

@@ -85,7 +85,8 @@ class Origin:
 
 def described(fingerprints: Mapping[str, str], samples: Mapping[str, int], **more: Any) -> dict[str, Any]:
     """What a checkpoint keeps of the data: `fingerprints` and `samples` by split, and `more`: `classes`,
-    `mask_classes`, `targets`, `channels`, `size`, `class_counts`."""
+    `mask_classes`, `targets`, `channels`, `size`, `class_counts` (as the loss weighs them), `recipe` (how a file
+    becomes an input; see `cnnlab.data.pixels.Recipe`)."""
     return {"fingerprints": dict(fingerprints), "samples": dict(samples), **more}
 
 

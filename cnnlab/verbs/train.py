@@ -16,7 +16,6 @@ from cnnlab.errors import ConfigError, UsageError, short
 from cnnlab.runs.folder import PLACES, RESUMABLE, RunDir, flatten, jsonable
 from cnnlab.terminal import say
 from cnnlab.verbs.arguments import answer, override_parser, parse
-from cnnlab.verbs.reopen import reopened
 
 LENGTHS = ("trainer.epochs", "trainer.max_steps")
 """What says how long a run is, and so where its schedule stands."""
@@ -66,6 +65,8 @@ def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> 
 
     Raises `ConfigError` for every other change; what only repeats the run's own config is none.
     """
+    from cnnlab.building.reopen import reopened
+
     folder = RunDir(path)
     stored = reopened(folder, open_composer.trust)
     problems, added, longer, values = [], [], [], {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cnnlab.building.trial import read
 from cnnlab.composing.composer import Composed, make_importable
 from cnnlab.composing.experiment import Experiment
 from cnnlab.composing.trust import TYPED, Trust
@@ -20,8 +21,6 @@ def reopened(folder: RunDir, trust: Trust = TYPED) -> Experiment:
         UsageError: this is no run folder, or it names code that nobody vouches for.
         CheckpointError: its files are damaged.
     """
-    from cnnlab.building.trial import read
-
     config, record, trust = folder.config(), folder.read(), trust.of_a_run()
     recorded = tuple(map(str, record.get("config_dirs", [])))
     make_importable([*trust.folders, *([here()] if trust.names else [])])
