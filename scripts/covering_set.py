@@ -100,6 +100,8 @@ BASES: tuple[dict[str, str], ...] = (
     {"data": "cifar10"},
     {"data": "shapes", "task": "segmentation"},
     {"data": "shapes", "task": "segmentation", "model": "vgg"},
+    {"data": "shapes", "task": "localization"},
+    {"data": "shapes", "task": "localization", "model": "vgg"},
     {"data": "cifar10", "model": "vgg"},
 )
 """What "all else at defaults" means: no single data set has every target, and no network every place. Choices are to

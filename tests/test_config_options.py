@@ -31,6 +31,9 @@ LARGE = ("data=shapes", "data.size=224")
 BASES = (LARGE, (), ("data=cifar10",), (*LARGE, "model=resnet18"), ("data=cifar10", "model=speednet"))
 COMPANY = {
     "task=segmentation": ("data=shapes", "loss=dice"),
+    "task=localization": ("data=shapes",),
+    "head=box": ("data=shapes", "task=localization"),
+    "head=box_points": ("data=shapes", "task=localization"),
     "head=bilinear": ("data=shapes", "task=segmentation"),
     "head=fcn": ("data=shapes", "task=segmentation"),
     "head=nearest": ("data=shapes", "task=segmentation"),

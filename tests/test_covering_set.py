@@ -23,7 +23,7 @@ CHEAP = {
     "activation": ("relu", "prelu"),
     "augment": ("[standard]", "[mixup]"),
     "data": ("shapes", "folder"),
-    "head": ("nearest", "linear"),
+    "head": ("nearest", "linear", "box"),
     "init": ("lsuv",),
     "loss": ("focal", "dice"),
     "model": ("cnn", "mlp"),
@@ -34,7 +34,7 @@ CHEAP = {
     "regularization": ("[ema,max_norm,l1]",),
     "schedule": ("plateau", "one_cycle"),
     "stats": ("full",),
-    "task": ("segmentation",),
+    "task": ("segmentation", "localization"),
     "trainer.precision": ("bf16",),
 }
 

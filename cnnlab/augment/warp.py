@@ -189,7 +189,7 @@ def move_box(box: Tensor, matrix: Tensor, size: tuple[int, int], to: tuple[int, 
 
     `size` is the image's (height, width), `to` the result's, where that is another.
 
-    A box that leaves the image becomes one without area on its border.
+    A box that leaves the image becomes (0, 0, 0, 0), and stays so wherever it is moved next.
     """
     height, width = size
     to_height, to_width = size if to is None else to
@@ -198,4 +198,6 @@ def move_box(box: Tensor, matrix: Tensor, size: tuple[int, int], to: tuple[int, 
     y = torch.stack([y1, y1, y2, y2], dim=1) * height - height / 2
     new_x = (matrix[:, 0, 0, None] * x + matrix[:, 0, 1, None] * y + matrix[:, 0, 2, None]) / to_width + 0.5
     new_y = (matrix[:, 1, 0, None] * x + matrix[:, 1, 1, None] * y + matrix[:, 1, 2, None]) / to_height + 0.5
-    return torch.stack([new_x.amin(1), new_y.amin(1), new_x.amax(1), new_y.amax(1)], dim=1).clamp(0, 1)
+    moved = torch.stack([new_x.amin(1), new_y.amin(1), new_x.amax(1), new_y.amax(1)], dim=1).clamp(0, 1)
+    there = ((box[:, 2:] > box[:, :2]) & (moved[:, 2:] > moved[:, :2])).all(1)
+    return torch.where(there[:, None], moved, 0.0)

@@ -58,7 +58,7 @@ class Classification(Task):
         return main | ({"aux": self.criterion(outputs["aux"], batch["label"])} if "aux" in outputs else {})
 
     def measure(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        return {"confusion": confusion(outputs["logits"].argmax(1), _hard(batch["label"]), self.spec.num_classes)}
+        return {"confusion": confusion(outputs["logits"].argmax(1), hard(batch["label"]), self.spec.num_classes)}
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """`accuracy`, and `balanced_accuracy`: the mean recall of the classes that occur."""
@@ -78,13 +78,13 @@ class Classification(Task):
         if outputs is None:
             return super().pictures(batch)
         predicted = self.predictions(outputs)
-        truth, guess = _hard(batch["label"]).tolist(), predicted["label"].tolist()
+        truth, guess = hard(batch["label"]).tolist(), predicted["label"].tolist()
         names, sure = self.spec.classes, predicted["probability"].tolist()
         frames = [RIGHT if right == told else WRONG for right, told in zip(truth, guess, strict=True)]
         captions = [(names[t], f"{p:.2f} {names[g]}") for t, g, p in zip(truth, guess, sure, strict=True)]
         return {"predictions": grid(captioned(framed(stretched(batch["image"], 96), frames), captions), 8)}
 
 
-def _hard(label: Tensor) -> Tensor:
+def hard(label: Tensor) -> Tensor:
     """(N,) int64; a mixed label (N, classes) counts as its larger share."""
     return label if label.ndim == 1 else label.argmax(1)

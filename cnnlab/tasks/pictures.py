@@ -12,6 +12,8 @@ from cnnlab.sinks.picture import shortened, with_text
 
 RIGHT, WRONG = (40, 160, 60), (210, 50, 40)
 """Frames of what was predicted rightly, and of what was not."""
+TRUTH = (255, 255, 255)
+"""Boxes of what is there."""
 _LINE, _LETTER = 14, 6
 """Height of a line of text and width of a letter, in pixels."""
 
@@ -64,6 +66,30 @@ def framed(cells: Tensor, colours: Sequence[tuple[int, int, int]], width: int = 
     frames = paint.expand(-1, -1, cells.shape[2] + 2 * width, cells.shape[3] + 2 * width).clone()
     frames[:, :, width:-width, width:-width] = cells
     return frames
+
+
+def boxed(cells: Tensor, boxes: Tensor, colours: Sequence[tuple[int, int, int]]) -> Tensor:
+    """The cells (N, 3, H, W) with the outline of a box each, (N, 4), (x1, y1, x2, y2) in [0, 1] of width and height, in
+    `colours`, RGB of 0 to 255, with black beside it on its inner side; of a box without area, there is none to see."""
+    drawn = cells.clone()
+    height, width = cells.shape[-2:]
+    pixels = boxes.detach().float().cpu() * torch.tensor([width, height, width, height])
+    for cell, box, (x1, y1, x2, y2), colour in zip(drawn, boxes, pixels.round().int().tolist(), colours, strict=True):
+        if not (box[2:] > box[:2]).all():
+            continue
+        for inset, paint in ((1, (0, 0, 0)), (0, colour)):
+            left, top, right, bottom = x1 + inset, y1 + inset, max(x2, x1 + 1) - inset, max(y2, y1 + 1) - inset
+            if left >= right or top >= bottom:
+                continue
+            shade = torch.tensor(paint)[:, None, None] / 255
+            for rows, columns in (
+                (slice(top, bottom), slice(left, left + 1)),
+                (slice(top, bottom), slice(right - 1, right)),
+                (slice(top, top + 1), slice(left, right)),
+                (slice(bottom - 1, bottom), slice(left, right)),
+            ):
+                cell[:, rows, columns] = shade
+    return drawn
 
 
 def captioned(cells: Tensor, captions: Sequence[Sequence[str]]) -> Tensor:

@@ -240,12 +240,14 @@ def test_copying_and_resampling_agree_on_whole_pixels(fill):
     torch.testing.assert_close(resampled, copied, atol=1e-4, rtol=0)
 
 
-def test_a_box_that_leaves_the_image_loses_its_area():
+def test_a_box_that_leaves_the_image_is_empty_and_does_not_come_back():
+    """Clipped, it would be a line on the border, which a rotation gives an area again."""
     images = pictures(1)
-    moved = copy_pixels(
-        {"image": images, "box": torch.tensor([[0.0, 0.2, 0.2, 0.4]])}, affine(images, x=-10.0), "zeros"
-    )
-    assert moved["box"][0, 0] == moved["box"][0, 2] == 0
+    away, back = affine(images, x=-10.0), Rotate(40.0).matrix(draws_of([[1.0]], images))
+    moved = copy_pixels({"image": images, "box": torch.tensor([[0.0, 0.2, 0.2, 0.4]])}, away, "zeros")
+    assert moved["box"].tolist() == [[0, 0, 0, 0]]
+    for matrix in (back, affine(images, x=10.0), compose(back, affine(images, x=5.0, y=5.0))):
+        assert resample({**moved, "image": images / 255}, matrix, "zeros")["box"].tolist() == [[0, 0, 0, 0]]
 
 
 def test_a_single_row_of_pixels():
