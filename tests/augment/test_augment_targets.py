@@ -67,7 +67,7 @@ def same(ours: Batch, theirs: Batch) -> None:
     """Boxes to a thousandth of a pixel, images to rounding; masks but for pixels that lie between two."""
     torch.testing.assert_close(ours["box"] * SIZE[1], theirs["box"] * SIZE[1], atol=1e-3, rtol=0)
     torch.testing.assert_close(ours["image"], theirs["image"], atol=5e-4, rtol=0)
-    assert (ours["mask"] == theirs["mask"]).float().mean() > 0.995
+    assert (ours["mask"] == theirs["mask"]).float().mean() > 0.99
 
 
 @pytest.mark.parametrize(("part", "flip"), [(HorizontalFlip, v2.functional.hflip), (VerticalFlip, v2.functional.vflip)])

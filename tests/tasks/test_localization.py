@@ -190,3 +190,12 @@ def test_every_kind_of_backbone_takes_a_box_head(model: str):
     run = make_run(*SCENES, f"model={model}", f"data.size={sizes.get(model, 32)}")
     batch, _ = next(run.batches())
     assert run.model(batch["image"])["box"].shape == (8, 4)
+
+
+def test_a_weighted_sum_for_the_class_is_told_part_by_part():
+    run, said = watched(*SCENES, *SMALL_CNN, "loss=weighted", "task.class_weight=2", "trainer.max_steps=2")
+    parts = {name: 2 * weight for name, weight in run.task.criterion.weights.items()}
+    record = said.records[0]
+    whole = sum(weight * record[f"data_loss/{name}"] for name, weight in parts.items())
+    boxes = record["data_loss/box_smooth_l1"] + record["data_loss/box_giou"]
+    assert record["data_loss"] == pytest.approx(whole + boxes, rel=1e-5) and len(parts) > 1
