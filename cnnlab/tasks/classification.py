@@ -27,8 +27,8 @@ class Classification(Task):
     pixel up-left and down-right, reflected at the border (Jordan 2024, arXiv 2404.00498, section 3.5).
     """
 
-    needs = ("label",)
-    reads = ("logits",)
+    needs: tuple[str, ...] = ("label",)
+    reads: tuple[str, ...] = ("logits",)
     monitor: tuple[str, Literal["max", "min"]] = ("accuracy", "max")
 
     def __init__(
