@@ -17,6 +17,9 @@ from cnnlab.augment.parts import Fill, as_float
 from cnnlab.augment.warp import affine, compose, inside, resample
 from cnnlab.protocols import VIEW, Batch, Split
 
+_SLIGHT = 1.25
+"""Stored pixels a pixel of the image up to which one reading does: their weights then differ by less than a third."""
+
 
 def readings(minification: float) -> int:
     """Readings along each axis that an antialiased resampling takes."""
@@ -47,8 +50,12 @@ def from_photos(
     placed = placed if matrix is None else compose(matrix, placed)
     photos = {name: tensor for name, tensor in batch.items() if name != VIEW}
     image = as_float(photos["image"])
-    samples = readings(minification * max(image.shape[-2:]) / min(size))
-    moved = resample({**photos, "image": image}, placed, fill or "edge", samples, size)
+    height, width = image.shape[-2:]
+    if minification == 1 and height <= _SLIGHT * min(size):
+        read: dict[str, int] = {"across": readings(width / min(size))}
+    else:
+        read = {"samples": readings(minification * max(height, width) / min(size))}
+    moved = resample({**photos, "image": image}, placed, fill or "edge", size=size, **read)
     if fill is None:  # black up to the border's own half pixels, which `zeros` would darken
         moved["image"] = moved["image"] * inside(image, placed, size)[:, None]
     return moved

@@ -91,7 +91,14 @@ def copy_pixels(batch: Batch, matrix: Tensor, fill: Fill) -> Batch:
     return result
 
 
-def resample(batch: Batch, matrix: Tensor, fill: Fill, samples: int = 1, size: tuple[int, int] | None = None) -> Batch:
+def resample(
+    batch: Batch,
+    matrix: Tensor,
+    fill: Fill,
+    samples: int = 1,
+    size: tuple[int, int] | None = None,
+    across: int = 1,
+) -> Batch:
     """The batch moved by any affine maps: bilinear for the image, nearest for the mask with `VOID` outside.
 
     Antialiasing: where an output pixel covers s > 1 input pixels along an output axis, `samples` bilinear
@@ -104,23 +111,21 @@ def resample(batch: Batch, matrix: Tensor, fill: Fill, samples: int = 1, size: t
         matrix: (N, 3, 3), old place to new.
         samples: readings along each axis; at least the largest s, or pixels are missed.
         size: (height, width) of the result; `None` keeps the image's.
+        across: readings along the image's own x alone, with `samples` = 1: for images that shrink mostly along that.
     """
     image = batch["image"]
     height, width = image.shape[-2:]
     size = (height, width) if size is None else size
     inverse = invert(matrix)
     grid = _grid(inverse, height, width, size)
-    if samples == 1:
+    steps = _steps(inverse, height, width, samples, across)
+    if not steps:
         moved = _read(image, grid, fill)
     else:
-        across, down = (_spread(inverse[:, :2, axis], samples) for axis in (0, 1))
-        unit = _unit(inverse, height, width)
         moved = image.new_zeros((*image.shape[:2], *size))
-        for i in range(samples):
-            for j in range(samples):
-                step = unit[:, :, 0] * across[:, i, None] + unit[:, :, 1] * down[:, j, None]
-                moved += _read(image, grid + step[:, None, None, :], fill)
-        moved /= samples**2
+        for step in steps:
+            moved += _read(image, grid + step[:, None, None, :], fill)
+        moved /= len(steps)
     result = {**batch, "image": moved}
     if "mask" in batch:
         # Shifted by VOID, so that what `grid_sample` reads outside, 0, is void.
@@ -170,6 +175,24 @@ def _grid(inverse: Tensor, height: int, width: int, size: tuple[int, int]) -> Te
     along_y = unit[:, :, 1, None] * y + shift[:, :, None]
     # (N, 2, H, W) first: adding along long rows is 8 times as fast on a CPU as along pairs.
     return (along_y[:, :, :, None] + along_x[:, :, None, :]).permute(0, 2, 3, 1)
+
+
+def _steps(inverse: Tensor, height: int, width: int, samples: int, across: int) -> list[Tensor]:
+    """(N, 2) from the middle of an output pixel to each of its readings, in `grid_sample`'s coordinates; none for one
+    in the middle."""
+    if samples > 1:
+        along_x, along_y = (_spread(inverse[:, :2, axis], samples) for axis in (0, 1))
+        unit = _unit(inverse, height, width)
+        return [
+            unit[:, :, 0] * along_x[:, i, None] + unit[:, :, 1] * along_y[:, j, None]
+            for i in range(samples)
+            for j in range(samples)
+        ]
+    if across > 1:
+        row = inverse[:, 0, :2]
+        offsets = _spread(row, across) * row.square().sum(1, keepdim=True).sqrt() * (2 / max(width - 1, 1))
+        return [torch.stack([offsets[:, i], torch.zeros_like(offsets[:, i])], dim=1) for i in range(across)]
+    return []
 
 
 def _spread(column: Tensor, samples: int) -> Tensor:

@@ -96,6 +96,7 @@ def _opening(experiment: Experiment, run: Any) -> dict[str, Any]:
         "precision": run.precision.value,
         "step": run.facts["step"],
         "data_path": run.facts["data path"],
+        "stored_whole": run.loaders["train"].split.stored,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "flops": forward_flops(run.model, (run.spec.channels, *run.spec.size)),
     }
