@@ -36,6 +36,21 @@ def test_a_run_tells_what_it_does_not_use_and_records_what_it_left_out(cli: Call
     assert all(entry["reason"] for entry in left_out)
 
 
+def test_the_size_of_stored_photos_is_stated_and_the_notice_of_a_small_input_stays(cli: Callable[..., Answer]):
+    photos(Path("photos"))
+    data = ["data=folder", "data.root=photos", "data.cache=cache", "data.workers=0"]
+    answer = cli("train", *TINY, *data, "augment=[resized_crop,flip]", "hydra.run.dir=run")
+    assert answer.code == 0, answer.err
+    told = answer.out.splitlines()
+    assert "data: photos are 160x120 at the median and are taken at 64x64; data.size=96 sees more" in told
+    assert any("ImageFolder, 3x64x64 of photos stored whole at 74x98: train" in line for line in told)
+    assert record_of(Path("run"))["stored_whole"] == [74, 98]
+    answer = cli("eval", "run", "--split", "train", "--device", "cpu")
+    assert answer.code == 0, answer.err
+    answer = cli("train", *TINY, *data, "augment=resized_crop", "data.stored=input", "hydra.run.dir=other")
+    assert answer.code == 0 and record_of(Path("other"))["stored_whole"] is None
+
+
 def test_another_length_is_told_to_bend_the_schedule(cli: Callable[..., Answer]):
     assert cli("train", *TINY, "hydra.run.dir=run").code == 0
     answer = cli("train", "resume=run", "trainer.epochs=2")

@@ -64,11 +64,13 @@ class AlternatingFlip(Geometric):
 class PadCrop(Geometric):
     """Pads each side and crops back to the size at a random place (He et al. 2015, section 4.2).
 
-    The same as a translation by up to ±`padding` whole pixels in x and in y. Exact.
+    The same as a translation by up to ±`padding` whole pixels in x and in y. Exact. Where photos are stored whole, what
+    lies beside the image comes in (Krizhevsky et al. 2012, section 4.1), and `fill` beyond the photo only.
     """
 
     draws = 2
     exact = True
+    shifts = True
 
     def __init__(self, padding: NonNegativeInt = 4, fill: Fill = "zeros"):
         check_fill(fill)

@@ -99,6 +99,9 @@ class Geometric(Part):
     """Promise that all maps are flips and whole-pixel translations: pixels are copied, never interpolated."""
     crops: bool = False
     """Whether the part cuts pieces out of the whole photo: photos are then stored whole, where the data can."""
+    shifts: bool = False
+    """Whether the part moves in what lies beside the image: photos are then stored whole, where the image is their
+    middle."""
     minification: float = 1.0
     """Largest factor by which the part shrinks an image. Above 1, resampling is antialiased."""
 

@@ -180,6 +180,11 @@ class Pipeline:
         return any(part.crops for part in self._on_photos.values())
 
     @property
+    def shifts(self) -> bool:
+        """Whether what lies beside the image comes in, in training, where the data stores whole photos."""
+        return any(part.shifts for part in self._on_photos.values())
+
+    @property
     def neighbours(self) -> int:
         """Samples before its own in the batch that a sample's result depends on, in training."""
         return sum(part.neighbours for part in self.parts.values())

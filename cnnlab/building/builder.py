@@ -133,7 +133,7 @@ class _Builder:
         spec = spec_for_task(self.experiment, data.spec())
         self.recipe = getattr(data, "seen", None)
         pipeline = make_pipeline(self.experiment, spec)
-        splits = self.splits(placement, pipeline.crops)
+        splits = self.splits(placement, pipeline)
         # In turn: the others find in the cache what took rank 0 long.
         settings, made = self.fitting(), partial(cache_folder, None)
         self.ranks.in_turn(lambda: fitted.fit(pipeline, splits["train"], settings, known_cache(), made=made))
@@ -234,11 +234,11 @@ class _Builder:
         nodes = [*self.experiment.nodes("augment").values(), self.experiment.node("normalize")]
         return {node.where: dict(node.config or {}) for node in nodes}
 
-    def splits(self, placement: Placement, crops: bool) -> dict[str, Split]:
-        """The data, and how its files are decoded; `crops`: the augmentation cuts pieces out of whole photos."""
+    def splits(self, placement: Placement, pipeline: Pipeline) -> dict[str, Split]:
+        """The data, stored as the augmentation needs it, and how its files are decoded."""
 
         def data(loading: Loading) -> Data:
-            return self.experiment.node("data").make(loading=loading, crops=crops)
+            return self.experiment.node("data").make(loading=loading, crops=pipeline.crops, shifts=pipeline.shifts)
 
         splits, self.findings = loaded(data, self.loading, self.ranks, self.choices.get("data_path"))
         self.notices += self.findings.notices

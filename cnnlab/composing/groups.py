@@ -38,7 +38,7 @@ class Group:
 
 
 GROUPS: Mapping[str, Group] = {
-    "data": Group(("cnnlab.protocols.Data",), wired=("loading", "crops")),
+    "data": Group(("cnnlab.protocols.Data",), wired=("loading", "crops", "shifts")),
     "task": Group(("cnnlab.tasks.Task",), wired=("loss", "spec")),
     "model": Group(
         ("torch.nn.Module",),

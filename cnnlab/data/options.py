@@ -75,9 +75,9 @@ class Reading:
             hold numbers, and have no range.
         stored: shorter side at which training photos are stored whole, for crops to be taken of them; `input` stores
             what the network sees. `None`: 256/224 of the input's shorter side (`resize`, if that is more) where the
-            augmentation crops, else `input`.
+            augmentation crops, or shifts what is the middle of a larger photo (`resize`), else `input`.
         loading: the config's section; `None` takes its defaults.
-        crops: whether the augmentation cuts pieces out of whole photos.
+        crops, shifts: whether the augmentation cuts pieces out of whole photos, or moves in what lies beside the image.
 
     `findings` is what a person should know of the data, once it is loaded.
 
@@ -92,6 +92,7 @@ class Reading:
     stored: PositiveInt | Literal["input"] | None = None
     loading: Loading | None = None
     crops: bool = False
+    shifts: bool = False
 
     streams: ClassVar[bool] = False
     """Whether `loading.path=stream` can be asked for."""
@@ -117,7 +118,8 @@ class Reading:
         Args:
             seen: how the network sees a photo without augmentation.
         """
-        if self.stored == "input" or (self.stored is None and not self.crops):
+        beside = self.shifts and seen.resize > min(seen.height, seen.width)
+        if self.stored == "input" or (self.stored is None and not self.crops and not beside):
             return None
         return whole(seen, usual_side(seen) if self.stored is None else self.stored)
 

@@ -156,7 +156,8 @@ def test_photos_are_wanted_where_a_crop_comes_before_all_that_needs_the_image() 
     crop, flip, cutout = RandomResizedCrop(), HorizontalFlip(), Cutout(4)
     assert pipeline(flip=flip, crop=crop).crops
     assert pipeline(brightness=Brightness(0.5), crop=crop, cutout=cutout).crops
-    assert not pipeline(flip=flip, shift=PadCrop(4)).crops
+    shifted = pipeline(flip=flip, shift=PadCrop(4))
+    assert shifted.shifts and not shifted.crops
     assert not pipeline(cutout=cutout, crop=crop).crops
 
 

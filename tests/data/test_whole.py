@@ -140,6 +140,8 @@ def test_the_stored_size_is_chosen(tmp_path: Path) -> None:
     assert stored(stored=48) == (48, 64)
     assert stored(stored=48, crops=False) == (48, 64)
     assert stored(stored="input") is None
+    assert stored(crops=False, shifts=True) == (32, 42), "the image is the middle of a larger photo"
+    assert stored(crops=False, shifts=True, resize=28) is None, "the image is all of the photo's shorter side"
     assert stored(size=None, resize=None) == (74, 98), "photos of many sizes are taken at 64"
 
 
