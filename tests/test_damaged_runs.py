@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lab_runs import interrupted_at, resume_run
 
 from cnnlab.errors import CheckpointError
@@ -155,3 +156,37 @@ def test_what_grows_or_is_not_there_yet_says_nothing():
     for own, found in (({"a": 1}, {"a": "1"}), ({"a": True}, {"a": 1}), ({"a": []}, {"a": {}}), ({}, [])):
         with pytest.raises(ValueError, match="of type"):
             require_alike(own, found)
+
+
+def _without(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config.pop(name)
+
+
+def _with(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config.update({name: value})
+
+
+@pytest.mark.parametrize("verb", [["eval"], ["train"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_without("trainer"), "trainer"),
+        (_without("model"), "model"),
+        (_without("seed"), "seed"),
+        (_with("loading", 3), "loading"),
+        (_with("trainer", {"epochs": "ten"}), "trainer.epochs"),
+        (_with("data", []), "data"),
+        (_with("augment", "crop"), "augment"),
+    ],
+)
+def test_a_config_that_no_run_has_written_is_exit_5_and_its_name(
+    own: Path, cli: Callable[..., Any], verb: list[str], change: Callable[[dict[str, Any]], None], words: str
+):
+    path = own / ".hydra" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    change(config)
+    path.write_text(yaml.safe_dump(config))
+    answer = cli(*verb, str(own)) if verb == ["eval"] else cli(*verb, f"resume={own}")
+    assert answer.code == 5, answer.err
+    assert "config.yaml" in answer.err and words in answer.err
+    assert "fault of cnnlab" not in answer.err

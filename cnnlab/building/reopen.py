@@ -6,6 +6,7 @@ from cnnlab.building.trial import read
 from cnnlab.composing.composer import Composed, make_importable
 from cnnlab.composing.experiment import Experiment
 from cnnlab.composing.trust import TYPED, Trust
+from cnnlab.errors import CheckpointError, ConfigError
 from cnnlab.machine.surroundings import here
 from cnnlab.runs.folder import RunDir
 
@@ -19,7 +20,7 @@ def reopened(folder: RunDir, trust: Trust = TYPED) -> Experiment:
 
     Raises:
         UsageError: this is no run folder, or it names code that nobody vouches for.
-        CheckpointError: its files are damaged.
+        CheckpointError: its files are damaged, or hold what no run has.
     """
     config, record, trust = folder.config(), folder.read(), trust.of_a_run()
     recorded = tuple(map(str, record.get("config_dirs", [])))
@@ -27,4 +28,12 @@ def reopened(folder: RunDir, trust: Trust = TYPED) -> Experiment:
     trust.require(config, recorded)
     known = tuple(dict.fromkeys([*trust.folders, *recorded]))
     overrides = tuple(folder.overrides())
-    return read(Composed(config, folder.path, record.get("choices", {}), overrides, known, trust=trust))
+    try:
+        return read(Composed(config, folder.path, record.get("choices", {}), overrides, known, trust=trust))
+    except ConfigError as error:
+        if all("._target_=" in problem for problem in error.problems):  # a part that is not there to be imported
+            raise
+        raise CheckpointError(
+            f"{folder.config_file} is no config that this version of cnnlab has written (it is damaged, or of another "
+            "version):\n  " + "\n  ".join(error.problems)
+        ) from error

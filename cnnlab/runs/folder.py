@@ -251,12 +251,16 @@ class RunDir:
         write_yaml(self._hydra / "config.yaml", dict(config))
         write_yaml(self._hydra / "overrides.yaml", list(overrides))
 
+    @property
+    def config_file(self) -> Path:
+        return self._hydra / "config.yaml"
+
     def config(self) -> dict[str, Any]:
         """The composed config of the run.
 
         Raises `UsageError` if this is no run folder, `CheckpointError` if its config is damaged.
         """
-        path, loaded = self._hydra / "config.yaml", self._read_yaml("config.yaml")
+        path, loaded = self.config_file, self._read_yaml("config.yaml")
         if not isinstance(loaded, dict) or not loaded or not all(isinstance(key, str) for key in loaded):
             raise stored.damaged(path, "expected the config of a run")
         return _up_to_date(loaded)
