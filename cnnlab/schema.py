@@ -150,6 +150,8 @@ class Trainer:
     """Samples an update, over all ranks and micro-batches together."""
     accumulate: PositiveInt = 1
     """Micro-batches an update: the batch is cut into so many pieces; memory falls, the update stays."""
+    auto_accumulate: bool = False
+    """Out of memory doubles `accumulate` and goes on: the batch stays, and the choice is recorded. On one process."""
     eval_batch_size: PositiveInt | None = None
     """Samples an evaluation batch; `null` takes the larger of `batch_size` and 256."""
     drop_last: bool = False

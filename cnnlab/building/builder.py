@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -25,7 +26,7 @@ from cnnlab.building.assemble import (
 )
 from cnnlab.building.facts import facts, unseen_classes, weighed_classes
 from cnnlab.building.opened import recorded_recipe
-from cnnlab.building.stepping import StepMaker
+from cnnlab.building.stepping import StepMaker, halving_refused
 from cnnlab.composing.experiment import Experiment
 from cnnlab.data.choice import loaded, with_decoder
 from cnnlab.data.found import Findings
@@ -50,6 +51,8 @@ from cnnlab.train.recorder import Evidence, Progress, Recorder
 from cnnlab.train.run import Run
 from cnnlab.train.selection import Selection
 from cnnlab.train.step import Forward
+
+_log = logging.getLogger(__name__)
 
 MIN_STATISTICS_BATCH = 2
 """Samples that batch statistics need; an epoch's last batch with fewer is left out."""
@@ -122,6 +125,8 @@ class _Builder:
         self.trainer = as_recorded(experiment.trainer, choices)
         self.loading = experiment.loading
         self.traits = Traits.of(experiment.node("optim").target)
+        self.stated = experiment.trainer.accumulate
+        self.origin: Origin | None = None
         self.notices: list[str] = []
         self.findings = Findings()
         self.recipe: Recipe | None = None
@@ -173,7 +178,7 @@ class _Builder:
             self.seed,
             loaders["train"],
         )
-        step, notice = maker.settle(total_steps, observer.taps)
+        step, notice = maker.settle(total_steps, observer.taps, self.cut)
         self.notices += [] if notice is None else [notice]
         if self.trainer.step is StepKind.auto and step.name in StepKind.__members__:
             placement = replace(placement, step=StepKind(step.name))  # what a resumed run takes unasked
@@ -184,7 +189,7 @@ class _Builder:
             model=model,
             task=task,
             spec=spec,
-            forward=forward,
+            forward=maker.evaluator(),
             step=step,
             optimizer=optimizer,
             schedule=schedule,
@@ -227,6 +232,8 @@ class _Builder:
                 "this optimizer differentiates the loss twice, which needs the whole batch in one piece; run it on "
                 "one process"
             )
+        if refusal := halving_refused(self.trainer, self.traits, self.ranks.world):
+            raise UsageError(refusal)
         return placement
 
     def fitting(self) -> dict[str, dict[str, Any]]:
@@ -370,6 +377,14 @@ class _Builder:
             device=placement.device,
         )
 
+    def cut(self, accumulate: int, words: str) -> None:
+        """Out of memory has doubled the micro-batches: told, and recorded for whoever goes on."""
+        _log.warning("out of memory: trainer.accumulate=%d from here on%s", accumulate, words)
+        if self.origin is not None:
+            self.origin.choices["accumulate"] = str(accumulate)
+        if self.folder is not None:
+            self.folder.update(accumulate=accumulate)
+
     # ---- state and listeners ----
 
     def wire(self, run: Run, pipeline: Pipeline, placement: Placement) -> None:
@@ -377,7 +392,7 @@ class _Builder:
         recorder = Recorder(own)
         evidence = Evidence(own, len(run.loaders["train"].split), run.device, self.ranks)
         origin = Origin(run.config, self.described(run), self.chosen(run, placement), run.files, run.dir)
-        run.origin = origin
+        run.origin = self.origin = origin
         parts: dict[str, Any] = {
             "origin": origin,
             "model": run.model,
@@ -422,7 +437,8 @@ class _Builder:
     def chosen(self, run: Run, placement: Placement) -> dict[str, str]:
         """What a resumed run takes up unasked."""
         data_path = run.loaders["train"].path.value
-        return {**placement.choices(), "data_path": data_path, "decode": self.loading.decode.value}
+        own = {} if run.step.accumulate == self.stated else {"accumulate": str(run.step.accumulate)}
+        return {**placement.choices(), **own, "data_path": data_path, "decode": self.loading.decode.value}
 
 
 def _memory_format(layout: Layout) -> torch.memory_format:

@@ -23,7 +23,7 @@ def facts(run: Run, placement: Placement, pipeline: Pipeline, traits: Traits) ->
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
     pixels = "x".join(map(str, (run.spec.channels, *run.spec.size)))
     ranks = f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
-    accumulate = f", {run.trainer.accumulate} micro-batches" if run.trainer.accumulate > 1 else ""
+    accumulate = f", {run.step.accumulate} micro-batches" if run.step.accumulate > 1 else ""
     layout = placement.layout.value.replace("_", "-")
     return {
         "model": "; ".join([f"{_part(run, 'model')}, {parameters:,} parameters", *getattr(run.model, "notes", [])]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from cnnlab.train.forward import Forward, Penalties
 from cnnlab.train.interventions import Interventions
 from cnnlab.train.step import CapturedStep, ClosureStep, CompiledStep, EagerStep, GraphClosureStep
 from cnnlab.train.steps import trial
+from cnnlab.train.steps.halving import HalvingForward, halve_on_demand
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,36 @@ class StepMaker:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(None) / "inductor"))
         return CompiledStep(self.forward, self.optimizer, parameters, **arguments)
 
-    def settle(self, total_steps: int, taps: Taps | None) -> tuple[EagerStep, str | None]:
-        """The step that the run takes, the wanted one or the best of those that work here; and a line on why."""
+    def evaluator(self) -> Forward:
+        """The forward pass of evaluations."""
+        if not self.trainer.auto_accumulate:
+            return self.forward
+        return HalvingForward(self.forward.model, self.forward.task, self.forward.device, self.forward.dtype)
+
+    def settle(
+        self, total_steps: int, taps: Taps | None, cut: Callable[[int, str], None]
+    ) -> tuple[EagerStep, str | None]:
+        """The step that the run takes, the wanted one or the best of those that work here; and a line on why.
+
+        Args:
+            cut: is told where memory has doubled `trainer.accumulate`, which only `trainer.auto_accumulate` allows.
+        """
+        maker = self
+        if self.trainer.auto_accumulate:
+            maker = replace(self, trainer=replace(self.trainer, accumulate=self.accumulate_that_fits(cut)))
+        step, notice = maker._settled(total_steps, taps)
+        if self.trainer.auto_accumulate:
+            halve_on_demand(step, cut)
+        return step, notice
+
+    def accumulate_that_fits(self, cut: Callable[[int, str], None]) -> int:
+        """Found by a rehearsal of the first batch in the plain step, before anything is captured or compiled."""
+        step = self.of_kind(StepKind.eager)
+        halve_on_demand(step, cut)
+        step.rehearse(*self.first_batch())
+        return step.accumulate
+
+    def _settled(self, total_steps: int, taps: Taps | None) -> tuple[EagerStep, str | None]:
         step, notice = self.make(), None
         wanted = self.trainer.step is not StepKind.auto
         if (wanted and not isinstance(step, CapturedStep)) or self.traits.closure or self.ranks.world > 1:
@@ -92,3 +122,20 @@ class StepMaker:
 
     def first_batch(self) -> tuple[Batch, int]:
         return self.train.first()
+
+
+def halving_refused(trainer: Trainer, traits: Traits, world: int) -> str | None:
+    """Why `trainer.auto_accumulate` cannot hold; `None` where it can, or is not asked for."""
+    if not trainer.auto_accumulate:
+        return None
+    if traits.closure or traits.create_graph:
+        return (
+            "`trainer.auto_accumulate`: this optimizer evaluates the loss itself, and may stand between two "
+            "evaluations where memory ends; type trainer.auto_accumulate=false, and trainer.accumulate=2"
+        )
+    if world > 1:
+        return (
+            f"`trainer.auto_accumulate`: expected one process, received {world}, whose micro-batches would differ; "
+            "type trainer.auto_accumulate=false, and trainer.accumulate=2"
+        )
+    return None

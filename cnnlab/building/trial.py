@@ -17,6 +17,7 @@ from torch import nn
 from cnnlab.building.assemble import make_network, make_optimizer, make_pipeline, spec_for_task, task_class
 from cnnlab.building.blame import Attempts, settings_of
 from cnnlab.building.dry import headed, on_cpu, on_meta, passes, penalized, steps
+from cnnlab.building.stepping import halving_refused
 from cnnlab.composing.composer import Composed, Composer, composer
 from cnnlab.composing.experiment import SECTIONS, VALUES, Experiment, Node
 from cnnlab.composing.groups import GROUPS
@@ -27,6 +28,7 @@ from cnnlab.composing.trust import Trust
 from cnnlab.composing.values import check_value
 from cnnlab.errors import ConfigError, did_you_mean, short
 from cnnlab.machine.device import place
+from cnnlab.machine.surroundings import torchrun
 from cnnlab.optim.traits import Traits
 from cnnlab.protocols import DataSpec, Intervention
 from cnnlab.schema import DataPath, Decoder, Device, DropoutKind, Loading
@@ -251,6 +253,8 @@ class _Trial(Attempts):
                 f"`trainer.accumulate={trainer.accumulate}`: this optimizer differentiates the loss twice, "
                 "and needs the whole batch in one piece for it; type trainer.accumulate=1"
             )
+        if refusal := halving_refused(trainer, traits, torchrun().world):
+            self.refuse(refusal)
         if (traits.closure or traits.create_graph) and trainer.clip_norm is not None:
             self.refuse(
                 f"`trainer.clip_norm={trainer.clip_norm:g}`: this optimizer searches along the loss's own slope, and "

@@ -50,6 +50,8 @@ def as_recorded(trainer: Trainer, choices: Mapping[str, str]) -> Trainer:
     """
     if not choices:
         return trainer
+    if "accumulate" in choices:  # it was doubled on the way
+        trainer = replace(trainer, accumulate=int(choices["accumulate"]))
     recorded = Device(choices["device"])
     if trainer.device is Device.auto and available(recorded):
         trainer = replace(trainer, device=recorded)

@@ -20,7 +20,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException) -> str:
     """One message for an error that `is_out_of_memory`: what was being allocated, what was there, what to type."""
-    remedy = "type a smaller trainer.batch_size, or trainer.accumulate=2 for the same batch in two pieces"
+    remedy = (
+        "type a smaller trainer.batch_size, or trainer.accumulate=2 for the same batch in two pieces "
+        "(trainer.auto_accumulate=true finds as many as it takes)"
+    )
     evaluation = "trainer.eval_batch_size=64, if it was in an evaluation"
     if type(error).__name__ == "OutOfMemoryError":
         return f"the device has not enough memory; {remedy}; {evaluation}\n({error})"

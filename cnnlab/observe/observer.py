@@ -36,6 +36,9 @@ class Look:
     def forward_done(self) -> None:
         """The first micro-batch went forward and backward."""
 
+    def restart(self) -> None:
+        """What went forward so far does not count: it begins again."""
+
     def gradients(self, count: int, scale: Tensor | float = 1.0) -> None:
         """The gradients of a batch of `count` samples are complete: accumulated, unscaled, reduced over ranks,
         not clipped. What was propagated through the activations is `scale` times as large."""
@@ -63,9 +66,7 @@ class _SampledLook(Look):
         self._aside = observer.aside
 
     def __enter__(self) -> Look:
-        if self._taps is not None:
-            with self._aside():
-                self._taps.start()
+        self.restart()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -73,6 +74,11 @@ class _SampledLook(Look):
         if exception[0] is None:
             with self._aside():
                 self._observer.publish(self._view.step, self._figures)
+
+    def restart(self) -> None:
+        if self._taps is not None:
+            with self._aside():
+                self._taps.start()
 
     def forward_done(self) -> None:
         if self._taps is not None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cnnlab.errors import CheckpointError, CnnlabError, DiskError, UsageError, short
+from cnnlab.machine.memory import is_out_of_memory, out_of_memory
 from cnnlab.runs import stored
 from cnnlab.runs.disk import ensure, overwrite, writing
 from cnnlab.runs.lock import claim, held
@@ -33,6 +34,7 @@ RESUMABLE = (
     "trainer.log_every",
     "trainer.checkpoint",
     "trainer.checkpoint_minutes",
+    "trainer.auto_accumulate",
     "trainer.progress",
     "trainer.threads",
     "loading.ahead",
@@ -155,6 +157,13 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float) and not float("-inf") < value < float("inf"):
         return None
     return value
+
+
+def in_words(error: BaseException | None) -> str | None:
+    """What ended a run, where it is no fault of ours: a `CnnlabError`, or the end of memory. `None` else."""
+    if isinstance(error, CnnlabError):
+        return str(error)
+    return out_of_memory(error) if error is not None and is_out_of_memory(error) else None
 
 
 class RunDir:
@@ -361,8 +370,8 @@ class RunDir:
         """What ended the run before its first step; `error.txt` gets the traceback when the fault is ours."""
         if isinstance(error, KeyboardInterrupt):
             self.update(status="interrupted", reason="before the first step", **facts)
-        elif isinstance(error, CnnlabError):
-            self.update(status="failed", reason=str(error), **facts)
+        elif (words := in_words(error)) is not None:
+            self.update(status="failed", reason=words, **facts)
         else:
             self.write_traceback(error)
             self.update(status="failed", reason=f"{type(error).__name__}: {error}", **facts)

@@ -16,14 +16,14 @@ from torch import nn
 from cnnlab.composing.experiment import Experiment
 from cnnlab.data.ahead import NotAwaited
 from cnnlab.data.loader import Loader
-from cnnlab.errors import CheckpointError, CnnlabError, DivergedError, InterruptedRun, UsageError
+from cnnlab.errors import CheckpointError, DivergedError, InterruptedRun, UsageError
 from cnnlab.machine.interrupts import answered_by, raises, watcher
 from cnnlab.machine.ranks import Ranks
 from cnnlab.observe.observer import Observer
 from cnnlab.protocols import Batch, DataSpec, Listener, Schedule, StepResult
 from cnnlab.runs.checkpoint import State
 from cnnlab.runs.data_files import Files
-from cnnlab.runs.folder import RunDir
+from cnnlab.runs.folder import RunDir, in_words
 from cnnlab.schema import Precision, Trainer
 from cnnlab.tasks import Task
 from cnnlab.train.checkpointer import Checkpointer
@@ -328,7 +328,7 @@ class Run:
         Raises `DiskError` if a completed run cannot be recorded as such.
         """
         status, reason = _status_of(error)
-        if status == "failed" and self.folder is not None and self.is_main and not isinstance(error, CnnlabError):
+        if status == "failed" and self.folder is not None and self.is_main and in_words(error) is None:
             self.folder.write_traceback(error)
         refused: OSError | None = None
         try:
@@ -394,7 +394,7 @@ def _status_of(error: BaseException | None) -> tuple[str, str | None]:
         return "interrupted", str(error) or "stopped at once; the last checkpoint stands"
     if isinstance(error, DivergedError):
         return "diverged", str(error)
-    return "failed", f"{type(error).__name__}: {error}" if not isinstance(error, CnnlabError) else str(error)
+    return "failed", in_words(error) or f"{type(error).__name__}: {error}"
 
 
 def describe_sums(task: Task, sums: dict[str, Any]) -> dict[str, float]:

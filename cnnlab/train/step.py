@@ -99,6 +99,10 @@ class EagerStep:
         for p in self.parameters:
             p.grad = None
 
+    def cut_finer(self) -> None:
+        """Twice as many micro-batches from here on."""
+        self.accumulate *= 2
+
     def backward(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
         """Adds up the gradients of all micro-batches; the loss is the mean over `count`, plus the penalty."""
         sums: dict[str, Tensor] = {}
@@ -179,11 +183,19 @@ class CompiledStep(EagerStep):
 
     def __init__(self, forward: Forward, *args: Any, batch_size: int, **kwargs: Any):
         super().__init__(forward, *args, **kwargs)
-        part = len(range(self.ranks.rank, batch_size, self.ranks.world))
-        self._sizes = {part // self.accumulate, -(-part // self.accumulate)}
+        self._part = len(range(self.ranks.rank, batch_size, self.ranks.world))
+        self._sizes = self._full()
         self._plain = forward
         self._compiled = torch.compile(forward.__call__, dynamic=False, fullgraph=True)
         self.forward = self._dispatch
+
+    def _full(self) -> set[int]:
+        """Samples of a full batch's micro-batches."""
+        return {self._part // self.accumulate, -(-self._part // self.accumulate)}
+
+    def cut_finer(self) -> None:
+        super().cut_finer()
+        self._sizes = self._full()
 
     def _dispatch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if len(batch["index"]) not in self._sizes:
@@ -305,6 +317,12 @@ class CapturedStep(EagerStep):
 
     def zero_grad(self) -> None:
         """The graph overwrites its own gradients; `backward` puts them back in place."""
+
+    def cut_finer(self) -> None:
+        """The first graph is captured anew; its memory is given up first."""
+        super().cut_finer()
+        super().zero_grad()
+        self._graph, self._result, self._gradients, self._inputs = None, None, [], {}
 
     def backward(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
         self._replayed = len(batch["index"]) == self.batch_size

@@ -1,0 +1,88 @@
+"""Out of memory in mid-run: the micro-batch is halved and the batch kept (`trainer.auto_accumulate`)."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cnnlab.machine.memory import is_out_of_memory
+from cnnlab.observe.observer import Look
+from cnnlab.protocols import Batch, StepResult
+from cnnlab.train.forward import Forward, Sums, pieces
+from cnnlab.train.step import EagerStep
+
+LEAST_STATISTICS = 2
+"""Samples of a micro-batch that a batch norm needs."""
+
+
+def halve_on_demand(step: EagerStep, told: Callable[[int, str], None]) -> None:
+    """Lets the step repeat an update's forward and backward with twice as many micro-batches when memory is at its end.
+
+    Nothing of what failed is left: buffers, gradients and taps are put back, and dropout draws anew from its seed. So
+    the update is the one of a step that was made with that `accumulate`. What follows (the optimizer's state) asks for
+    the same memory in any case, and is not repeated.
+
+    Args:
+        step: of a run on one process, whose optimizer evaluates no closure.
+        told: gets the new number of micro-batches, and a word on what changes with it (the empty text for nothing).
+    """
+    backward, model = step.backward, step.model
+    normed = any(isinstance(module, _BatchNorm) for module in model.modules())
+
+    def patient(batch: Batch, count: int, number: int, look: Look) -> StepResult:
+        least = LEAST_STATISTICS if normed else 1
+        while True:
+            before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+            try:
+                return backward(batch, count, number, look)
+            except Exception as error:
+                if not is_out_of_memory(error) or len(batch["index"]) < 2 * step.accumulate * least:
+                    raise
+            # Only here, where the error and with it the graph of what failed is gone, is there room again.
+            with torch.no_grad():
+                for buffer, kept in before:
+                    buffer.copy_(kept)
+            step.cut_finer()
+            step.zero_grad()
+            look.restart()
+            _release(step.device)
+            samples = len(batch["index"]) // step.accumulate
+            told(step.accumulate, f"; batch norm takes its moments of {samples} samples from here on" if normed else "")
+
+    step.backward = patient  # type: ignore[method-assign]
+
+
+class HalvingForward(Forward):
+    """In evaluation, what does not fit is run in twice as many pieces, and so are the batches that follow."""
+
+    count = 1
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Sums]:
+        while not self.model.training:
+            try:
+                return self._in_pieces(batch)
+            except Exception as error:
+                if not is_out_of_memory(error) or len(batch["index"]) < 2 * self.count:
+                    raise
+            self.count *= 2
+            _release(self.device)
+        return super().__call__(batch)
+
+    def _in_pieces(self, batch: Batch) -> tuple[Tensor, Sums]:
+        losses, total = [], {}
+        for piece in pieces(batch, self.count):
+            own, sums = super().__call__(piece)
+            losses.append(own)
+            total = {name: total[name] + value for name, value in sums.items()} if total else sums
+        return torch.cat(losses), total
+
+
+def _release(device: torch.device) -> None:
+    """Gives back what failed, and the pieces that the allocator keeps: larger ones may come of them."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
