@@ -7,15 +7,26 @@ from contextlib import suppress
 from pathlib import Path
 
 _ASKED = re.compile(r"tried to allocate (\d+) bytes")
-_SIGNS = ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory", "not enough memory")
+_SIGNS = (
+    "DefaultCPUAllocator",
+    "std::bad_alloc",
+    "Cannot allocate memory",
+    "not enough memory",
+    "failed to map segment",
+)
 """What torch's RuntimeError says when a CPU's memory is at its end; a GPU's has a class of its own."""
+
+_ONEDNN = {"could not create a primitive", "could not create a memory object", "could not execute a primitive"}
+"""All that oneDNN says then. What it has no kernel for, it calls a primitive *descriptor* that could not be created."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error, of whichever library, says that memory is at its end: a GPU's, a CPU's, or Python's own."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError | OSError) and any(sign in str(error) for sign in _SIGNS)
+    if isinstance(error, RuntimeError) and str(error).strip() in _ONEDNN:
+        return True
+    return isinstance(error, RuntimeError | OSError | ImportError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -12,8 +12,7 @@ from lab_runs import fitted, make_run, resume_run
 from test_step import NORM_FREE, same_weights
 from torch import nn
 
-from cnnlab.building.trial import check
-from cnnlab.composing.composer import compose
+from cnnlab.building.trial import compose
 from cnnlab.errors import ConfigError
 from cnnlab.runs import checkpoint
 from cnnlab.train import fit
@@ -108,11 +107,11 @@ def test_an_evaluation_is_cut_likewise(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("optimizer", ["lbfgs", "newton_cg"])
 def test_it_is_refused_where_it_cannot_hold(optimizer: str):
     with pytest.raises(ConfigError, match=r"auto_accumulate.*type trainer\.auto_accumulate=false"):
-        check(compose([f"optim={optimizer}", AUTO]))
+        compose([f"optim={optimizer}", AUTO])
 
 
 def test_it_is_refused_on_several_processes(monkeypatch: pytest.MonkeyPatch):
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(ConfigError, match="expected one process, received 2"):
-        check(compose([AUTO]))
+        compose([AUTO])
