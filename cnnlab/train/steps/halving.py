@@ -73,7 +73,8 @@ class HalvingForward(Forward):
         return super().__call__(batch)
 
     def _in_pieces(self, batch: Batch) -> tuple[Tensor, Sums]:
-        losses, total = [], {}
+        losses: list[Tensor] = []
+        total: Sums = {}
         for piece in pieces(batch, self.count):
             own, sums = super().__call__(piece)
             losses.append(own)
