@@ -141,6 +141,7 @@ def speed(rounds: int, steps: int, head: str) -> None:
     def endless() -> Iterator[object]:
         while True:
             yield from updates(run)
+            run.clock.close(run.steps_per_epoch)
 
     looks = endless()
 
@@ -168,9 +169,10 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--size", type=int, nargs=2, default=(90, 120))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--updates", type=int, default=6, help="in each turn")
     parser.add_argument("--head", default="bilinear")
     told = parser.parse_args()
     if told.what == "speed":
-        speed(told.rounds, 6, told.head)
+        speed(told.rounds, told.updates, told.head)
     else:
         learn(lraspp if told.what == "lraspp" else Fcn, told.root, told.steps, told.batch, tuple(told.size))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cnnlab.losses.base import ClassWeights, PerSample, as_distribution, class_weight_tensor
+from cnnlab.protocols import VOID
 from cnnlab.schema import Positive, Range
 
 Smoothing = Annotated[float, Range(low=0, below=1)]
@@ -41,6 +43,17 @@ class CrossEntropy(PerSample):
         self.label_smoothing = label_smoothing
         weight = class_weight_tensor(class_weights, num_classes, class_counts)
         self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        if logits.ndim == 2 or target.is_floating_point():
+            return super().forward(logits, target)
+        # Maps as they are: of rows of 7 classes, torch's softmax takes ten times as long on a CPU (1.6 and 15 ms for
+        # twelve masks of 90x90, forward and backward).
+        valid = target != VOID
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        losses = self.per_position(logits, torch.where(valid, target, 0))
+        total = torch.where(valid, losses, 0.0).flatten(1).sum(1)
+        return total / valid.flatten(1).sum(1).clamp(min=1)
 
     def per_position(self, logits: Tensor, target: Tensor) -> Tensor:
         if target.is_floating_point():
