@@ -47,7 +47,7 @@ class CrossEntropy(PerSample):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         if logits.ndim == 2 or target.is_floating_point():
             return super().forward(logits, target)
-        # Maps as they are: of rows of 7 classes, torch's softmax takes ten times as long on a CPU (1.6 and 15 ms for
+        # Maps as they are: of rows of 7 classes, the whole takes four times as long on a CPU (15 ms, and 4, for
         # twelve masks of 90x90, forward and backward).
         valid = target != VOID
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
