@@ -77,7 +77,8 @@ class Reading:
             what the network sees. `None`: 256/224 of the input's shorter side (`resize`, if that is more) where the
             augmentation crops, or shifts what is the middle of a larger photo (`resize`), else `input`.
         loading: the config's section; `None` takes its defaults.
-        crops, shifts: whether the augmentation cuts pieces out of whole photos, or moves in what lies beside the image.
+        crops, shifts: whether the augmentation cuts pieces out of whole photos, or moves in what lies beside the image;
+            a run is told so where its config has `stored`, as those of earlier versions have not.
 
     `findings` is what a person should know of the data, once it is loaded.
 

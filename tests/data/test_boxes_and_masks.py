@@ -11,6 +11,7 @@ import torch
 from image_files import GREEN, RED, save_plain
 from PIL import Image
 
+from cnnlab.augment import Identity, Pipeline, RandomResizedCrop
 from cnnlab.data.decode import Recipe, decode, letterbox
 from cnnlab.data.masks import MaskFolder
 from cnnlab.data.voc import VocBoxes
@@ -68,6 +69,22 @@ def test_boxes_lie_on_the_object(tmp_path: Path, fit: Any) -> None:
         assert torch.allclose(box, edges, atol=0.026)
     wanted = [0.25, 0.375, 0.75, 0.625] if fit == "letterbox" else [0.25, 0.25, 0.75, 0.75]
     assert batch["box"][0].tolist() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("size", [(40, 20), (32, 48)])
+@pytest.mark.parametrize("fit", ["letterbox", "stretch"])
+def test_boxes_lie_on_the_object_in_crops_of_whole_photos(tmp_path: Path, fit: Any, size: tuple[int, int]) -> None:
+    data = boxes(make_voc(tmp_path / "voc", {"train": 8, "val": 2}, size), test=0.25, fit=fit, crops=True)
+    splits = data.load()
+    assert splits["val"].fetch(torch.tensor([0]))["image"].shape[-2:] == (40, 40)
+    batch = splits["train"].fetch(torch.arange(len(splits["train"])))
+    assert batch["image"].shape[-2:] == (46, 62)
+    pipeline = Pipeline({"crop": RandomResizedCrop((0.8, 1.0))}, Identity(), spec=data.spec(), seed=0)
+    moved = pipeline(batch, epoch=0, train=True)
+    for image, box in zip(moved["image"], moved["box"]):
+        there = (image[0] > 0.3).nonzero().float()
+        bounds = torch.cat([there.min(0).values.flip(0), there.max(0).values.flip(0) + 1]) / 40
+        torch.testing.assert_close(box, bounds, atol=0.06, rtol=0)
 
 
 def test_a_box_over_the_whole_image_is_the_unit_square(tmp_path: Path) -> None:

@@ -69,6 +69,20 @@ def test_pets_have_their_breed(tmp_path: Path) -> None:
     assert test["image"].shape == (6, 3, 16, 16)
 
 
+@pytest.mark.parametrize("masks", [False, True])
+def test_training_pets_are_stored_whole_for_crops(tmp_path: Path, masks: bool) -> None:
+    root = str(make_pets(tmp_path))
+    plain, splits = (OxfordPet(masks, root, size=14, crops=crops).load() for crops in (False, True))
+    every = torch.arange(len(splits["train"]))
+    batch, seen = splits["train"].fetch(every), plain["train"].fetch(every)
+    assert batch["image"].shape[-2:] == (16, 22) and torch.equal(batch["label"], seen["label"])
+    assert batch["image"][:, 1, :, :10].min() > 100 > batch["image"][:, 1, :, 13:].max(), "green is on the left"
+    if masks:
+        assert set(batch["mask"][:, :, :10].unique().tolist()) == {1} and batch["mask"].shape[-2:] == (16, 22)
+    for name in ("val", "test"):
+        assert torch.equal(splits[name].fetch(torch.arange(2))["image"], plain[name].fetch(torch.arange(2))["image"])
+
+
 def test_the_names_of_the_breeds_are_torchvisions(tmp_path: Path) -> None:
     """They are made from the files' names there, in the order of the labels."""
     base = tmp_path / "oxford-iiit-pet"
