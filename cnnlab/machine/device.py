@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import shutil
 import sys
@@ -121,6 +122,16 @@ def prepare_cpu() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
             mallopt(parameter, 2**31 - 1)
+
+
+def give_back(device: torch.device) -> None:
+    """Gives freed memory back, after a failure for want of it: what the allocator keeps is of no use to whoever asks
+    the system itself (other threads, oneDNN for its kernels), and larger pieces may come of it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # another C library, or another system
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cnnlab.machine.device import give_back
 from cnnlab.machine.memory import is_out_of_memory
 from cnnlab.observe.observer import Look
 from cnnlab.protocols import Batch, StepResult
@@ -49,7 +49,7 @@ def halve_on_demand(step: EagerStep, told: Callable[[int, str], None]) -> None:
             step.cut_finer()
             step.zero_grad()
             look.restart()
-            _release(step.device)
+            give_back(step.device)
             samples = len(batch["index"]) // step.accumulate
             told(step.accumulate, f"; batch norm takes its moments of {samples} samples from here on" if normed else "")
 
@@ -69,7 +69,7 @@ class HalvingForward(Forward):
                 if not is_out_of_memory(error) or len(batch["index"]) < 2 * self.count:
                     raise
             self.count *= 2
-            _release(self.device)
+            give_back(self.device)
         return super().__call__(batch)
 
     def _in_pieces(self, batch: Batch) -> tuple[Tensor, Sums]:
@@ -80,10 +80,3 @@ class HalvingForward(Forward):
             losses.append(own)
             total = {name: total[name] + value for name, value in sums.items()} if total else sums
         return torch.cat(losses), total
-
-
-def _release(device: torch.device) -> None:
-    """Gives back what failed, and the pieces that the allocator keeps: larger ones may come of them."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
