@@ -47,9 +47,8 @@ def test_the_size_of_stored_photos_is_stated_and_the_notice_of_a_small_input_sta
     assert record_of(Path("run"))["stored_whole"] == [74, 98]
     answer = cli("eval", "run", "--split", "train", "--device", "cpu")
     assert answer.code == 0, answer.err
-    for number, option in enumerate(("data.stored=input", "~data.stored")):  # the latter as in runs that know of none
-        answer = cli("train", *TINY, *data, "augment=resized_crop", option, f"hydra.run.dir=other{number}")
-        assert answer.code == 0 and record_of(Path(f"other{number}"))["stored_whole"] is None
+    answer = cli("train", *TINY, *data, "augment=resized_crop", "data.stored=input", "hydra.run.dir=other")
+    assert answer.code == 0 and record_of(Path("other"))["stored_whole"] is None
 
 
 def test_another_length_is_told_to_bend_the_schedule(cli: Callable[..., Answer]):

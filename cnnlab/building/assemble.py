@@ -18,8 +18,8 @@ from cnnlab.optim.decay import decouple_decay
 from cnnlab.optim.groups import parameter_groups
 from cnnlab.optim.traits import Traits, keep_kernels, place_rates
 from cnnlab.penalties import L1, L2
-from cnnlab.protocols import ConvNet, DataSpec, Head, Intervention, Penalty, Split
-from cnnlab.schema import DropoutKind
+from cnnlab.protocols import ConvNet, Data, DataSpec, Head, Intervention, Penalty, Split
+from cnnlab.schema import DropoutKind, Loading
 from cnnlab.tasks import Task
 from cnnlab.train.forward import Penalties
 from cnnlab.train.interventions import Interventions
@@ -182,6 +182,16 @@ def _stage_sizes(model: ConvNet, image: tuple[int, int, int]) -> tuple[tuple[int
         for module in training:
             module.training = True
     return tuple((stage.shape[-2], stage.shape[-1]) for stage in stages)
+
+
+def make_data(experiment: Experiment, pipeline: Pipeline, loading: Loading) -> Data:
+    """The data set, which stores photos as the augmentation needs them.
+
+    A config without the option `stored` is of an earlier run, whose photos were not stored whole: it keeps its pixels.
+    """
+    node = experiment.node("data")
+    known = "stored" in (node.config or {})
+    return node.make(loading=loading, crops=known and pipeline.crops, shifts=known and pipeline.shifts)
 
 
 def make_pipeline(experiment: Experiment, spec: DataSpec) -> Pipeline:

@@ -16,6 +16,7 @@ from cnnlab import rng
 from cnnlab.augment import Pipeline, fitted
 from cnnlab.building.assemble import (
     class_counts,
+    make_data,
     make_interventions,
     make_network,
     make_optimizer,
@@ -244,12 +245,8 @@ class _Builder:
     def splits(self, placement: Placement, pipeline: Pipeline) -> dict[str, Split]:
         """The data, stored as the augmentation needs it, and how its files are decoded."""
 
-        node = self.experiment.node("data")
-        # A config without the option is of an earlier run, whose photos were not stored whole: it keeps its pixels.
-        known = "stored" in (node.config or {})
-
         def data(loading: Loading) -> Data:
-            return node.make(loading=loading, crops=known and pipeline.crops, shifts=known and pipeline.shifts)
+            return make_data(self.experiment, pipeline, loading)
 
         splits, self.findings = loaded(data, self.loading, self.ranks, self.choices.get("data_path"))
         self.notices += self.findings.notices

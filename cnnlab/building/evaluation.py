@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnnlab.building.assemble import make_data
 from cnnlab.building.opened import Opened
 from cnnlab.composing.experiment import Experiment
 from cnnlab.data.choice import loaded, with_decoder
@@ -90,7 +91,7 @@ def data_for(network: Opened, experiment: Experiment | None = None) -> OpenedDat
     node, choices = experiment.node("data"), dict(network.origin["choices"])
 
     def make(loading: Loading) -> Data:
-        return node.make(loading=loading)
+        return make_data(experiment, network.pipeline, loading)
 
     try:
         whole = node.make().spec()

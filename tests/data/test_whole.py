@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lab_runs import composed
 from PIL import Image
 from torchvision.transforms.v2 import functional as their
 
 from cnnlab.augment import HorizontalFlip, Identity, Pipeline, RandomResizedCrop
+from cnnlab.building.builder import build
 from cnnlab.data.decode import Recipe, decode
 from cnnlab.data.folder import ImageFolder
 from cnnlab.data.gpu_jpeg import GpuJpegs
@@ -206,3 +208,19 @@ def test_the_view_of_the_middle_is_what_the_recipe_makes_of_the_file(tmp_path: P
     pipeline = Pipeline({}, Identity(), spec=DataSpec(3, (28, 28), ("cat", "dog")), seed=0)
     found = pipeline(batch, epoch=0, train=False)["image"]
     assert (found - torch.stack(expected) / 255).abs().mean() < 0.02
+
+
+def test_a_config_of_a_run_that_knew_of_no_stored_photos_keeps_its_pixels(tmp_path: Path) -> None:
+    data = (
+        "data=folder",
+        f"data.root={photos(tmp_path / 'set')}",
+        f"data.cache={tmp_path / 'cache'}",
+        "data.workers=0",
+    )
+    stored = []
+    for known in (True, False):
+        experiment = composed(*data, "augment=resized_crop", "data.size=28", "data.limit=null")
+        if not known:
+            del experiment.config["data"]["stored"]
+        stored.append(build(experiment).loaders["train"].split.stored)
+    assert stored == [(32, 42), None]
