@@ -11,12 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cnnlab.torch_private import foreach_add, foreach_div, foreach_mul, foreach_norm, foreach_sub
+
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """The L2 norm of each tensor, in float32: (len(tensors),)."""
     if not tensors:
         return torch.zeros(0)
-    return torch.stack(torch._foreach_norm([t.detach().float() for t in tensors]))
+    return torch.stack(foreach_norm([t.detach().float() for t in tensors]))
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -26,19 +28,19 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """The inner product of two vectors, a scalar."""
-    return torch.stack([product.sum() for product in torch._foreach_mul(list(left), list(right))]).sum()
+    return torch.stack([product.sum() for product in foreach_mul(list(left), list(right))]).sum()
 
 
 def moved(start: Sequence[Tensor], direction: Sequence[Tensor], length: float | Tensor) -> list[Tensor]:
     """start + length·direction, in the dtypes of `start`."""
     along = [part.to(at) for part, at in zip(direction, start, strict=True)]
-    return list(torch._foreach_add(list(start), torch._foreach_mul(along, length)))
+    return list(foreach_add(list(start), foreach_mul(along, length)))
 
 
 def normalized(vector: Sequence[Tensor]) -> list[Tensor]:
     """The vector at length 1; zeros stay zeros."""
     length = dot(vector, vector).sqrt()
-    return list(torch._foreach_div(list(vector), torch.where(length > 0, length, 1.0)))
+    return list(foreach_div(list(vector), torch.where(length > 0, length, 1.0)))
 
 
 def update_ratios(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
@@ -49,7 +51,7 @@ def update_ratios(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     if not before:
         return torch.zeros(0)
     old = norms(before)
-    change = norms(torch._foreach_sub([t.detach() for t in after], [t.detach() for t in before]))
+    change = norms(foreach_sub([t.detach() for t in after], [t.detach() for t in before]))
     return torch.where(old > 0, change / old, torch.nan)
 
 

@@ -17,7 +17,8 @@ import cnnlab
 ROOT = Path(cnnlab.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"__init__", "terminal", "schema", "rng", "measure", "protocols"},
+    {"__init__", "terminal", "schema", "rng", "torch_private", "protocols"},
+    {"measure"},
     {"errors"},
     {"usertext", "blocks", "machine"},
     {"composing", "runs"},
@@ -168,6 +169,20 @@ def test_training_on_digits_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr.strip() == "[]"
+
+
+def test_torchs_private_names_stand_together():
+    private = [name_of(path) for path in modules() if re.search(r"\btorch(\.\w+)*\._[a-z]\w*[^_\w]", path.read_text())]
+    assert private == ["torch_private"]
+    imported = {
+        name_of(path)
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.")
+        for alias in node.names
+        if alias.name.startswith("_")
+    }
+    assert imported == {"torch_private"}
 
 
 def test_hydras_private_names_stand_together():

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cnnlab import rng
 from cnnlab.augment import Pipeline, fitted
@@ -46,6 +45,7 @@ from cnnlab.protocols import Batch, Data, DataSpec, Split
 from cnnlab.runs.folder import RunDir
 from cnnlab.schema import Layout, Loading, StepKind
 from cnnlab.tasks import Task
+from cnnlab.torch_private import BatchNorm
 from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.origin import Origin, chosen, described, load_own
 from cnnlab.train.recorder import Evidence, Progress, Recorder
@@ -289,7 +289,7 @@ class _Builder:
                 f"{trainer.accumulate} micro-batches, received {batch_size}; type a larger trainer.batch_size"
             )
         rest = len(splits["train"]) % batch_size
-        batch_statistics = any(isinstance(m, _BatchNorm) for m in model.modules())
+        batch_statistics = any(isinstance(m, BatchNorm) for m in model.modules())
         if not drop_last and batch_statistics and 0 < rest < MIN_STATISTICS_BATCH * pieces:
             drop_last = True
             self.notices.append(

@@ -9,20 +9,19 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from cnnlab.rng import generator
+from cnnlab.torch_private import ConvNd, ConvTransposeNd, NormBase
 
-Layer = nn.Linear | _ConvNd
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+Layer = nn.Linear | ConvNd
+_NORMS = (NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _RESIDUAL_NORMS = {"BasicBlock": "bn2", "Bottleneck": "bn3"}
 """The last norm of torchvision's residual blocks, which state no `residual_norm`."""
 
 
 def is_layer(module: nn.Module) -> TypeGuard[Layer]:
     """Whether a scheme fills the module's weight: convolutions, transposed ones, linear layers."""
-    return isinstance(module, nn.Linear | _ConvNd)
+    return isinstance(module, nn.Linear | ConvNd)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -122,7 +121,7 @@ class Initializer:
 def _reset_norm(norm: nn.Module) -> None:
     for name, parameter in norm.named_parameters(recurse=False):
         parameter.fill_(1.0 if name == "weight" else 0.0)
-    if isinstance(norm, _NormBase):
+    if isinstance(norm, NormBase):
         norm.reset_running_stats()
 
 
@@ -139,7 +138,7 @@ def grouped_view(layer: Layer) -> tuple[int, int, int, int]:
     if isinstance(layer, nn.Linear):
         return 1, layer.out_features, layer.in_features, 1
     outer, inner = layer.out_channels, layer.in_channels
-    if isinstance(layer, _ConvTransposeNd):
+    if isinstance(layer, ConvTransposeNd):
         outer, inner = inner, outer
     return layer.groups, outer // layer.groups, inner // layer.groups, math.prod(layer.kernel_size)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from cnnlab.init.base import layers
 from cnnlab.init.schemes import Orthogonal
+from cnnlab.torch_private import NormBase
 
 
 class LSUV(Orthogonal):
@@ -68,7 +68,7 @@ def training_without_noise(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     for module in modes:
         leaf = not any(True for _ in module.children())
-        module.training = not leaf or isinstance(module, _NormBase)
+        module.training = not leaf or isinstance(module, NormBase)
     try:
         yield
     finally:

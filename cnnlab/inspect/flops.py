@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from cnnlab.torch_private import TorchDispatchMode
 
 
 def forward_flops(model: nn.Module, input_shape: Sequence[int]) -> int:

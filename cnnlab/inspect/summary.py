@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cnnlab.inspect.flops import fused_attention_off, multiply_adds
 from cnnlab.inspect.receptive_field import FieldTracker, tensors_in
+from cnnlab.torch_private import TorchDispatchMode
 
 if TYPE_CHECKING:
     from rich.table import Table

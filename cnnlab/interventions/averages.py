@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
-import torch
 from torch import Tensor, nn
 
 from cnnlab.protocols import Intervention
 from cnnlab.schema import Range
+from cnnlab.torch_private import foreach_copy_, foreach_lerp_
 
 
 class Ema(Intervention):
@@ -35,17 +35,17 @@ class Ema(Intervention):
     def weights(self, step: int) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._average, self._live, 1 - decay)
+        foreach_lerp_(self._average, self._live, 1 - decay)
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
         """The network with the averages in place of its weights, for the block."""
         saved = [t.clone() for t in self._live]
-        torch._foreach_copy_(self._live, self._average)
+        foreach_copy_(self._live, self._average)
         try:
             yield
         finally:
-            torch._foreach_copy_(self._live, saved)
+            foreach_copy_(self._live, saved)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": list(self._average)}
@@ -55,4 +55,4 @@ class Ema(Intervention):
         if shapes != [tuple(t.shape) for t in self._average]:
             raise ValueError("expected the averages of this network's weights, received those of another")
         self.updates = state["updates"]
-        torch._foreach_copy_(self._average, [t.to(a.device) for t, a in zip(state["average"], self._average)])
+        foreach_copy_(self._average, [t.to(a.device) for t, a in zip(state["average"], self._average)])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from cnnlab.protocols import Intervention
+from cnnlab.torch_private import NormBase
 
 
 class Freeze(Intervention):
@@ -26,7 +26,7 @@ class Freeze(Intervention):
     def frozen(self, model: nn.Module) -> Iterator[nn.Module]:
         """The norm layers that stand still."""
         for name, module in model.named_modules():
-            if isinstance(module, _NormBase) and module.track_running_stats:
+            if isinstance(module, NormBase) and module.track_running_stats:
                 own = list(module.parameters(recurse=False))
                 inside = any(f"{name}.".startswith(f"{prefix.rstrip('.')}.") for prefix in self.prefixes)
                 if not any(p.requires_grad for p in own) and (own or inside):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cnnlab.protocols import Intervention
 from cnnlab.schema import Positive
+from cnnlab.torch_private import foreach_mul_, foreach_sub_
 
 
 class MaxNorm(Intervention):
@@ -32,7 +33,7 @@ class GradientCentralization(Intervention):
     @torch.no_grad()
     def gradients(self, parameters: Sequence[nn.Parameter], step: int) -> None:
         found = [p.grad for p in parameters if p.grad is not None and p.ndim >= 2]
-        torch._foreach_sub_(found, [g.mean(tuple(range(1, g.ndim)), keepdim=True) for g in found])
+        foreach_sub_(found, [g.mean(tuple(range(1, g.ndim)), keepdim=True) for g in found])
 
 
 @torch.no_grad()
@@ -50,4 +51,4 @@ def max_norm_(params: Iterable[Tensor], limit: float) -> None:
         return
     norms = [torch.linalg.vector_norm(w.flatten(1), dim=1).view(-1, *[1] * (w.ndim - 1)) for w in found]
     # A quotient of equal numbers is exactly 1; `limit` times a reciprocal may be a little less.
-    torch._foreach_mul_(found, [limit / norm.clamp(min=limit) for norm in norms])
+    foreach_mul_(found, [limit / norm.clamp(min=limit) for norm in norms])

@@ -16,6 +16,7 @@ import torch
 
 from cnnlab.errors import UsageError
 from cnnlab.schema import Device, Layout, Precision, StepKind, Trainer
+from cnnlab.torch_private import fast_bf16_on_cpu
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -100,7 +101,7 @@ def cpu_has_fast_bf16() -> bool:
     """Whether bf16 matrix products run in hardware, where they beat fp32 (AMX, AVX512-BF16)."""
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     named = any(flags.get(name, False) for name in ("amx_tile", "amx_bf16", "avx512_bf16"))
-    return named or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return named or fast_bf16_on_cpu()
 
 
 def set_deterministic(wanted: bool) -> None:

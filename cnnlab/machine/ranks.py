@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cnnlab.errors import DataError
 from cnnlab.machine.surroundings import left_over, torchrun
+from cnnlab.torch_private import foreach_copy_
 
 _log = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def _in_buckets(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) 
             flat = torch.cat([t.flatten() for t in bucket])
             collective(flat)
             parts = flat.split([t.numel() for t in bucket])
-            torch._foreach_copy_(bucket, [part.view(t.shape) for part, t in zip(parts, bucket, strict=True)])
+            foreach_copy_(bucket, [part.view(t.shape) for part, t in zip(parts, bucket, strict=True)])
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

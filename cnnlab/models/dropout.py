@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from cnnlab.protocols import ConvNet
 from cnnlab.schema import DropoutKind
+from cnnlab.torch_private import DropoutNd
 
 
 class ClassicDropout(nn.Dropout):
@@ -46,7 +46,7 @@ def set_dropout_kind(model: nn.Module, kind: DropoutKind, rate: float | None) ->
 
 def has_dropout(model: nn.Module) -> bool:
     """Whether any of its modules drops values out, at whatever rate."""
-    return any(isinstance(module, _DropoutNd) for module in model.modules())
+    return any(isinstance(module, DropoutNd) for module in model.modules())
 
 
 def _make_classic(model: nn.Module, rate: float | None) -> None:

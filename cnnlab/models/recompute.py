@@ -9,8 +9,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+
+from cnnlab.torch_private import BatchNorm
 
 
 class FrozenStatistics:
@@ -20,7 +21,7 @@ class FrozenStatistics:
     """
 
     def __init__(self, blocks: Sequence[nn.Module]):
-        self._norms = [m for block in blocks for m in block.modules() if isinstance(m, _BatchNorm)]
+        self._norms = [m for block in blocks for m in block.modules() if isinstance(m, BatchNorm)]
         self._saved: list[tuple[float | None, Tensor | None]] = []
 
     def __enter__(self) -> None:

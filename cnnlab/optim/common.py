@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 @dataclass(frozen=True)
 class Batched:
-    """Parameters of one device and dtype with their gradients, which one `torch._foreach_*` call updates."""
+    """Parameters of one device and dtype with their gradients, which one `foreach_*` call updates."""
 
     params: list[Tensor]
     grads: list[Tensor]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from cnnlab.torch_private import foreach_mul_
+
 
 def decouple_decay(optimizer: Optimizer) -> None:
     """Lets each step begin with w ← w - lr·λ·w in the groups that state λ, as `decoupled_decay`
@@ -29,4 +31,4 @@ def _decay(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         factor = 1 - group["lr"] * group["decoupled_decay"]
         if overflow is not None:
             factor = torch.where(overflow > 0, 1.0, factor)
-        torch._foreach_mul_(group["params"], factor)
+        foreach_mul_(group["params"], factor)

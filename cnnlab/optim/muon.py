@@ -13,6 +13,21 @@ from torch.optim import Optimizer
 from cnnlab.machine.device import cpu_has_fast_bf16
 from cnnlab.optim.common import Batched, by_shape, evaluate
 from cnnlab.schema import Momentum, NonNegative, Positive, PositiveInt
+from cnnlab.torch_private import (
+    foreach_add_,
+    foreach_addcmul_,
+    foreach_clamp_min_,
+    foreach_div,
+    foreach_div_,
+    foreach_lerp,
+    foreach_lerp_,
+    foreach_mul_,
+    foreach_neg_,
+    foreach_norm,
+    foreach_pow,
+    foreach_sqrt_,
+    foreach_sub_,
+)
 
 # Jordan et al. 2024: the quintic whose slope at 0 is largest while five steps keep [0, 1] within [0.7, 1.2].
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -99,17 +114,17 @@ class Muon(Optimizer):
 
     def _update_matrices(self, group: dict[str, Any], batch: Batched) -> None:
         averages = batch.state(self, "momentum")
-        torch._foreach_lerp_(averages, batch.grads, 1 - group["momentum"])
+        foreach_lerp_(averages, batch.grads, 1 - group["momentum"])
         directions = averages
         if group["nesterov"]:
-            directions = list(torch._foreach_lerp(batch.grads, averages, group["momentum"]))
+            directions = list(foreach_lerp(batch.grads, averages, group["momentum"]))
         if group["normalize_weights"]:
-            norms = torch._foreach_norm(batch.params)
-            torch._foreach_clamp_min_(norms, _FLOOR)
-            torch._foreach_div_(batch.params, norms)
-            torch._foreach_mul_(batch.params, [math.sqrt(len(param)) for param in batch.params])
+            norms = foreach_norm(batch.params)
+            foreach_clamp_min_(norms, _FLOOR)
+            foreach_div_(batch.params, norms)
+            foreach_mul_(batch.params, [math.sqrt(len(param)) for param in batch.params])
         elif group["weight_decay"]:
-            torch._foreach_mul_(batch.params, 1 - group["lr"] * group["weight_decay"])
+            foreach_mul_(batch.params, 1 - group["lr"] * group["weight_decay"])
         # `reshape`, so that channels-last kernels come in the order of their axes.
         matrices = [direction.reshape(len(direction), -1) for direction in directions]
         for places in by_shape(matrices):
@@ -117,28 +132,28 @@ class Muon(Optimizer):
             steps = orthogonalize(stack, group["ns_steps"]) * shape_scale(stack, group["scale"])
             params = [batch.params[place] for place in places]
             moves = [step.reshape(param.shape) for step, param in zip(steps.to(params[0].dtype), params)]
-            torch._foreach_mul_(moves, group["lr"])
-            torch._foreach_sub_(params, moves)
+            foreach_mul_(moves, group["lr"])
+            foreach_sub_(params, moves)
 
     def _update_by_adamw(self, group: dict[str, Any], batch: Batched) -> None:
         first, second = group["betas"]
         means, squares = batch.state(self, "exp_avg"), batch.state(self, "exp_avg_sq")
         rate = group["lr"] * group["adamw_ratio"]
         if group["weight_decay"]:
-            torch._foreach_mul_(batch.params, 1 - rate * group["weight_decay"])
-        torch._foreach_lerp_(means, batch.grads, 1 - first)
-        torch._foreach_mul_(squares, second)
-        torch._foreach_addcmul_(squares, batch.grads, batch.grads, 1 - second)
+            foreach_mul_(batch.params, 1 - rate * group["weight_decay"])
+        foreach_lerp_(means, batch.grads, 1 - first)
+        foreach_mul_(squares, second)
+        foreach_addcmul_(squares, batch.grads, batch.grads, 1 - second)
         # The count is on the device, so that a captured step goes on counting.
         counts = self._counts(batch)
-        torch._foreach_add_(counts, 1)
-        moves = torch._foreach_div(means, _bias_corrections(first, counts))
-        roots = torch._foreach_div(squares, _bias_corrections(second, counts))
-        torch._foreach_sqrt_(roots)
-        torch._foreach_add_(roots, group["eps"])
-        torch._foreach_div_(moves, roots)
-        torch._foreach_mul_(moves, rate)
-        torch._foreach_sub_(batch.params, moves)
+        foreach_add_(counts, 1)
+        moves = foreach_div(means, _bias_corrections(first, counts))
+        roots = foreach_div(squares, _bias_corrections(second, counts))
+        foreach_sqrt_(roots)
+        foreach_add_(roots, group["eps"])
+        foreach_div_(moves, roots)
+        foreach_mul_(moves, rate)
+        foreach_sub_(batch.params, moves)
 
     def _counts(self, batch: Batched) -> list[Tensor]:
         for param in batch.params:
@@ -160,9 +175,9 @@ def _split(params: Iterable[Tensor], max_dim: int, axes: int) -> tuple[list[Tens
 
 def _bias_corrections(decay: float, counts: list[Tensor]) -> list[Tensor]:
     """1 - β^t (Kingma & Ba 2015, algorithm 1)."""
-    corrections = list(torch._foreach_pow(decay, counts))
-    torch._foreach_neg_(corrections)
-    torch._foreach_add_(corrections, 1)
+    corrections = list(foreach_pow(decay, counts))
+    foreach_neg_(corrections)
+    foreach_add_(corrections, 1)
     return corrections
 
 

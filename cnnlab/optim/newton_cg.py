@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from cnnlab.measure import dot, hessian_vector_products
 from cnnlab.schema import NonNegative, Positive, PositiveInt
+from cnnlab.torch_private import foreach_add, foreach_add_, foreach_mul, foreach_neg, foreach_sub
 
 
 class NewtonCG(Optimizer):
@@ -78,7 +79,7 @@ class NewtonCG(Optimizer):
 
         def hessian_times(vectors: Sequence[Tensor]) -> list[Tensor]:
             products = hessian_vector_products(slopes, params, vectors)
-            return list(torch._foreach_add(products, list(vectors), alpha=self.damping))
+            return list(foreach_add(products, list(vectors), alpha=self.damping))
 
         radius = self._radius(params)
         move = steihaug(hessian_times, grads, radius, self.max_iter, self.tolerance)
@@ -89,7 +90,7 @@ class NewtonCG(Optimizer):
         for param, grad in zip(params, grads):
             param.grad = grad
         before = [param.clone() for param in params]
-        torch._foreach_add_(params, move)
+        foreach_add_(params, move)
         self._judge(params, before, loss.detach() - closure(), predicted, at_boundary)
         return loss.detach()
 
@@ -139,7 +140,7 @@ def steihaug(
     """
     move = [torch.zeros_like(grad) for grad in grads]
     residual = list(grads)
-    direction = list(torch._foreach_neg(residual))
+    direction = list(foreach_neg(residual))
     square = dot(residual, residual)
     norm = square.sqrt()
     target = torch.minimum(norm.sqrt(), torch.full_like(norm, tolerance)) * norm
@@ -151,14 +152,14 @@ def steihaug(
         to_boundary = _distance_to_boundary(move, direction, radius)
         leaves = (curvature <= 0) | (inside >= to_boundary)
         length = torch.where(done, 0.0, torch.where(leaves, to_boundary, inside))
-        torch._foreach_add_(move, torch._foreach_mul(direction, length))
-        residual = list(torch._foreach_add(residual, torch._foreach_mul(product, length)))
+        foreach_add_(move, foreach_mul(direction, length))
+        residual = list(foreach_add(residual, foreach_mul(product, length)))
         following = dot(residual, residual)
         done = done | leaves | (following.sqrt() <= target)
         if not done.is_cuda and done:  # reading the flag is free on the CPU, and would stall a GPU
             break
         conjugate = torch.where(done, 0.0, following / square)
-        direction = list(torch._foreach_sub(torch._foreach_mul(direction, conjugate), residual))
+        direction = list(foreach_sub(foreach_mul(direction, conjugate), residual))
         square = following
     return move
 

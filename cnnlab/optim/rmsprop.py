@@ -11,6 +11,15 @@ from torch.optim import Optimizer
 
 from cnnlab.optim.common import Batched, evaluate
 from cnnlab.schema import Momentum, NonNegative, Positive
+from cnnlab.torch_private import (
+    foreach_add,
+    foreach_add_,
+    foreach_addcmul_,
+    foreach_div,
+    foreach_mul_,
+    foreach_sqrt_,
+    foreach_sub_,
+)
 
 
 class RMSPropInside(Optimizer):
@@ -54,17 +63,17 @@ class RMSPropInside(Optimizer):
     def _update(self, group: dict[str, Any], batch: Batched) -> None:
         grads = batch.grads
         if group["weight_decay"]:
-            grads = list(torch._foreach_add(grads, batch.params, alpha=group["weight_decay"]))
+            grads = list(foreach_add(grads, batch.params, alpha=group["weight_decay"]))
         squares = batch.state(self, "square_avg")
-        torch._foreach_mul_(squares, group["decay"])
-        torch._foreach_addcmul_(squares, grads, grads, 1 - group["decay"])
-        roots = torch._foreach_add(squares, group["eps"])
-        torch._foreach_sqrt_(roots)
-        steps = list(torch._foreach_div(grads, roots))
-        torch._foreach_mul_(steps, group["lr"])
+        foreach_mul_(squares, group["decay"])
+        foreach_addcmul_(squares, grads, grads, 1 - group["decay"])
+        roots = foreach_add(squares, group["eps"])
+        foreach_sqrt_(roots)
+        steps = list(foreach_div(grads, roots))
+        foreach_mul_(steps, group["lr"])
         if group["momentum"]:
             velocities = batch.state(self, "velocity")
-            torch._foreach_mul_(velocities, group["momentum"])
-            torch._foreach_add_(velocities, steps)
+            foreach_mul_(velocities, group["momentum"])
+            foreach_add_(velocities, steps)
             steps = velocities
-        torch._foreach_sub_(batch.params, steps)
+        foreach_sub_(batch.params, steps)

@@ -12,6 +12,7 @@ from torch import Tensor
 from cnnlab.measure import hessian_vector_products
 from cnnlab.rng import derive
 from cnnlab.schema import Momentum, NonNegative, Positive, PositiveInt
+from cnnlab.torch_private import foreach_addcmul_, foreach_div_
 
 try:
     import pytorch_optimizer
@@ -95,6 +96,6 @@ class SophiaH(pytorch_optimizer.SophiaH):
             if self.distribution == "rademacher":
                 probes = [torch.where(probe < 0, -1.0, 1.0) for probe in probes]
             products = hessian_vector_products(slopes, params, probes)
-            torch._foreach_addcmul_(total, probes, products)
-        torch._foreach_div_(total, self.num_samples)
+            foreach_addcmul_(total, probes, products)
+        foreach_div_(total, self.num_samples)
         return total

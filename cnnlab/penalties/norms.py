@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cnnlab.schema import NonNegative, Positive
+from cnnlab.torch_private import foreach_mul, foreach_norm
 
 
 def weights_of(params: Iterable[Tensor]) -> list[Tensor]:
@@ -23,7 +24,7 @@ def weights_of(params: Iterable[Tensor]) -> list[Tensor]:
 def l1(params: Iterable[Tensor]) -> Tensor:
     """Σ|w| over the weights: a scalar to be multiplied by λ (0 without weights)."""
     found = weights_of(params)
-    return torch.stack(torch._foreach_norm(found, 1)).sum() if found else torch.zeros(())
+    return torch.stack(foreach_norm(found, 1)).sum() if found else torch.zeros(())
 
 
 def l2(params: Iterable[Tensor]) -> Tensor:
@@ -32,7 +33,7 @@ def l2(params: Iterable[Tensor]) -> Tensor:
     if not found:
         return torch.zeros(())
     # Not the square of a norm: its second derivative, which Newton-CG takes, is NaN for a tensor of zeros.
-    return torch.stack([square.sum() for square in torch._foreach_mul(found, found)]).sum() / 2
+    return torch.stack([square.sum() for square in foreach_mul(found, found)]).sum() / 2
 
 
 class L1:

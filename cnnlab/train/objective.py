@@ -11,11 +11,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _NormBase
 
 from cnnlab import measure, rng
 from cnnlab.machine.ranks import Ranks
 from cnnlab.protocols import Batch, StepResult
+from cnnlab.torch_private import NormBase, foreach_add_
 from cnnlab.train.forward import NO_PENALTIES, Forward, Penalties, Sums, minimized, pieces
 from cnnlab.train.interventions import Interventions
 
@@ -165,7 +165,7 @@ class Objective:
         def work() -> None:
             for total, _, _ in self._terms(theta):
                 slopes = torch.autograd.grad(total, own, materialize_grads=True)
-                torch._foreach_add_(found, [total.detach(), *slopes])
+                foreach_add_(found, [total.detach(), *slopes])
 
         with torch.enable_grad():
             self._placed(theta, work)
@@ -185,7 +185,7 @@ class Objective:
             for total, _, _ in self._terms(theta):
                 slopes = torch.autograd.grad(total, own, create_graph=True, materialize_grads=True)
                 for sums, vector in zip(found, vectors, strict=True):
-                    torch._foreach_add_(sums, measure.hessian_vector_products(slopes, own, _like(vector, own)))
+                    foreach_add_(sums, measure.hessian_vector_products(slopes, own, _like(vector, own)))
 
         with torch.enable_grad():
             self._placed(theta, work)
@@ -251,7 +251,7 @@ class Objective:
             else:
                 self.interventions.train(self.model, self.epoch)
             for module, _ in before if self.mode == Mode.frozen else ():
-                if isinstance(module, _NormBase) and module.track_running_stats:
+                if isinstance(module, NormBase) and module.track_running_stats:
                     module.eval()
             yield
         finally:
@@ -300,7 +300,7 @@ class Hessian:
     def _summed(self, parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         total = [torch.zeros_like(leaf) for leaf in self._own]
         for part in parts:
-            torch._foreach_add_(total, list(part))
+            foreach_add_(total, list(part))
         return self._objective._of_all(total)
 
 

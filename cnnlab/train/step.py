@@ -16,6 +16,7 @@ from cnnlab.errors import DivergedError, UsageError
 from cnnlab.machine.ranks import Ranks
 from cnnlab.observe.observer import Look
 from cnnlab.protocols import Batch, StepResult
+from cnnlab.torch_private import compiler_error
 from cnnlab.train.forward import NO_PENALTIES, Forward, Penalties, minimized, pieces
 from cnnlab.train.interventions import Interventions
 from cnnlab.train.objective import Objective
@@ -200,11 +201,9 @@ class CompiledStep(EagerStep):
     def _dispatch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if len(batch["index"]) not in self._sizes:
             return self._plain(batch)
-        from torch._dynamo.exc import TorchDynamoException
-
         try:
             return self._compiled(batch)
-        except TorchDynamoException as error:
+        except compiler_error() as error:
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UsageError(
                 f"`trainer.step=compiled`: torch.compile cannot compile this network as a whole ({reason}); "

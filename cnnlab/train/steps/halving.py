@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cnnlab.machine.device import give_back
 from cnnlab.machine.memory import is_out_of_memory
 from cnnlab.observe.observer import Look
 from cnnlab.protocols import Batch, StepResult
+from cnnlab.torch_private import BatchNorm
 from cnnlab.train.forward import Forward, Sums, pieces
 from cnnlab.train.step import EagerStep
 
@@ -31,7 +31,7 @@ def halve_on_demand(step: EagerStep, told: Callable[[int, str], None]) -> None:
         told: gets the new number of micro-batches, and a word on what changes with it (the empty text for nothing).
     """
     backward, model = step.backward, step.model
-    normed = any(isinstance(module, _BatchNorm) for module in model.modules())
+    normed = any(isinstance(module, BatchNorm) for module in model.modules())
 
     def patient(batch: Batch, count: int, number: int, look: Look) -> StepResult:
         least = LEAST_STATISTICS if normed else 1
