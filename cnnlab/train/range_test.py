@@ -1,0 +1,334 @@
+"""The range test: real updates at rates that grow from one to the next, and what their losses suggest.
+
+Smith 2017, "Cyclical learning rates for training neural networks", section 3.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnnlab import rng
+from cnnlab.errors import DivergedError, UsageError
+from cnnlab.observe.observer import Observer
+from cnnlab.protocols import Listener, StepResult
+from cnnlab.runs.checkpoint import State
+from cnnlab.train.checkpointer import Checkpointer
+from cnnlab.train.loop import updates
+from cnnlab.train.run import Run
+from cnnlab.train.state import Clock
+from cnnlab.train.step import CapturedStep, CompiledStep, EagerStep
+
+LOWEST, HIGHEST, STEPS = 1e-6, 10.0, 100
+TIMES = 4.0
+"""The test ends where the loss is as many times its least, and above its start."""
+WIDTH = 0.03
+"""Standard deviation of the smoothing kernel, as a part of the steps."""
+SMALLEST_FALL = 0.02
+"""Part of its start by which the loss must fall, for a suggestion: what falls less has learned nothing."""
+MIN_STEPS = 10
+
+RULES = {
+    "valley": "halfway down the longest descent of the loss (as fastai's `valley`)",
+    "steep": "where the loss falls fastest (as Lightning's and fastai's `steep`)",
+    "minimum": "a tenth of the rate of the least loss (fastai's `minimum`)",
+    "limit": "a third of the rate from which the loss rises above its start (Bengio 2012, section 3.1.1)",
+}
+"""The ways from a curve to a rate, by name."""
+RULE = "valley"
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """The curve of a range test.
+
+    `losses[i]` is what update i minimized (the mean loss of its batch and the penalty), before it was made at
+    `rates[i]`. A loss that is not finite ends the curve and is not in it.
+    """
+
+    rates: list[float]
+    losses: list[float]
+    planned: int
+    """Updates that it would have been, had the loss not risen before."""
+    non_finite: bool = False
+    smoothed: list[float] = field(init=False)
+    """The losses by local linear regression on log(rate) (Cleveland 1979) with a Gaussian kernel: unlike a moving
+    average, it does not lag behind."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "smoothed", smoothed(self.losses, max(1.0, WIDTH * self.planned)))
+
+    @property
+    def start(self) -> float:
+        """The loss at rates that change nothing: the mean of the first tenth."""
+        first = self.losses[: max(1, self.planned // 10)]
+        return sum(first) / len(first) if first else math.nan
+
+    @property
+    def lowest(self) -> int | None:
+        """Where the smoothed loss is least; `None` where it has not fallen."""
+        if not self.smoothed:
+            return None
+        at = min(range(len(self.smoothed)), key=self.smoothed.__getitem__)
+        return at if self.smoothed[at] < self.start - SMALLEST_FALL * abs(self.start) else None
+
+    @property
+    def limit(self) -> float | None:
+        """The first rate past the least loss from which the loss is above its start; `None` where there is none."""
+        begin = self.lowest or 0
+        above = next((i for i in range(begin, len(self.losses)) if self.smoothed[i] > self.start), None)
+        if above is not None:
+            return self.rates[above]
+        return self.rates[-1] if self.non_finite and self.rates else None
+
+    def suggestions(self) -> dict[str, float | None]:
+        """The rate of each of the `RULES`; `None` where the curve has not what the rule asks for."""
+        low = self.lowest
+        if low is None:
+            return dict.fromkeys(RULES)
+        logs = [math.log(rate) for rate in self.rates]
+        falls = [
+            (self.smoothed[i + 1] - self.smoothed[i - 1]) / (logs[i + 1] - logs[i - 1]) for i in range(1, low)
+        ] or [0.0]
+        first, last = longest_descent(self.smoothed[: low + 1])
+        limit = self.limit
+        return {
+            "valley": math.exp((logs[first] + logs[last]) / 2),
+            "steep": self.rates[1 + falls.index(min(falls))] if low > 1 else self.rates[low],
+            "minimum": self.rates[low] / 10,
+            "limit": None if limit is None else limit / 3,
+        }
+
+    def suggestion(self, rule: str = RULE) -> float:
+        """The rate that a rule suggests, to three digits. Raises `UsageError` where the curve gives none."""
+        if rule not in RULES:
+            raise UsageError(f"expected one of {', '.join(RULES)}, received {rule!r}")
+        found = self.suggestions()[rule]
+        if found is None:
+            reached = f" up to {self.rates[-1]:.2g}" if self.rates else ""
+            reason = "the loss does not fall at any rate" if self.lowest is None else "the loss does not rise again"
+            raise UsageError(
+                f"the range test suggests no rate by the rule `{rule}`: {reason}{reached} in {len(self.rates)} steps; "
+                "look at its curve (cnnlab lr-find), or type optim.lr=NUMBER"
+            )
+        return float(f"{found:.3g}")
+
+
+def smoothed(values: Sequence[float], width: float) -> list[float]:
+    """Local linear regression of evenly spaced values, at each of their places, with a Gaussian kernel whose standard
+    deviation is `width` places."""
+    if not values:
+        return []
+    y = torch.tensor(values, dtype=torch.float64)
+    place = torch.arange(len(values), dtype=torch.float64)
+    apart = place[None] - place[:, None]
+    weight = torch.exp(-0.5 * (apart / width) ** 2)
+    s0, s1, s2 = (torch.sum(weight * apart**power, 1) for power in range(3))
+    t0, t1 = weight @ y, torch.sum(weight * apart * y[None], 1)
+    whole = s0 * s2 - s1 * s1
+    fitted = torch.where(whole > 1e-12 * s0 * s2, (s2 * t0 - s1 * t1) / whole.clamp_min(1e-300), t0 / s0)
+    return fitted.tolist()
+
+
+def longest_descent(values: Sequence[float]) -> tuple[int, int]:
+    """First and last place of the longest decreasing subsequence."""
+    length, began = [1] * len(values), list(range(len(values)))
+    for i in range(len(values)):
+        for j in range(i):
+            if values[j] > values[i] and length[j] + 1 > length[i]:
+                length[i], began[i] = length[j] + 1, began[j]
+    last = max(range(len(values)), key=length.__getitem__)
+    return began[last], last
+
+
+def range_test(
+    run: Run,
+    *,
+    lowest: float = LOWEST,
+    highest: float = HIGHEST,
+    steps: int = STEPS,
+    progress: Callable[[int, float, float], None] | None = None,
+) -> RangeTest:
+    """Makes up to `steps` of the run's own updates from where it stands, the rate of the base group growing by one
+    factor from each to the next, and takes them all back: weights, buffers, optimizer, averages, gradients, modes and
+    generators are afterwards what they were, bit for bit, also after an interruption. No listener is told.
+
+    The groups keep their proportions (`lr_scale`); the run's schedule has no say. A compiled or captured run is
+    tested eagerly.
+
+    Args:
+        lowest, highest: rates of the first and the last update.
+        progress: called after each update with its number, rate and loss.
+
+    Raises `UsageError` for a range that is none.
+    """
+    if not 0 < lowest < highest < math.inf:
+        raise UsageError(f"expected 0 < lowest < highest, received a range test from {lowest:g} to {highest:g}")
+    if steps < MIN_STEPS:
+        raise UsageError(f"expected a range test of at least {MIN_STEPS} steps, received {steps}")
+    curve = _Curve(lowest, highest, steps, run, progress)
+    with unchanged(run):
+        trial = _trial(run, curve)
+        try:
+            while not (curve.ended or trial.finished()):
+                for _ in updates(trial):
+                    if curve.ended:
+                        break
+                trial.clock.close(trial.steps_per_epoch)
+        except DivergedError:
+            curve.non_finite = True
+    return RangeTest(curve.rates, curve.losses, steps, curve.non_finite)
+
+
+class _Curve(Listener):
+    """The schedule of the test and its memory."""
+
+    def __init__(
+        self,
+        lowest: float,
+        highest: float,
+        steps: int,
+        run: Run,
+        progress: Callable[[int, float, float], None] | None,
+    ):
+        self.lowest, self.growth = lowest, (highest / lowest) ** (1 / (steps - 1))
+        self.start, self.steps = run.clock.step, steps
+        self.base = float(run.optimizer.param_groups[0]["base_lr"])
+        if self.base <= 0:
+            raise UsageError("expected optim.lr > 0, from which the groups' proportions follow, received 0")
+        self.progress = progress
+        self.rates: list[float] = []
+        self.losses: list[float] = []
+        self.ended = self.non_finite = False
+        self._mean = self._least = math.nan
+
+    def rate(self, step: int) -> float:
+        return self.lowest * self.growth ** (step - self.start)
+
+    def factor(self, step: int, total: int) -> float:
+        return self.rate(step) / self.base
+
+    def on_step(self, run: Any, result: StepResult) -> None:
+        terms = [result.sums[name] for name in ("data_loss", "penalty") if name in result.sums]
+        total, count = torch.stack(terms).sum(), result.sums["count"].clone()
+        run.ranks.sum_([total, count])
+        loss, rate = float(total / count), self.rate(run.clock.step - 1)
+        if not math.isfinite(loss):
+            self.ended = self.non_finite = True
+            return
+        self.rates.append(rate)
+        self.losses.append(loss)
+        self._mean = loss if math.isnan(self._mean) else 0.7 * self._mean + 0.3 * loss
+        self._least = min(self._least, self._mean) if len(self.losses) > 1 else self._mean
+        first = self.losses[: max(1, self.steps // 10)]
+        self.ended = self._mean > max(TIMES * self._least, sum(first) / len(first))
+        if self.progress is not None:
+            self.progress(len(self.losses), rate, loss)
+
+
+def _trial(run: Run, curve: _Curve) -> Run:
+    """The same parts as a run that tells nobody, saves nothing, and ends with the curve."""
+    clock = Clock()
+    clock.load_state_dict(run.clock.state_dict())
+    if clock.batch >= run.steps_per_epoch:
+        clock.close(run.steps_per_epoch)
+    silent = Observer(run.model, [], None, every=None, total_steps=curve.steps, max_records=1)
+    return replace(
+        run,
+        folder=None,
+        step=_eager(run.step),
+        schedule=curve,
+        observer=silent,
+        listeners=[curve],
+        clock=clock,
+        state=State(),
+        total_steps=curve.start + curve.steps,
+        patience=None,
+        checkpointer=Checkpointer(enabled=False, minutes=math.inf),
+    )
+
+
+def _eager(step: EagerStep) -> EagerStep:
+    """A step that leaves no program behind: a graph that is captured later finds all where it was."""
+    if not isinstance(step, CapturedStep | CompiledStep):
+        return step
+    return EagerStep(
+        step.evaluator,
+        step.optimizer,
+        step.parameters,
+        seed=step.seed,
+        ranks=step.ranks,
+        penalties=step.penalties,
+        interventions=step.interventions,
+        scaler=step.scaler,
+        accumulate=step.accumulate,
+        clip_norm=step.clip_norm,
+    )
+
+
+@contextmanager
+def unchanged(run: Run) -> Iterator[None]:
+    """Puts back what updates change, after the block: in place, so that nothing has to be found anew."""
+    model, optimizer = run.model, run.optimizer
+    tensors = [*model.parameters(), *model.buffers()]
+    kept = _Kept([tensors, optimizer.state, optimizer.param_groups])
+    stateful: dict[str, Any] = {**run.interventions.stateful(), "scaler": run.step.scaler, "taps": run.observer.taps}
+    parts = [(part, deepcopy(part.state_dict())) for part in stateful.values() if hasattr(part, "state_dict")]
+    modes = [(module, module.training) for module in model.modules()]
+    asked = [(p, p.requires_grad, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    with rng.restored(run.device):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                kept.restore()
+            for part, state in parts:
+                part.load_state_dict(state)
+            for module, training in modes:
+                module.training = training
+            for parameter, trains, gradient, values in asked:
+                parameter.requires_grad_(trains)
+                parameter.grad = gradient
+                if gradient is not None and values is not None:
+                    gradient.copy_(values)
+
+
+class _Kept:
+    """Nested dicts and lists as they are now, the tensors in them with their values."""
+
+    def __init__(self, root: Any):
+        self._values: dict[int, Tensor] = {}
+        self._now = self._read(root)
+
+    def _read(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in self._values:
+                self._values[id(value)] = value.detach().clone()
+            return value, self._values[id(value)]
+        if isinstance(value, dict):
+            return value, {key: self._read(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return value, [self._read(item) for item in value]
+        return (value, None) if isinstance(value, tuple) else (deepcopy(value), None)
+
+    def restore(self) -> None:
+        self._written(self._now)
+
+    def _written(self, pair: Any) -> Any:
+        value, now = pair
+        if isinstance(value, Tensor):
+            value.detach().copy_(now)
+        elif isinstance(now, dict):
+            items = {key: self._written(item) for key, item in now.items()}
+            value.clear()
+            value.update(items)
+        elif isinstance(now, list):
+            value[:] = [self._written(item) for item in now]
+        return value
