@@ -28,6 +28,7 @@ from cnnlab.building.facts import facts, unseen_classes, weighed_classes
 from cnnlab.building.opened import recorded_recipe
 from cnnlab.building.stepping import StepMaker, halving_refused
 from cnnlab.composing.experiment import Experiment
+from cnnlab.composing.rates import RULE, STEPS
 from cnnlab.data.choice import loaded, with_decoder
 from cnnlab.data.found import Findings
 from cnnlab.data.loader import Loader
@@ -48,6 +49,7 @@ from cnnlab.tasks import Task
 from cnnlab.torch_private import BatchNorm
 from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.origin import Origin, chosen, described, load_own
+from cnnlab.train.range_test import range_test
 from cnnlab.train.recorder import Evidence, Progress, Recorder
 from cnnlab.train.run import Run
 from cnnlab.train.selection import Selection
@@ -55,6 +57,10 @@ from cnnlab.train.step import Forward
 
 _log = logging.getLogger(__name__)
 
+_log = logging.getLogger(__name__)
+
+RATE = "lr"
+"""Under which name a found rate is recorded among a run's choices."""
 MIN_STATISTICS_BATCH = 2
 """Samples that batch statistics need; an epoch's last batch with fewer is left out."""
 
@@ -130,6 +136,8 @@ class _Builder:
         self.origin: Origin | None = None
         self.notices: list[str] = []
         self.findings = Findings()
+        self.rate: str | None = None
+        """The base rate, where it was found and not typed."""
         self.recipe: Recipe | None = None
         self.counts: Tensor | None = None
 
@@ -208,6 +216,7 @@ class _Builder:
             left_out=self.findings.left_out,
             files=self.findings.files,
         )
+        self.find_rate(run)
         self.wire(run, pipeline, placement)
         run.facts = facts(run, placement, pipeline, self.traits)
         self.notices += observer.drop_unsupported(run)
@@ -236,6 +245,28 @@ class _Builder:
         if refusal := halving_refused(self.trainer, self.traits, self.ranks.world):
             raise UsageError(refusal)
         return placement
+
+    def find_rate(self, run: Run) -> None:
+        """Takes the base rate that was recorded, or finds it by a range test, where the config leaves it open.
+
+        Raises `UsageError` where the test suggests none.
+        """
+        if not self.experiment.finds_rate:
+            return
+        recorded = self.choices.get(RATE)
+        if recorded is None and not self.resumed:
+            _log.warning("rate: optim.lr=auto, so a range test of up to %s updates runs first", STEPS)
+            run.curve = range_test(run)
+            rate = float(self.ranks.share(run.curve.suggestion()))
+            recorded = repr(rate)
+            self.notices.append(
+                f"rate: optim.lr={rate:.3g}, by the rule `{RULE}` of a range test of {len(run.curve.losses)} updates"
+            )
+        if recorded is not None:  # what is only evaluated has no need of one
+            self.rate = recorded
+            for group in run.optimizer.param_groups:
+                group["base_lr"] = float(recorded)
+            run.last_lr = run.lr()
 
     def fitting(self) -> dict[str, dict[str, Any]]:
         """The settings of the parts that look at the training set, as `fitted.fit` knows them."""
@@ -439,6 +470,8 @@ class _Builder:
         """What a resumed run takes up unasked."""
         data_path = run.loaders["train"].path.value
         own = {} if run.step.accumulate == self.stated else {"accumulate": str(run.step.accumulate)}
+        if self.rate is not None:
+            own[RATE] = self.rate
         return {**placement.choices(), **own, "data_path": data_path, "decode": self.loading.decode.value}
 
 

@@ -97,6 +97,15 @@ def _opening(experiment: Experiment, run: Any) -> dict[str, Any]:
         "step": run.facts["step"],
         "data_path": run.facts["data path"],
         "stored_whole": run.loaders["train"].split.stored,
+        **_rate(run),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "flops": forward_flops(run.model, (run.spec.channels, *run.spec.size)),
     }
+
+
+def _rate(run: Any) -> dict[str, Any]:
+    """The base rate, where it was found and not typed; and in the session that found it, how."""
+    if not run.experiment.finds_rate:
+        return {}
+    found: dict[str, Any] = {"lr": float(run.optimizer.param_groups[0]["base_lr"])}
+    return found if run.curve is None else {**found, "range_test": run.curve.described()}

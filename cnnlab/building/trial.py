@@ -23,6 +23,7 @@ from cnnlab.composing.experiment import SECTIONS, VALUES, Experiment, Node
 from cnnlab.composing.groups import GROUPS
 from cnnlab.composing.kinds import is_part, lacking, public_name, root_of
 from cnnlab.composing.overrides import key_of
+from cnnlab.composing.rates import with_number
 from cnnlab.composing.signature import check_part, check_section, locate
 from cnnlab.composing.trust import Trust
 from cnnlab.composing.values import check_value
@@ -150,6 +151,7 @@ def _check_name(name: str) -> list[str]:
 
 def _check_group(name: str, node: Any, trust: Trust) -> list[str]:
     group = GROUPS[name]
+    node = with_number(node) if name == "optim" else node
     if node is None or (is_part(node) and node["_target_"] is None):
         optional = node is not None and group.optional
         return [] if optional else [f"`{name}`: expected a part, received none; type {name}=OPTION"]

@@ -13,6 +13,7 @@ from typing import Any
 
 from cnnlab.composing.composer import Composed
 from cnnlab.composing.make import make
+from cnnlab.composing.rates import is_auto, with_number
 from cnnlab.composing.signature import RESERVED, accepts, bind_section, locate, parameters_of
 from cnnlab.schema import Groups, Loading, Paths, Regularization, Stats, Trainer
 
@@ -129,8 +130,16 @@ class Experiment(Composed):
     # ---- parts ----
 
     def node(self, group: str) -> Node:
-        """The part of a group that has one."""
-        return Node(group, self.config.get(group))
+        """The part of a group that has one. An optimizer whose rate is yet to be found (`finds_rate`)
+        has a number in its place.
+        """
+        config = self.config.get(group)
+        return Node(group, with_number(config) if group == "optim" else config)
+
+    @property
+    def finds_rate(self) -> bool:
+        """Whether a range test chooses the rate: `optim.lr=auto`."""
+        return is_auto(self.config.get("optim"))
 
     def nodes(self, group: str) -> dict[str, Node]:
         """The parts of a group that has several, by name, in order; those that were switched off are left out.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cnnlab import rng
+from cnnlab.composing.rates import HIGHEST, LOWEST, RULE, RULES, STEPS, require_rule
 from cnnlab.errors import DivergedError, UsageError
 from cnnlab.observe.observer import Observer
 from cnnlab.protocols import Listener, StepResult
@@ -26,23 +27,17 @@ from cnnlab.train.run import Run
 from cnnlab.train.state import Clock
 from cnnlab.train.step import CapturedStep, CompiledStep, EagerStep
 
-LOWEST, HIGHEST, STEPS = 1e-6, 10.0, 100
 TIMES = 4.0
 """The test ends where the loss is as many times its least, and above its start."""
 WIDTH = 0.03
 """Standard deviation of the smoothing kernel, as a part of the steps."""
 SMALLEST_FALL = 0.02
 """Part of its start by which the loss must fall, for a suggestion: what falls less has learned nothing."""
+ERRORS = 3.0
+"""Standard errors by which it must, too."""
+VALLEY = 0.1
+"""Part of its whole fall by which the loss has begun to fall."""
 MIN_STEPS = 10
-
-RULES = {
-    "valley": "halfway down the longest descent of the loss (as fastai's `valley`)",
-    "steep": "where the loss falls fastest (as Lightning's and fastai's `steep`)",
-    "minimum": "a tenth of the rate of the least loss (fastai's `minimum`)",
-    "limit": "a third of the rate from which the loss rises above its start (Bengio 2012, section 3.1.1)",
-}
-"""The ways from a curve to a rate, by name."""
-RULE = "valley"
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class RangeTest:
     average, it does not lag behind."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "smoothed", smoothed(self.losses, max(1.0, WIDTH * self.planned)))
+        object.__setattr__(self, "smoothed", smoothed(self.losses, _width(self.planned)))
 
     @property
     def start(self) -> float:
@@ -73,11 +68,15 @@ class RangeTest:
 
     @property
     def lowest(self) -> int | None:
-        """Where the smoothed loss is least; `None` where it has not fallen."""
+        """Where the smoothed loss is least; `None` where it has not fallen by more than the batches differ."""
         if not self.smoothed:
             return None
         at = min(range(len(self.smoothed)), key=self.smoothed.__getitem__)
-        return at if self.smoothed[at] < self.start - SMALLEST_FALL * abs(self.start) else None
+        apart = [(self.losses[i] - self.smoothed[i]) ** 2 for i in range(at + 1)]
+        noise = math.sqrt(sum(apart) / len(apart))
+        # Variances of a mean of n, and of a Gaussian kernel's weighted mean, 1 / (2·√π·width).
+        error = noise * math.sqrt(1 / max(1, self.planned // 10) + 1 / (2 * math.sqrt(math.pi) * _width(self.planned)))
+        return at if self.smoothed[at] < self.start - max(SMALLEST_FALL * abs(self.start), ERRORS * error) else None
 
     @property
     def limit(self) -> float | None:
@@ -97,19 +96,30 @@ class RangeTest:
         falls = [
             (self.smoothed[i + 1] - self.smoothed[i - 1]) / (logs[i + 1] - logs[i - 1]) for i in range(1, low)
         ] or [0.0]
-        first, last = longest_descent(self.smoothed[: low + 1])
+        top = self.start - VALLEY * (self.start - self.smoothed[low])
+        first = max((i for i in range(low) if self.smoothed[i] >= top), default=0)
         limit = self.limit
         return {
-            "valley": math.exp((logs[first] + logs[last]) / 2),
+            "valley": math.exp((logs[first] + logs[low]) / 2),
             "steep": self.rates[1 + falls.index(min(falls))] if low > 1 else self.rates[low],
             "minimum": self.rates[low] / 10,
             "limit": None if limit is None else limit / 3,
         }
 
+    def described(self) -> dict[str, Any]:
+        """Plain values: `suggestions` by rule, `limit`, `non_finite`, and the curve as `lr`, `loss`, `smoothed`."""
+        return {
+            "suggestions": self.suggestions(),
+            "limit": self.limit,
+            "non_finite": self.non_finite,
+            "lr": self.rates,
+            "loss": self.losses,
+            "smoothed": self.smoothed,
+        }
+
     def suggestion(self, rule: str = RULE) -> float:
         """The rate that a rule suggests, to three digits. Raises `UsageError` where the curve gives none."""
-        if rule not in RULES:
-            raise UsageError(f"expected one of {', '.join(RULES)}, received {rule!r}")
+        require_rule(rule)
         found = self.suggestions()[rule]
         if found is None:
             reached = f" up to {self.rates[-1]:.2g}" if self.rates else ""
@@ -119,6 +129,11 @@ class RangeTest:
                 "look at its curve (cnnlab lr-find), or type optim.lr=NUMBER"
             )
         return float(f"{found:.3g}")
+
+
+def _width(steps: int) -> float:
+    """Of the kernel, in updates."""
+    return max(1.0, WIDTH * steps)
 
 
 def smoothed(values: Sequence[float], width: float) -> list[float]:
@@ -135,17 +150,6 @@ def smoothed(values: Sequence[float], width: float) -> list[float]:
     whole = s0 * s2 - s1 * s1
     fitted = torch.where(whole > 1e-12 * s0 * s2, (s2 * t0 - s1 * t1) / whole.clamp_min(1e-300), t0 / s0)
     return fitted.tolist()
-
-
-def longest_descent(values: Sequence[float]) -> tuple[int, int]:
-    """First and last place of the longest decreasing subsequence."""
-    length, began = [1] * len(values), list(range(len(values)))
-    for i in range(len(values)):
-        for j in range(i):
-            if values[j] > values[i] and length[j] + 1 > length[i]:
-                length[i], began[i] = length[j] + 1, began[j]
-    last = max(range(len(values)), key=length.__getitem__)
-    return began[last], last
 
 
 def range_test(

@@ -76,6 +76,8 @@ class Run:
     resumed: bool = False
     origin: Any = None
     """What its checkpoints belong to (`cnnlab.train.origin.Origin`)."""
+    curve: Any = None
+    """The range test that found its rate, in the session that made it (`cnnlab.train.range_test.RangeTest`)."""
     interrupted_by: int = 0
     """The signal that asked the run to stop; 0 for none."""
     saved: bool = False

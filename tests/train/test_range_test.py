@@ -11,7 +11,7 @@ from lab_runs import all_state, differences, make_run
 
 from cnnlab.errors import UsageError
 from cnnlab.train import fit, range_test
-from cnnlab.train.range_test import RULES, RangeTest, longest_descent, smoothed
+from cnnlab.train.range_test import RULES, RangeTest, smoothed
 
 RATES = [10 ** (-5 + 0.06 * i) for i in range(100)]
 
@@ -31,7 +31,7 @@ def curve(lowest: float, rising: float) -> RangeTest:
 
 def test_each_rule_finds_its_place_on_a_known_curve():
     found = curve(lowest=0.05, rising=0.4).suggestions()
-    assert found["valley"] == pytest.approx(0.005, rel=0.3)
+    assert found["valley"] == pytest.approx(0.0063, rel=0.25)
     assert found["minimum"] == pytest.approx(0.005, rel=0.3)
     assert found["limit"] == pytest.approx(0.4 / 3, rel=0.2)
     assert 0.0005 < found["steep"] < 0.05
@@ -59,16 +59,11 @@ def test_smoothing_keeps_a_line_and_does_not_lag():
     assert (step[19] + step[20]) / 2 == pytest.approx(0.5)
 
 
-def test_the_longest_descent_skips_what_rises():
-    assert longest_descent([1.0, 5.0, 4.0, 9.0, 3.0, 2.0, 8.0]) == (1, 5)
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
         (),
         ("optim=adamw", "regularization.ema=0.9", "regularization.max_norm=1", "regularization.dropout=0.2"),
-        ("optim=muon", "groups.layer_decay=0.5"),
         ("optim=lbfgs", "optim.max_iter=2"),
         ("optim=newton_cg", "optim.max_iter=2"),
         ("optim=adam", "trainer.accumulate=2", "regularization.l2=0.01", "augment=standard"),
