@@ -1,20 +1,15 @@
 """Composition holds: options of every group beside options of every other group train, or the check says why not.
 
-The script's own pieces are tested by themselves; the small set runs with every test, the whole one when asked for.
+Its own pieces are tested by themselves; the small set runs with every test, the whole one when asked for.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
 from covering_set import Covering, Lab, Space, cover, data_files, pairs_of, refused_pairs, to_blame, whole_space
 
 from cnnlab.composing.composer import composer

@@ -1,7 +1,7 @@
 """Does composition hold? Trains a pairwise covering set: every option of every group beside every other option.
 
-    .venv/bin/python scripts/covering_set.py            # the whole set; writes docs/benchmarks/composition.md
-    .venv/bin/python scripts/covering_set.py --limit 50 --json
+    .venv/bin/python tests/covering_set.py            # the whole set; writes docs/benchmarks/composition.md
+    .venv/bin/python tests/covering_set.py --limit 50 --json
 
 Each row chooses one option a factor, is composed and checked as `cnnlab train` does, built and trained for two
 epochs of one step with everything that surrounds a step (evaluation, selection, records). A refused row is cut down
@@ -708,7 +708,7 @@ def as_markdown(result: Result, space: Space, seed: int) -> str:
     lines = [
         "# Composition",
         "",
-        f"Written by `scripts/covering_set.py --seed {seed}`. Every option of every group beside every option of every "
+        f"Written by `tests/covering_set.py --seed {seed}`. Every option of every group beside every option of every "
         "other group: each pair trains (two epochs of one step, with evaluation, selection and statistics; losses and "
         "metrics finite, warnings are errors), or the check refuses it, before data or a device is touched, and says "
         "why.",
