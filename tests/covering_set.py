@@ -171,6 +171,7 @@ def data_files() -> Iterator[dict[str, tuple[str, ...]]]:
         write_images(root / "folder", random_state)
         write_shards(root / "shards", random_state)
         write_voc(root / "voc", random_state)
+        write_coco(root / "coco", random_state)
         write_masks(root / "masks", random_state)
         write_cifar(root / "sets", random_state)
         write_mnist(root / "sets", random_state)
@@ -190,6 +191,7 @@ def data_files() -> Iterator[dict[str, tuple[str, ...]]]:
                 f"data.cache={root / 'cache'}",
             ),
             "data=voc": (f"data.root={root / 'voc'}", "data.size=16", *decoded),
+            "data=coco": (f"data.root={root / 'coco'}", "data.size=16", *decoded),
             "data=masks": (f"data.root={root / 'masks'}", "data.size=[16,24]", "data.val=0.2", *decoded),
             **{
                 f"data={kind}": (f"data.root={root / 'sets'}",)
@@ -197,7 +199,7 @@ def data_files() -> Iterator[dict[str, tuple[str, ...]]]:
             },
             **{
                 f"data={kind}": (f"data.root={root / 'sets'}", "data.size=16", "data.val=0.2", *decoded)
-                for kind in ("pet", "pet_segmentation", "voc2012", "voc2012_segmentation")
+                for kind in ("pet", "pet_segmentation", "pet_boxes", "voc2012", "voc2012_segmentation")
             },
         }
 
@@ -241,6 +243,19 @@ def write_voc(root: Path, state: np.random.Generator) -> None:
         path = root / "ImageSets" / "Main" / f"{split}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(f"{number}\n" for number in numbers))
+
+
+def write_coco(root: Path, state: np.random.Generator) -> None:
+    images, annotations = [], []
+    for number in range(40):
+        _save(root / "images" / f"{number}.png", _noise(state, 20, 24, 3))
+        images.append({"id": number, "file_name": f"{number}.png", "width": 24, "height": 20})
+        box = {"image_id": number, "category_id": number % 2, "bbox": [2, 3, 10, 12], "iscrowd": 0}
+        annotations.append({"id": number, **box})
+    categories = [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations").mkdir()
+    (root / "annotations" / "instances_train.json").write_text(json.dumps(document))
 
 
 def write_masks(root: Path, state: np.random.Generator) -> None:

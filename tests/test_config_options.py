@@ -3,6 +3,7 @@ its knobs."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,7 +109,14 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         text = f"<size><width>8</width><height>8</height></size><object><name>{name}</name>{box}</object>"
         (voc / "Annotations" / f"{number}.xml").write_text(f"<annotation>{text}</annotation>")
         Image.new("RGB", (8, 8)).save(voc / "JPEGImages" / f"{number}.jpg")
+    coco = {
+        "images": [{"id": number, "file_name": f"{number}.jpg"} for number in (1, 2)],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(("cat", "dog"), 1)],
+        "annotations": [{"image_id": number, "category_id": number, "bbox": [0, 0, 5, 5]} for number in (1, 2)],
+    }
+    (voc / "train.json").write_text(json.dumps(coco))
     return {
+        "cnnlab.data.coco.CocoBoxes": voc,
         "cnnlab.data.folder.ImageFolder": root / "folder",
         "cnnlab.data.masks.MaskFolder": root / "masks",
         "cnnlab.data.voc.VocBoxes": voc,

@@ -17,9 +17,10 @@ from cnnlab.data.found import Findings
 from cnnlab.data.lists import Folder, kept, leave_out, listed, tell_shared
 from cnnlab.data.mask_pixels import Meaning
 from cnnlab.data.options import Decoding, LabelledCut
-from cnnlab.data.pairs import decoded_pairs, untaught, whole_train
+from cnnlab.data.pairs import Pairs, decoded_pairs, untaught, whole_train
+from cnnlab.data.shapes import boxes_of
 from cnnlab.data.sources import Listing
-from cnnlab.data.splits import Fraction, assemble, digest
+from cnnlab.data.splits import Fraction, TensorSplit, assemble, digest
 from cnnlab.data.whole import as_seen
 from cnnlab.errors import DataError
 from cnnlab.protocols import VOID, DataSpec, Split
@@ -35,6 +36,8 @@ BREEDS = tuple(
 MASK_CLASSES = ("pet", "background")
 _TRIMAP: Meaning = ((1, 0), (2, 1), (3, VOID), (VOID, VOID))
 """What a trimap's numbers stand for: its third one is "not classified", the border between the two."""
+_PIECE = 64
+"""Masks whose bounds are found at a time."""
 _FOLDER = "oxford-iiit-pet"
 _REMEDY = f"remove {_FOLDER} from data.root and type data.download=true"
 
@@ -46,6 +49,9 @@ class OxfordPet(Decoding, LabelledCut):
     Args:
         masks: whether each image comes with its trimap as a mask, for segmentation: pet, background, and void where
             the annotators left the border unclassified.
+        boxes: whether each image comes with a box for localization: the bounds of the trimap's pixels that are pet, as
+            the network sees them (what a crop cuts off is cut off the box). An image without such pixels cannot be
+            used.
         root: folder with, or for, torchvision's `oxford-iiit-pet`.
         size: side of the images.
         fit: `crop` resizes the shorter side and cuts the middle out; `letterbox` keeps the whole image and fills with
@@ -61,6 +67,7 @@ class OxfordPet(Decoding, LabelledCut):
     fit: Literal["crop", "letterbox", "stretch"] = "crop"
     download: bool = False
     val: Fraction = 0.1
+    boxes: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +75,7 @@ class OxfordPet(Decoding, LabelledCut):
         self._recipe = self.recipe(3, self.size, self.size, self.fit, resize=self.size if self.fit == "crop" else 0)
 
     def spec(self) -> DataSpec:
-        targets = {"label", "mask"} if self.masks else {"label"}
+        targets = {"label"} | ({"mask"} if self.masks else set()) | ({"box"} if self.boxes else set())
         size = (self._recipe.height, self._recipe.width)
         return DataSpec(3, size, BREEDS, frozenset(targets), MASK_CLASSES if self.masks else ())
 
@@ -78,7 +85,7 @@ class OxfordPet(Decoding, LabelledCut):
         base = self._root / _FOLDER
         breeds = {name: breed for ids in lists.values() for name, breed in ids.items()}
         folders = [Folder.of(base, "images")]
-        if self.masks:
+        if self.masks or self.boxes:
             folders.append(Folder.of(base, "annotations/trimaps"))
         folders[0].tell_unlisted(breeds, self.findings)
         lacking = [item for folder in folders for item in folder.lacking([*breeds])]
@@ -88,8 +95,8 @@ class OxfordPet(Decoding, LabelledCut):
         parts = self.parted(given, labels, len(BREEDS), val=self.val)
         images, *masks = [[folder.of_id(name) for name in ids] for folder in folders]
         stored = self.whole(self._recipe)
+        splits: dict[str, Split] = {}
         if not masks:
-            splits: dict[str, Split] = {}
             for used, rows, recipe in self.by_recipe(parts, len(ids), self._recipe, stored):
                 listing = Listing(base, [images[row] for row in used.tolist()])
                 splits |= self._decoded(listing, recipe, rows, labels[used])
@@ -99,8 +106,35 @@ class OxfordPet(Decoding, LabelledCut):
         self.findings.notices += [*pairs.notices, *untaught(MASK_CLASSES, pairs.present())]
         self.findings.record(pairs.parts, *pairs.sources)
         targets = {"label": labels, "mask": pairs.masks}
-        splits = assemble(pairs.images, targets, digest(pairs.fingerprint, labels), pairs.parts, mapped=True)
-        return whole_train(splits, pairs, {"label": labels}, stored, _TRIMAP, **self.decoding)
+        if self.boxes:
+            targets["box"] = self._boxes(pairs)
+        source = digest(pairs.fingerprint, labels, *(["boxes"] if self.boxes else []))
+        splits = assemble(pairs.images, targets, source, pairs.parts, mapped=True)
+        splits = whole_train(splits, pairs, {"label": labels}, stored, _TRIMAP, **self.decoding)
+        return self._as_asked(splits) if self.boxes else splits
+
+    def _boxes(self, pairs: Pairs) -> Tensor:
+        """(M, 4) of all pairs that are used. Those without a pixel of a pet are taken out of the pairs' parts.
+
+        Raises `DataError` for them, unless they are left out.
+        """
+        boxes, seen = pet_bounds(pairs.masks, torch.cat([*pairs.parts.values()]))
+        names = pairs.sources[1].files
+        rows = [row for rows in pairs.parts.values() for row in rows[~seen[rows]].tolist()]
+        lacking = [(names[row], "no pixel of a pet in what the network sees") for row in rows]
+        leave_out(lacking, len(names), self.on_error, self.findings, f"{_REMEDY}, type data.fit=letterbox")
+        pairs.parts = {name: rows[seen[rows]] for name, rows in pairs.parts.items()}
+        return boxes
+
+    def _as_asked(self, splits: dict[str, Split]) -> dict[str, Split]:
+        """Boxes of photos that are stored whole, too; and masks only where they were asked for."""
+        for split in splits.values():
+            assert isinstance(split, TensorSplit)
+            if "box" not in split.targets:
+                split.targets["box"], _ = pet_bounds(split.targets["mask"], split.rows)
+            if not self.masks:
+                del split.targets["mask"]
+        return splits
 
     def _decoded(self, listing: Listing, recipe: Recipe, parts: dict[str, Tensor], labels: Tensor) -> dict[str, Split]:
         store = decoded(listing, recipe, **self.decoding)
@@ -122,6 +156,17 @@ class OxfordPet(Decoding, LabelledCut):
             lists[split] = {name: _breed(name, words, path) for name, words in listed(path, self.findings).items()}
         tell_shared(lists, self.findings)
         return lists
+
+
+def pet_bounds(masks: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, 4) boxes of the pet's pixels in some rows of masks (M, H, W), and (M,) whether there are such; of the other
+    rows, zeros."""
+    boxes, seen = torch.zeros(len(masks), 4), torch.zeros(len(masks), dtype=torch.bool)
+    for piece in rows.split(_PIECE):
+        pet = masks[piece] == MASK_CLASSES.index("pet")
+        seen[piece] = pet.flatten(1).any(1)
+        boxes[piece] = torch.where(seen[piece, None], boxes_of(pet), 0.0)
+    return boxes, seen
 
 
 def _breed(name: str, words: Sequence[str], path: Path) -> int:

@@ -6,20 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
-from xml.etree import ElementTree
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers.expat import ExpatError, ParserCreate
 
-import torch
-from torch import Tensor
-
-from cnnlab.data.cache import decoded
-from cnnlab.data.decode import Recipe, letterbox
 from cnnlab.data.formats import require_file
 from cnnlab.data.found import Findings
 from cnnlab.data.lists import Folder, kept, leave_out, listed, tell_shared
-from cnnlab.data.options import Decoding, LabelledCut
-from cnnlab.data.sources import Listing
-from cnnlab.data.splits import Fraction, assemble, digest, require_fractions
-from cnnlab.data.whole import as_seen
+from cnnlab.data.objects import Box, Boxed, Taken, labels_of, largest
+from cnnlab.data.splits import Fraction, require_fractions
 from cnnlab.errors import DataError
 from cnnlab.protocols import DataSpec, Split
 from cnnlab.schema import PositiveInt
@@ -28,14 +22,18 @@ _LAYOUT = "ROOT/JPEGImages/<id>.jpg, ROOT/Annotations/<id>.xml, ROOT/ImageSets/M
 
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
+_MOST_BYTES = 16 << 20
+"""Of an annotation; one of a thousand objects has a quarter of a million."""
 
 
 @dataclass(eq=False)
-class VocBoxes(Decoding, LabelledCut):
+class VocBoxes(Boxed):
     """Classification and localization: each image's largest object, its class and its box.
 
     The files' boxes are pixels counted from 1, both ends included, as VOC's are: a box over the whole of a W
-    x H image is (1, 1, W, H) there and (0, 0, 1, 1) here.
+    x H image is (1, 1, W, H) there and (0, 0, 1, 1) here. What of a box lies outside its image is cut off, and such
+    boxes are counted. Of several objects, the one with the largest box inside the image is taken; how many images have
+    several is told. Where the annotation states another size of the image, in the same proportions, its box is scaled.
 
     Args:
         root: the folder.
@@ -79,34 +77,10 @@ class VocBoxes(Decoding, LabelledCut):
         lacking = [*self._unusable.items(), *folder.lacking([name for name in every if name in objects])]
         out = leave_out(lacking, len(every), self.on_error, self.findings, "mend them")
         ids, given = kept(self._lists, out, folder, self.findings)
-        labels = torch.tensor([self._label(name) for name in ids])
+        taken = [objects[name] for name in ids]
+        labels = labels_of(ids, taken, self._classes, {name: str(self._annotation(name)) for name in ids})
         parts = self.parted(given, labels, len(self._classes), val=self.val, test=self.test)
-        pixels = torch.tensor([self._objects[name][1] for name in ids])
-        splits: dict[str, Split] = {}
-        for used, rows, recipe in self.by_recipe(parts, len(ids), self._recipe, self.whole(self._recipe)):
-            chosen = [ids[row] for row in used.tolist()]
-            listing = Listing(self._root, [folder.of_id(name) for name in chosen])
-            splits |= self._decoded(listing, chosen, rows, recipe, labels[used], pixels[used])
-        return splits
-
-    def _decoded(
-        self, listing: Listing, ids: list[str], parts: dict[str, Tensor], recipe: Recipe, labels: Tensor, pixels: Tensor
-    ) -> dict[str, Split]:
-        """Raises `DataError` for a box outside its image."""
-        store = decoded(listing, recipe, **self.decoding)
-        self.findings.leave_out(listing, store.failures)
-        boxes = fitted_boxes(pixels, store.sizes, recipe)
-        parts = store.readable(parts)
-        for rows in parts.values():
-            outside = rows[(boxes[rows, 2:] <= boxes[rows, :2]).any(1)].tolist()
-            if outside:
-                raise DataError(
-                    f"expected boxes that lie in their images, received {len(outside)} that do not, "
-                    f"the first {pixels[outside[0]].tolist()} of {ids[outside[0]]}; repair its annotation"
-                )
-        self.findings.record(parts, listing)
-        source, targets = digest(store.fingerprint, labels, boxes), {"label": labels, "box": boxes}
-        return assemble(store.images, *as_seen(targets, source, store.sizes, self._recipe, recipe), parts, mapped=True)
+        return self.boxed(self._root, [folder.of_id(name) for name in ids], ids, parts, taken, labels, self._recipe)
 
     @cached_property
     def _lists(self) -> dict[str, list[str]]:
@@ -133,75 +107,67 @@ class VocBoxes(Decoding, LabelledCut):
         return lists
 
     @cached_property
-    def _objects(self) -> dict[str, tuple[str, tuple[float, float, float, float]]]:
-        """Class and box (x1, y1, x2, y2; pixels from 0) of each listed image's largest object.
+    def _objects(self) -> dict[str, Taken]:
+        """Each listed image's largest object.
 
         Raises `DataError` for an annotation that cannot be used, unless it is left out.
         """
-        folder = self._root / "Annotations"
         found = {}
         for name in dict.fromkeys(name for names in self._lists.values() for name in names):
             try:
-                found[name] = _largest(folder / f"{name}.xml")
+                found[name] = annotated(self._annotation(name))
             except DataError as error:
                 if self.on_error == "raise":
                     raise
                 self._unusable[name] = str(error)
         return found
 
+    def _annotation(self, name: str) -> Path:
+        return self._root / "Annotations" / f"{name}.xml"
+
     @cached_property
     def _classes(self) -> tuple[str, ...]:
-        return self.classes or tuple(sorted({kind for kind, _ in self._objects.values()}))
-
-    def _label(self, name: str) -> int:
-        kind, _ = self._objects[name]
-        if kind not in self._classes:
-            path = self._root / "Annotations" / f"{name}.xml"
-            raise DataError(
-                f"expected an object of {', '.join(self._classes)} in {path}, received {kind!r}; repair it, "
-                "or complete data.classes"
-            )
-        return self._classes.index(kind)
+        return self.classes or tuple(sorted({taken.kind for taken in self._objects.values()}))
 
 
-def _largest(path: Path) -> tuple[str, tuple[float, float, float, float]]:
-    """Class and box of the annotation's object with the largest box."""
+def annotated(path: Path) -> Taken:
+    """The largest object of an annotation. Raises `DataError` for one that cannot be used."""
     try:
-        require_file(str(path))
-        objects = ElementTree.parse(path).getroot().findall("object")
-        found = []
-        for item in objects:
-            xmin, ymin, xmax, ymax = (float(item.findtext(f"bndbox/{side}", "nan")) for side in _SIDES)
-            box = (xmin - 1, ymin - 1, xmax, ymax)
-            area = max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
-            found.append((area, item.findtext("name", "").strip(), box))
-    except (OSError, ElementTree.ParseError, ValueError) as error:
+        root = _parsed(path)
+        size = tuple(int(float(root.findtext(f"size/{side}", "0"))) for side in ("height", "width"))
+        objects = [(item.findtext("name", "").strip(), _box(item)) for item in root.findall("object")]
+    except (OSError, ValueError, OverflowError, ExpatError, AssertionError) as error:
         raise DataError(f"expected a VOC annotation in {path}, received: {error}; repair it") from error
-    whole = [entry for entry in found if entry[0] > 0 and entry[1]]
-    if not whole:
-        raise DataError(
-            f"expected an object with a name and a box in {path}, received {len(found)} objects "
-            f"and none such; remove the image from ImageSets/Main or repair the annotation"
-        )
-    _, kind, box = max(whole, key=lambda entry: entry[0])
-    return kind, box
+    try:
+        return largest(objects, size if min(size) > 0 else None, str(path))  # type: ignore[arg-type]
+    except DataError as error:
+        raise DataError(f"{error}; remove the image from ImageSets/Main or repair the annotation") from error
 
 
-def fitted_boxes(boxes: Tensor, sizes: Tensor, recipe: Recipe) -> Tensor:
-    """Boxes in [0, 1] of the fitted image.
+def _box(item: Element) -> Box:
+    xmin, ymin, xmax, ymax = (float(item.findtext(f"bndbox/{side}", "nan")) for side in _SIDES)
+    return xmin - 1, ymin - 1, xmax, ymax
 
-    Args:
-        boxes: (N, 4), (x1, y1, x2, y2) in pixels of the original.
-        sizes: (N, 2) its height and width; (0, 0) where it could not be read.
+
+def _parsed(path: Path) -> Element:
+    """The XML's root. Entities are refused, since few bytes of them become very many, or name other files.
+
+    Raises:
+        ValueError: entities, or more bytes than an annotation has.
+        ExpatError: no XML.
+        OSError: it cannot be read.
     """
-    fitted = []
-    for (x1, y1, x2, y2), (height, width) in zip(boxes.tolist(), sizes.tolist()):
-        height, width = max(1, height), max(1, width)
-        left, top, new_width, new_height = 0, 0, recipe.width, recipe.height
-        if recipe.fit == "letterbox":
-            left, top, new_width, new_height = letterbox(height, width, recipe.height, recipe.width)
-        xs = [(left + min(max(x / width, 0), 1) * new_width) / recipe.width for x in (x1, x2)]
-        ys = [(top + min(max(y / height, 0), 1) * new_height) / recipe.height for y in (y1, y2)]
-        lies = recipe.fit == "whole" and height > width
-        fitted.append([ys[0], xs[0], ys[1], xs[1]] if lies else [xs[0], ys[0], xs[1], ys[1]])
-    return torch.tensor(fitted, dtype=torch.float32).reshape(-1, 4)
+    require_file(str(path))
+    content = path.read_bytes() if path.stat().st_size <= _MOST_BYTES else None
+    if content is None:
+        raise ValueError(f"more than {_MOST_BYTES:,} bytes")
+
+    def refuse(name: str, *rest: object) -> None:
+        raise ValueError(f"the entity {name!r}, and entities are not expanded")
+
+    builder, parser = TreeBuilder(), ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
+    parser.CharacterDataHandler = builder.data
+    parser.EntityDeclHandler = refuse
+    parser.Parse(content, True)
+    return builder.close()

@@ -116,7 +116,9 @@ def test_unusable_annotations_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train3\.xml, received 1 objects"):
         boxes(root).spec()
     annotate(root, "train3", [("cat", (100, 100, 120, 120))])
-    with pytest.raises(DataError, match="of train3"):
+    with pytest.raises(
+        DataError, match=r"train3: its box \[99.0, 99.0, 120.0, 120.0\] does not lie in the image of 40x20"
+    ):
         boxes(root).load()
     (root / "Annotations" / "train3.xml").write_text("<annotation>")
     with pytest.raises(DataError, match="expected a VOC annotation"):
@@ -233,3 +235,67 @@ def test_two_images_for_one_mask_and_two_folders_for_one_split_are_refused(tmp_p
     make_masks(root, {"Valid": 1})
     with pytest.raises(DataError, match="received Valid and val"):
         masks(root).load()
+
+
+# ---- annotations that are to be doubted ----
+
+
+def test_what_lies_outside_is_cut_off_and_counted_and_several_objects_are_told(tmp_path: Path) -> None:
+    root = make_voc(tmp_path / "voc", {"train": 8})
+    annotate(root, "train3", [("cat", (-20, 6, 60, 15))])
+    data = boxes(root, val=0.2, test=0.2, fit="stretch")
+    found = torch.cat([split.fetch(torch.arange(len(split)))["box"] for split in data.load().values()])
+    assert [0, 0.25, 1, 0.75] in found.tolist()
+    assert "data: 1 boxes reach beyond their images and are cut off there (train3)" in data.findings.notices
+    several = "data: 7 of 8 images have several objects; the largest of each is taken (train0)"
+    assert several in data.findings.notices
+
+
+def test_the_largest_is_the_largest_inside_the_image(tmp_path: Path) -> None:
+    root = make_voc(tmp_path / "voc", {"train": 8})
+    path = root / "Annotations" / "train3.xml"
+    annotate(root, "train3", [("flea", (35, 1, 900, 900)), ("cat", (1, 1, 30, 20))])
+    text = path.read_text().replace("<annotation>", "<annotation><size><width>40.0</width><height>20</height></size>")
+    path.write_text(text)
+    assert boxes(root).spec().classes == ("cat", "dog")
+
+
+def test_an_annotation_of_another_image_is_refused_or_left_out(tmp_path: Path) -> None:
+    root = make_voc(tmp_path / "voc", {"train": 8})
+    path = root / "Annotations" / "train3.xml"
+    size = "<annotation><size><width>20</width><height>40</height></size>"
+    path.write_text(path.read_text().replace("<annotation>", size))
+    with pytest.raises(
+        DataError, match="train3: its annotation is of an image of 20x40 pixels, and the image has 40x20"
+    ):
+        boxes(root).load()
+    data = boxes(root, on_error="skip", val=0.2, test=0.2)
+    assert sum(map(len, data.load().values())) == 7 and data.findings.left_out[0][0] == "train3"
+
+
+BOMB = (
+    '<!DOCTYPE a [<!ENTITY a "ha">'
+    + "".join(f'<!ENTITY {name} "{f"&{before};" * 10}">' for before, name in zip("abcdefgh", "bcdefghi", strict=True))
+    + "]><annotation><object><name>&i;</name></object></annotation>"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (BOMB, "the entity 'a', and entities are not expanded"),
+        ('<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><annotation>&x;</annotation>', "the entity 'x'"),
+        ("<annotation>&nothing;</annotation>", "undefined entity"),
+        ("<annotation><object><name>cat</name></object></annotation>", "without an area"),
+        ("<annotation><size><width>inf</width></size></annotation>", "received: cannot convert float infinity"),
+        ("", "no element found"),
+        ("<a>" * 20_000 + "</a>" * 20_000, "received 0 objects"),
+    ],
+)
+def test_xml_that_is_unsafe_or_none_is_refused_by_name(tmp_path: Path, content: str, words: str) -> None:
+    root = make_voc(tmp_path / "voc", {"train": 8})
+    (root / "Annotations" / "train3.xml").write_text(content)
+    with pytest.raises(DataError, match=r"train3\.xml") as caught:
+        boxes(root).spec()
+    assert words in str(caught.value)
+    assert sum(map(len, boxes(root, on_error="skip", val=0.2, test=0.2).load().values())) == 7

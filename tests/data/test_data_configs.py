@@ -14,6 +14,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml")
 OWN_DEFAULTS = {
     "imagenet": {"size": 224, "resize": 256, "val": 0.02, "test": 0.02, "val_as_test": True},
     "pet_segmentation": {"masks": True},
+    "pet_boxes": {"boxes": True},
     "voc2012_segmentation": {"target": "mask"},
 }
 """Where a file is a setting of a class that another file shows with its defaults."""
@@ -38,7 +39,7 @@ def test_config_lists_every_parameter(path: Path) -> None:
 
 
 def test_there_is_a_config_for_every_data_set() -> None:
-    wanted = ["digits", "shapes", "folder", "voc", "masks", "imagenet"]
+    wanted = ["digits", "shapes", "folder", "voc", "coco", "masks", "imagenet"]
     wanted += ["cifar10", "cifar100", "mnist", "fashion_mnist"]
-    wanted += ["pet", "pet_segmentation", "voc2012", "voc2012_segmentation"]
+    wanted += ["pet", "pet_segmentation", "pet_boxes", "voc2012", "voc2012_segmentation"]
     assert {path.stem for path in CONFIGS} >= set(wanted)

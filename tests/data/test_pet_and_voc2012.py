@@ -56,6 +56,30 @@ def make_pets(root: Path, trainval: int = 6, test: int = 2) -> Path:
     return root
 
 
+@pytest.mark.parametrize("crops", [False, True], ids=["as seen", "stored whole"])
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_pets_box_is_the_bounds_of_its_pixels(tmp_path: Path, masks: bool, crops: bool) -> None:
+    """The right half of the photo, less the border; the crop of the middle cuts a third of it off."""
+    data = OxfordPet(boxes=True, masks=masks, root=str(make_pets(tmp_path)), size=32, val=0.34, crops=crops)
+    splits = data.load()
+    assert data.spec().targets == {"label", "box", *(["mask"] if masks else [])}
+    for name, split in splits.items():
+        batch = split.fetch(torch.arange(len(split)))
+        assert ("mask" in batch) == masks
+        seen = [18 / 32, 0, 1, 1] if not (crops and name == "train") else [13 / 24, 0, 1, 1]
+        torch.testing.assert_close(batch["box"], torch.tensor([seen]).expand(len(split), 4), atol=0.03, rtol=0)
+
+
+def test_an_image_without_a_pet_is_refused_by_name_or_left_out(tmp_path: Path) -> None:
+    root = make_pets(tmp_path)
+    path = root / "oxford-iiit-pet" / "annotations" / "trimaps" / "Abyssinian_trainval2.png"
+    Image.fromarray(np.full((16, 24), 2, np.uint8)).save(path)
+    with pytest.raises(DataError, match=r"Abyssinian_trainval2.png: no pixel of a pet in what the network sees"):
+        OxfordPet(boxes=True, root=str(root), size=16).load()
+    data = OxfordPet(boxes=True, root=str(root), size=16, val=0.34, on_error="skip")
+    assert sum(map(len, data.load().values())) == 23 and len(data.findings.left_out) == 1
+
+
 def test_pets_have_their_breed(tmp_path: Path) -> None:
     root = make_pets(tmp_path)
     data = OxfordPet(root=str(root), size=16, val=1 / 3)
@@ -212,7 +236,7 @@ def test_an_archive_in_the_root_is_unpacked(tmp_path: Path, monkeypatch: pytest.
 # ---- both
 
 
-SETS = ("pet", "pet_segmentation", "voc2012", "voc2012_segmentation")
+SETS = ("pet", "pet_segmentation", "pet_boxes", "voc2012", "voc2012_segmentation")
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -239,7 +263,8 @@ def test_an_unreachable_network_ends_with_exit_3_too(
 
 @pytest.mark.parametrize(
     ("name", "task"),
-    [("pet", "classification"), ("pet_segmentation", "segmentation"), ("voc2012", "classification"),
+    [("pet", "classification"), ("pet_segmentation", "segmentation"), ("pet_boxes", "localization"),
+     ("voc2012", "classification"), ("voc2012", "localization"),
      ("voc2012_segmentation", "segmentation")],
 )  # fmt: skip
 def test_each_trains_from_the_command_line(cli: Callable[..., Answer], tmp_path: Path, name: str, task: str) -> None:

@@ -19,7 +19,7 @@ from cnnlab.data.folder import ImageFolder
 from cnnlab.data.gpu_jpeg import GpuJpegs
 from cnnlab.data.loader import Loader
 from cnnlab.data.masks import MaskFolder
-from cnnlab.data.voc import fitted_boxes
+from cnnlab.data.objects import fitted_boxes
 from cnnlab.data.whole import views, whole
 from cnnlab.protocols import VIEW, DataSpec, Split
 from cnnlab.schema import DataPath, Loading
