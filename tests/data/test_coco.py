@@ -85,7 +85,7 @@ def test_files_are_found_where_people_have_them(tmp_path: Path, images: str, lab
 
 def test_a_file_of_another_name_is_typed(tmp_path: Path) -> None:
     root = make(tmp_path / "data", {"train": 8}, labels="mine/{}-final.json")
-    with pytest.raises(DataError, match="received none; type data.root=FOLDER and, where it has a name of its own, data.annotations="):
+    with pytest.raises(DataError, match="received none; type data.root=FOLDER and, where it has a name of its own"):
         coco(root).spec()
     assert coco(root, annotations="mine/{split}-final.json").spec().classes == ("cat", "dog")
     assert coco(root, annotations="mine/train-final.json").spec().classes == ("cat", "dog")
