@@ -32,6 +32,7 @@ Examples
   cnnlab train                                   a small ResNet on the embedded digits
   cnnlab train model=vgg optim=rmsprop           swap any part
   cnnlab train -m model=resnet,vgg seed=0,1,2    a sweep
+  cnnlab help model=vgg                          what each of a part's settings means
   tensorboard --logdir outputs                   look inside
 
 Exit codes
@@ -121,7 +122,7 @@ def _dispatch(arguments: list[str]) -> int:
         say(help_text(), err=True)
         return UsageError.exit_code
     verb, rest = arguments[0], arguments[1:]
-    if verb in ("-h", "--help", "help"):
+    if verb in ("-h", "--help") or arguments == ["help"]:
         say(help_text())
         return 0
     if verb in ("-V", "--version"):

@@ -161,9 +161,14 @@ class Trainer:
     clip_norm: Positive | None = None
     """Scales the whole gradient down to this L2 norm when it is larger."""
     device: Device = Device.auto
+    """Where it runs; `auto`: CUDA, else MPS, else the CPU."""
     precision: Precision = Precision.auto
+    """Numbers of the forward and backward pass (`fp16` with loss scaling), while weights stay fp32; `auto`: `bf16`
+    where the device is fast at it, else `fp32`."""
     step: StepKind = StepKind.auto
+    """How an update is run: op by op, by compiled code, or as CUDA graphs; `auto` tries what works here."""
     layout: Layout = Layout.auto
+    """Order of an image's values in memory; `auto`: `channels_last`, but on MPS `contiguous`."""
     threads: Annotated[int, Range(low=1, high=4096)] | None = None
     """CPU threads; `null` leaves torch's choice."""
     deterministic: bool = False
@@ -173,6 +178,7 @@ class Trainer:
     eval_every: PositiveInt = 1
     """Epochs between evaluations on val."""
     checkpoint: bool = True
+    """Whether checkpoints are written: without them nothing can be resumed or evaluated again."""
     checkpoint_minutes: NonNegative = 5.0
     """A checkpoint at least this often (0: each step), besides the one at every epoch's end."""
     progress: bool = True
@@ -218,9 +224,11 @@ class Regularization:
     """What keeps the fit from following the noise. `null` leaves a choice to the model."""
 
     dropout: Annotated[float, Range(low=0, below=1)] | None = None
+    """Probability that a value before the classifier is dropped."""
     dropout_kind: DropoutKind = DropoutKind.inverted
     """What is dropped, and when the scale is made good (see `cnnlab.models.dropout`)."""
     stochastic_depth: Annotated[float, Range(low=0, below=1)] | None = None
+    """Probability that the last residual block is skipped in training; it grows with depth up to there."""
     l1: NonNegative = 0.0
     """λ of λ·Σ|w|, part of the reported loss."""
     l2: NonNegative = 0.0
@@ -240,6 +248,7 @@ class Stats:
     """Cadence and bounds of the statistics; which ones are taken is the group `probe`."""
 
     enabled: bool = True
+    """Whether any statistics are taken."""
     every: PositiveInt | None = None
     """Steps between samples of a probe that states no cadence of its own; `null` takes as many as give 50 samples,
     and 50 at most."""
@@ -259,6 +268,7 @@ class Paths:
     """Where runs are written."""
 
     outputs: str = "outputs"
+    """Folder of all run folders, each in `NAME/TIME-ID` below it."""
 
 
 # ---- ranges that another library states in its code only ----

@@ -44,6 +44,7 @@ from cnnlab.composing.overrides import (
 from cnnlab.composing.trust import TYPED, Trust
 from cnnlab.errors import ConfigError, UsageError, short
 from cnnlab.machine.surroundings import here
+from cnnlab.usertext import read_text
 
 CONFIG_NAME = "config"
 
@@ -139,6 +140,13 @@ class Composer:
 
     def groups(self) -> list[str]:
         return [name for name in self._folders if self.options(name)]
+
+    def text_of(self, group: str, option: str) -> str:
+        """The YAML of an option, comments and all; of the primary config where there is no group. Empty where the
+        option is no file of ours or of the user's."""
+        folders = [config_root(), *map(Path, self.config_dirs)]
+        found = (folder / group / f"{option}.yaml" for folder in folders)
+        return next((read_text(path, UsageError) for path in found if path.is_file()), "")
 
     @cached_property
     def _folders(self) -> list[str]:

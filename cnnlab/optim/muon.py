@@ -60,7 +60,7 @@ class Muon(Optimizer):
         adamw_ratio: AdamW's rate as a multiple of `lr`.
         max_dim: largest smaller side of a matrix that is orthogonalized; 1024 leaves out the hidden linear
             layers of AlexNet and VGG and no convolution of the lab's networks.
-        betas: AdamW's.
+        betas: decay rates of AdamW's two moments.
         eps: AdamW's ε.
         normalize_weights: puts each matrix back on the sphere of Frobenius norm √rows before its step (Jordan 2024,
             the CIFAR-10 speedrun with Muon), so that `lr` is a rate relative to the weights. For convolutions whose

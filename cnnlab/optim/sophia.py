@@ -32,7 +32,7 @@ class SophiaH(pytorch_optimizer.SophiaH):
         params: parameters or parameter groups.
         lr: rate of an entry that is clipped is `lr · p`.
         betas: decay of the momentum and of the Hessian's estimate.
-        weight_decay: decoupled.
+        weight_decay: decoupled from the gradient, times the rate.
         p: ρ, the largest entry of a step before the rate.
         update_period: steps between estimates of the Hessian.
         num_samples: probe vectors an estimate.

@@ -15,6 +15,7 @@ from cnnlab.composing.experiment import Experiment
 from cnnlab.composing.hydra_private import get_args_parser
 from cnnlab.errors import UsageError, did_you_mean
 from cnnlab.terminal import one_line, say
+from cnnlab.verbs.explain import explain
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,10 +120,13 @@ def checked_experiment(open_composer: Composer, args: Arguments) -> Experiment:
 
 
 def answer(open_composer: Composer, args: Arguments) -> int:
-    """Answers `--help`, `--cfg job`, `--info` as Hydra's users expect; with `-m`, `--cfg` prints one document a cell.
+    """Answers `--cfg job`, `--info` as Hydra's users expect, and `--help`, which explains what the overrides name; with
+    `-m`, `--cfg` prints one document a cell.
 
     Raises what a run would.
     """
+    if args.help and args.overrides:
+        return explain(open_composer, args.overrides, as_json=args.json)
     if args.multirun and args.cfg is not None:
         for number, cell in enumerate(open_composer.cells(args.overrides)):
             open_composer.compose(cell, number)

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N")
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S")
     args = parse(arguments, parser)
-    if args.help:
+    if args.help and not args.overrides:
         say(HELP.rstrip())
         return 0
     rounds, seconds = args.own.rounds, args.own.seconds
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     if torchrun().world > 1:
         raise UsageError("cnnlab bench measures one process; start it without torchrun")
     with composer(args.config_dirs, args.config_name, args.trust) as open_composer:
-        if args.show:
+        if args.help or args.show:
             return answer(open_composer, args)
         composed = checked_experiment(open_composer, args)
     from cnnlab.bench.experiment import bench

@@ -36,11 +36,11 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 def main(arguments: Sequence[str]) -> int:
     args = parse(arguments, override_parser("summary"))
-    if args.help:
+    if args.help and not args.overrides:
         say(HELP.rstrip())
         return 0
     with composer(args.config_dirs, args.config_name, args.trust) as open_composer:
-        if args.show:
+        if args.help or args.show:
             return answer(open_composer, args)
         composed = checked_experiment(open_composer, args)
     from cnnlab.inspect.summary import to_json

@@ -6,6 +6,7 @@ VERBS = {
     "summary": "show a network layer by layer: shapes, parameters, multiply-adds, receptive fields",
     "lr-find": "find the learning rate by a sweep over all rates (optim.lr=auto takes it)",
     "bench": "measure how fast an experiment trains, and where its time goes",
+    "help": "explain a part and its settings: cnnlab help model=vgg",
 }
-BUILDERS = ("train", "summary", "lr-find", "bench")
-"""Verbs that build an experiment and so take overrides; the others read run folders."""
+BUILDERS = ("train", "summary", "lr-find", "bench", "help")
+"""Verbs that take overrides, since they build an experiment or explain one; the others read run folders."""
