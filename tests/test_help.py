@@ -89,7 +89,7 @@ def test_an_option_is_explained(cli: Cli, verb: str):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["optim"], ["lion: Lion", "optim=sgd (torch.optim.SGD)", "  optim.lr=0.1\n", "takes a number >= 0"]),
+        (["optim"], ["lion: Lion", "optim=sgd (torch.optim.SGD)", "  optim.lr=0.1\n", "takes a number >= 0, or auto"]),
         (["augment=[crop,flip]"], ["augment.crop.padding=4", "augment.flip.p=0.5"]),
         (["augment=alexnet"], ["augment.crop.fill=reflect", "augment.pca_noise.sigma="]),
         (["augment.cutout.size"], ["augment.cutout.size="]),
@@ -105,6 +105,7 @@ def test_an_option_is_explained(cli: Cli, verb: str):
         (["model=vgg,mlp"], ["model=vgg (", "model=mlp ("]),
         (["seed"], ["seed=0", "Every random number"]),
         (["bench"], ["--rounds N"]),
+        (["lr-find"], ["--lowest A"]),
         (["train"], ["Groups and their options"]),
         (["head=auto"], ["What the task needs"]),
     ],

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from cnnlab.composing import rates
 from cnnlab.composing.composer import Composer
 from cnnlab.composing.groups import GROUPS
 from cnnlab.composing.kinds import is_part
@@ -228,7 +229,10 @@ def knobs_of(
         if not parts:
             said, doc = comments.get(key, ""), docs.get(key, "")
             meaning = doc or said if section is not None else said or doc
-            yield Knob(f"{where}.{key}", value, describe(hints[key]) if key in hints else "", meaning)
+            takes = describe(hints[key]) if key in hints else ""
+            if f"{where}.{key}" == rates.KEY:
+                takes += f", or {rates.AUTO} (a range test chooses: cnnlab help lr-find)"
+            yield Knob(f"{where}.{key}", value, takes, meaning)
 
 
 def _target(where: str, node: Mapping[str, Any], trust: Trust) -> Any:

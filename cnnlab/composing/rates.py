@@ -11,6 +11,7 @@ from typing import Any
 from cnnlab.errors import UsageError, did_you_mean
 
 AUTO = "auto"
+KEY = "optim.lr"
 BEFORE = 1e-3
 """The rate with which an optimizer is made before its own is known."""
 

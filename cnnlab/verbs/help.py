@@ -34,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         say(HELP.rstrip())
         return 0
     if args.overrides[0] in VERBS:
-        return import_module(f"cnnlab.verbs.{args.overrides[0]}").main(["--help", *args.overrides[1:]])
+        verb, *rest = args.overrides
+        return import_module(f"cnnlab.verbs.{verb.replace('-', '_')}").main(["--help", *rest])
     with composer(args.config_dirs, args.config_name, args.trust) as open_composer:
         return explain(open_composer, args.overrides, as_json=args.json)

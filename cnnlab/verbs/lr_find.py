@@ -48,14 +48,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, metavar="N")
     parser.add_argument("--rule", metavar="NAME")
     args = parse(arguments, parser)
-    if args.help:
+    if args.help and not args.overrides:
         say(help_text())
         return 0
     own = args.own
     rule = own.rule or RULE
     require_rule(rule, "--rule")
     with composer(args.config_dirs, args.config_name, args.trust) as open_composer:
-        if args.show:
+        if args.help or args.show:
             return answer(open_composer, args)
         found = measured(open_composer, args, rate=BEFORE)
     from cnnlab.train.range_test import range_test
