@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"tasks", "observe"},
     {"train"},
     {"building"},
-    {"bench"},
+    {"bench", "diagnose"},
     {"verbs"},
     {"cli"},
     {"__main__"},

@@ -5,8 +5,9 @@ VERBS = {
     "eval": "evaluate a run's checkpoint on one of its splits",
     "summary": "show a network layer by layer: shapes, parameters, multiply-adds, receptive fields",
     "lr-find": "find the learning rate by a sweep over all rates (optim.lr=auto takes it)",
+    "landscape": "measure the loss around the weights: curvature, slope, noise, and what they mean",
     "bench": "measure how fast an experiment trains, and where its time goes",
     "help": "explain a part and its settings: cnnlab help model=vgg",
 }
-BUILDERS = ("train", "summary", "lr-find", "bench", "help")
+BUILDERS = ("train", "summary", "lr-find", "landscape", "bench", "help")
 """Verbs that take overrides, since they build an experiment or explain one; the others read run folders."""

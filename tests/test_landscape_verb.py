@@ -1,0 +1,71 @@
+"""`cnnlab landscape` on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_runs import TINY, Answer
+from PIL import Image
+
+Cli = Callable[..., Answer]
+QUICK = ("--samples", "48", "--products", "10", "--probes", "2", "--steps", "4", "--points", "3", "--top", "1")
+
+
+def test_it_measures_an_experiment_at_initialization(cli: Cli, tmp_path: Path):
+    answer = cli("landscape", *TINY, *QUICK)
+    assert answer.code == 0, answer.err
+    for word in ("λmax", "λmin", "trace", "noise scale", "gradient's variance", "at initialization", "float32"):
+        assert word in answer.out
+    assert "mode                     train: moments of each micro-batch" in answer.out
+    assert "-> " in answer.out
+    assert [path.name for path in tmp_path.iterdir()] == ["landscape.png"]
+    with Image.open("landscape.png") as picture:
+        assert picture.size[0] > 1000
+
+
+def test_json_of_some_parts_in_another_mode_and_precision(cli: Cli, tmp_path: Path):
+    flags = ("--parts", "eigenvalues,noise", "--mode", "frozen", "--precision", "fp64", "--json", "--no-figure")
+    answer = cli("landscape", *TINY, *QUICK, *flags)
+    document = json.loads(answer.out)
+    assert (document["mode"], document["norms"], document["dtype"]) == ("frozen", "running moments", "float64")
+    assert len(document["eigenvalues"]["residuals"]) == 2 and document["noise_scale"]["low"] >= 0
+    assert document["surface"] is None and "spectrum" not in document
+    assert document["verdicts"][0]["name"] in ("slope", "undecided")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_folder_is_measured_at_its_checkpoint_and_stays_as_it_is(cli: Cli):
+    assert cli("train", *TINY, "hydra.run.dir=here").code == 0
+    before = {path: path.read_bytes() for path in Path("here").rglob("*") if path.is_file()}
+    answer = cli("landscape", "here", *QUICK, "--parts", "noise", "--checkpoint", "best")
+    assert answer.code == 0, answer.err
+    assert "best checkpoint, step 2" in answer.out
+    Path("here/figures/landscape.png").unlink()
+    assert {path: path.read_bytes() for path in Path("here").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--parts", "eigenvalue"), "did you mean `eigenvalues`?"),
+        (("--parts", ","), "received none"),
+        (("--samples", "1"), "--samples: expected 2 or more, received 1"),
+        (("--points", "two"), "invalid int value"),
+        (("--tolerance", "nan"), "--tolerance: expected"),
+        (("--mode", "test"), "choose from 'train', 'frozen', 'eval'"),
+        (("--precision", "bf16"), "choose from 'fp32', 'fp64'"),
+        (("--device", "cpu"), "type trainer.device=cpu"),
+    ],
+)
+def test_a_mistake_is_one_message(cli: Cli, tmp_path: Path, flags: tuple[str, ...], told: str):
+    answer = cli("landscape", *TINY, *flags)
+    assert answer.code == 2 and told in answer.err and answer.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_folder_that_is_none_is_one_message(cli: Cli):
+    answer = cli("landscape", "nowhere")
+    assert answer.code == 2 and "nowhere" in answer.err
