@@ -150,6 +150,28 @@ class Task:
                 found[name] = output
         return found
 
+    def answers(self, outputs: Outputs, top: int = 3) -> list[dict[str, Any]]:
+        """What is told of each sample, in JSON values: of logits `class` and its `probability` under a softmax, and
+        `top`, the classes of the highest logits with theirs; any other output of at most 16 values a sample as it is.
+
+        Args:
+            top: classes to name; no more than there are.
+        """
+        rows: list[dict[str, Any]] = [{} for _ in range(len(next(iter(outputs.values()))))]
+        for name, output in self.predictions(outputs).items():
+            if name not in ("label", "probability", "mask") and output[0].numel() <= 16:
+                for row, value in zip(rows, output.tolist(), strict=True):
+                    row[name] = value
+        if "logits" not in outputs:
+            return rows
+        names, logits = self.class_names(self.spec), outputs["logits"].float()
+        order = torch.sort(logits, dim=1, descending=True, stable=True).indices[:, : max(1, top)]
+        sure = logits.softmax(1).gather(1, order)
+        for row, classes, probabilities in zip(rows, order.tolist(), sure.tolist(), strict=True):
+            named = [{"class": names[c], "probability": p} for c, p in zip(classes, probabilities, strict=True)]
+            row |= {**named[0], "top": named}
+        return [{**{name: row[name] for name in ("class", "probability", "top")}, **row} for row in rows]
+
     def pictures(self, batch: Batch, outputs: Outputs | None = None) -> dict[str, Tensor]:
         """Pictures (3, H, W) uint8 by name, of a batch as the network gets it: `inputs`; or, with the network's
         outputs, of what it makes of the batch beside the truth, `predictions` where the task draws them."""

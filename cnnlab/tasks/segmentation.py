@@ -84,6 +84,19 @@ class Segmentation(Task):
         back = [(weight, {**outputs, "mask": outputs["mask"].flip(-1)}) for weight, outputs in mirrored]
         return super().merge([plain, *back])
 
+    def answers(self, outputs: Outputs, top: int = 3) -> list[dict[str, Any]]:
+        """As every task's; and of the mask `top`, the classes with the most pixels of the input, each with its `share`
+        of them, and `probability`, the mean over the pixels of that of their class."""
+        sure, mask = outputs["mask"].float().softmax(1).max(1)
+        names, probabilities = self.spec.mask_classes, sure.mean((1, 2)).tolist()
+        rows = super().answers(outputs, top)
+        for number, row in enumerate(rows):
+            counts = torch.bincount(mask[number].flatten(), minlength=self.num_classes)
+            order = torch.sort(counts, descending=True, stable=True).indices[: max(1, top)].tolist()
+            shares = [{"class": names[c], "share": int(counts[c]) / mask[number].numel()} for c in order if counts[c]]
+            row |= {"probability": probabilities[number], "top": shares}
+        return rows
+
     def pictures(self, batch: Batch, outputs: Outputs | None = None) -> dict[str, Tensor]:
         """`inputs` and `masks`; with outputs, `predictions`: image, truth and prediction of each sample, and below
         them the classes' colours."""
