@@ -14,6 +14,7 @@ import yaml
 from lab_runs import interrupted_at, resume_run
 
 from cnnlab.errors import CheckpointError
+from cnnlab.optim.schedule import Plateau
 from cnnlab.runs import checkpoint
 from cnnlab.runs.checkpoint import require_alike
 from cnnlab.runs.folder import RunDir
@@ -190,3 +191,91 @@ def test_a_config_that_no_run_has_written_is_exit_5_and_its_name(
     assert answer.code == 5, answer.err
     assert "config.yaml" in answer.err and words in answer.err
     assert "fault of cnnlab" not in answer.err
+
+
+# ---- the optimizer's state, the sums of an epoch's first part, and what a fresh part does not have yet ----
+
+
+def of_first(state: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's state of its first parameter."""
+    return state["optimizer"]["state"][0]
+
+
+def other_shape(state: dict[str, Any]) -> None:
+    of_first(state)["square_avg"] = of_first(state)["square_avg"][:1]
+
+
+def other_dtype(state: dict[str, Any]) -> None:
+    of_first(state)["square_avg"] = of_first(state)["square_avg"].double()
+
+
+def no_such_value(state: dict[str, Any]) -> None:
+    of_first(state).pop("square_avg")
+
+
+def no_such_parameter(state: dict[str, Any]) -> None:
+    state["optimizer"]["state"][99] = of_first(state)
+
+
+def others_groups(state: dict[str, Any]) -> None:
+    state["optimizer"]["param_groups"][0]["params"].reverse()
+
+
+def wide_sum(state: dict[str, Any]) -> None:
+    state["totals"]["ranks"][0] = {name: value.new_zeros(2) for name, value in state["totals"]["ranks"][0].items()}
+
+
+def no_sum(state: dict[str, Any]) -> None:
+    state["totals"]["ranks"][0].pop(first(state["totals"]["ranks"][0]))
+
+
+def sums_of_no_rank(state: dict[str, Any]) -> None:
+    state["totals"]["ranks"] = [3]
+
+
+def endless_rows(state: dict[str, Any]) -> None:
+    state["evidence"]["rows"] = 10**12
+
+
+def size_below_zero(state: dict[str, Any]) -> None:
+    state["records"]["metrics"] = -1
+
+
+def events_without_size(state: dict[str, Any]) -> None:
+    state["records"]["events"] = {"events.out.tfevents.1": "long"}
+
+
+LATER = (
+    *(other_shape, other_dtype, no_such_value, no_such_parameter, others_groups),
+    *(wide_sum, no_sum, sums_of_no_rank, endless_rows, size_below_zero, events_without_size),
+)
+
+
+@pytest.mark.parametrize("change", LATER, ids=lambda change: change.__name__)
+def test_what_no_update_leaves_behind_is_refused_and_the_records_stay(
+    own: Path, change: Callable[[dict[str, Any]], None]
+):
+    path = own / "checkpoints" / "last.pt"
+    state = checkpoint.load(path)
+    change(state)
+    checkpoint.save(state, path)
+    before = {name: (own / name).read_bytes() for name in RECORDS}
+    with pytest.raises(CheckpointError, match=r"last\.pt: its (optimizer|totals|evidence|records) does? ?not|do not"):
+        fit(resume_run(own))
+    assert all((own / name).read_bytes()[: len(content)] == content for name, content in before.items())
+
+
+def test_a_setting_that_an_earlier_version_did_not_keep_is_the_configs(own: Path):
+    path = own / "checkpoints" / "last.pt"
+    state = checkpoint.load(path)
+    state["optimizer"]["param_groups"][0].pop("alpha")
+    checkpoint.save(state, path)
+    assert resume_run(own).optimizer.param_groups[0]["alpha"] == 0.9
+
+
+@pytest.mark.parametrize("best", ["1", float("nan"), [1]])
+def test_a_plateau_takes_a_number_as_its_best(best: object):
+    schedule = Plateau()
+    schedule.observe(0.5, "max")
+    with pytest.raises(ValueError, match="expected a number as the best value"):
+        schedule.load_state_dict({**schedule.state_dict(), "best": best})

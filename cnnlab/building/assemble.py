@@ -16,6 +16,7 @@ from cnnlab.interventions import Ema, Freeze, MaxNorm
 from cnnlab.models.dropout import has_dropout, set_dropout_kind
 from cnnlab.optim.decay import decouple_decay
 from cnnlab.optim.groups import parameter_groups
+from cnnlab.optim.restoring import require_own_states
 from cnnlab.optim.traits import Traits, keep_kernels, place_rates
 from cnnlab.penalties import L1, L2
 from cnnlab.protocols import ConvNet, Data, DataSpec, Head, Intervention, Penalty, Split
@@ -261,6 +262,7 @@ def make_optimizer(experiment: Experiment, model: nn.Module, **fast: Any) -> tor
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     place_rates(optimizer)
+    require_own_states(optimizer)
     keep_kernels(optimizer)
     if decoupled:
         decouple_decay(optimizer)

@@ -422,7 +422,7 @@ class _Builder:
     def wire(self, run: Run, pipeline: Pipeline, placement: Placement) -> None:
         own = run.folder if run.is_main else None
         recorder = Recorder(own)
-        evidence = Evidence(own, len(run.loaders["train"].split), run.device, self.ranks)
+        evidence = Evidence(own, len(run.loaders["train"].split), run.device, self.ranks, run.clock)
         origin = Origin(run.config, self.described(run), self.chosen(run, placement), run.files, run.dir)
         run.origin = self.origin = origin
         parts: dict[str, Any] = {

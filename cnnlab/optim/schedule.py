@@ -336,5 +336,11 @@ class Plateau(Schedule):
         return {"factor": self._factor, "best": self._best, "bad": self._bad, "cooling": self._cooling}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises `ValueError` for what no `Plateau` has given."""
+        best, counts = state["best"], (state["bad"], state["cooling"])
+        if best is not None and (type(best) not in (float, int) or math.isnan(best)):
+            raise ValueError(f"expected a number as the best value, received {best!r}")
+        if not 0 <= state["factor"] <= 1 or any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"expected a factor of 0 to 1 and counts, received {state['factor']!r} and {counts}")
         self._factor, self._best = state["factor"], state["best"]
         self._bad, self._cooling = state["bad"], state["cooling"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,20 +56,39 @@ class State:
             path: of the checkpoint, for the message.
 
         Raises:
-            CheckpointError: for a part that does not fit.
+            CheckpointError: for a part that does not fit; where it is told by its shapes and types, before any part
+                is loaded, and so before any file is cut.
         """
-        where = "the checkpoint" if path is None else str(path)
-        names = self._parts if only is None else only
-        missing = [name for name in names if name not in state]
-        if missing:
-            raise CheckpointError(f"{where} has no {', '.join(missing)}: it is of another kind of run")
+        names = self.require(state, path, only)
         for name in names:
-            try:
-                require_alike(self._parts[name].state_dict(), state[name])
+            with _named(name, path):
                 self._parts[name].load_state_dict(state[name])
-            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-                reason = " ".join(str(error).split())[:_LONGEST]
-                raise CheckpointError(f"{where}: its {name} does not fit this run: {reason}") from error
+
+    def require(
+        self, state: Mapping[str, Any], path: Path | None = None, only: tuple[str, ...] | None = None
+    ) -> tuple[str, ...]:
+        """The names of the parts to load. Raises `CheckpointError` where one is missing, or is no such state."""
+        names = tuple(self._parts if only is None else only)
+        if missing := [name for name in names if name not in state]:
+            raise CheckpointError(f"{_place(path)} has no {', '.join(missing)}: it is of another kind of run")
+        for name in names:
+            with _named(name, path):
+                require_alike(self._parts[name].state_dict(), state[name])
+        return names
+
+
+def _place(path: Path | None) -> str:
+    return "the checkpoint" if path is None else str(path)
+
+
+@contextmanager
+def _named(name: str, path: Path | None) -> Iterator[None]:
+    """What goes wrong inside is a part of a checkpoint that does not fit."""
+    try:
+        yield
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:_LONGEST]
+        raise CheckpointError(f"{_place(path)}: its {name} does not fit this run: {reason}") from error
 
 
 def require_alike(own: Any, found: Any, where: str = "") -> None:

@@ -23,6 +23,7 @@ from cnnlab.runs.folder import RunDir, write_atomically
 from cnnlab.sinks.jsonl import JsonlSink, read_records
 from cnnlab.sinks.records import as_first_version
 from cnnlab.train.run import Run
+from cnnlab.train.state import Clock
 
 _TELL_AT_LEAST, _TELL_AT_MOST = 1.0, 30.0
 """Seconds from one progress note to the next."""
@@ -87,6 +88,7 @@ class Recorder(Listener):
         return sizes
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        _require_sizes(state)
         self._missing = []
         for name, sink in (("metrics", self._metrics), ("stats", self._stats)):
             if sink is None:
@@ -103,6 +105,14 @@ class Recorder(Listener):
                 )
         if self._events is not None and "events" in state:
             self._missing += _cut_events(self._events, state["events"])
+
+
+def _require_sizes(state: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for what no `Recorder` has given, before anything is cut."""
+    sizes = {name: size for name, size in state.items() if name not in ("checksums", "events")}
+    for named in (sizes, state.get("checksums", {}), state.get("events", {})):
+        if not stored.COUNTS[1](named):
+            raise ValueError(f"expected sizes and checksums by name, received {named!r}")
 
 
 def _event_files(folder: Path) -> list[Path]:
@@ -134,8 +144,10 @@ class Evidence(Listener):
       evaluation.
     """
 
-    def __init__(self, folder: RunDir | None, samples: int, device: torch.device, ranks: Ranks):
+    def __init__(self, folder: RunDir | None, samples: int, device: torch.device, ranks: Ranks, clock: Clock):
+        """Args: `clock`: the run's; a checkpoint has no more rows than epochs."""
         self._folder = folder
+        self._clock = clock
         self._ranks = ranks
         self._losses = torch.full((samples,), float("nan"), dtype=torch.float32, device=device)
         self._rows = 0
@@ -219,6 +231,8 @@ class Evidence(Listener):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["losses"].shape != self._losses.shape:
             raise ValueError(f"expected {len(self._losses)} training samples, received {len(state['losses'])}")
+        if not 0 <= state["rows"] <= self._clock.epoch:
+            raise ValueError(f"expected a row for each of {self._clock.epoch} epochs, received {state['rows']}")
         if self._ranks.is_main:
             self._losses.copy_(state["losses"])
         self._rows, self._partial = state["rows"], state.get("partial", False)

@@ -84,7 +84,7 @@ class Run:
     """Whether the last update is behind, with its checkpoint: from here on an interruption loses nothing."""
 
     def __post_init__(self) -> None:
-        self.totals = Totals(self.ranks, self.device)
+        self.totals = Totals(self.ranks, self.device, None if self.folder is None else self.folder.last)
         self.meter = Meter()
         self.last_lr = self.lr()
         """The base learning rate of the last update."""
@@ -279,15 +279,17 @@ class Run:
             CheckpointError: the checkpoint is another run's.
             UsageError: it is further than this run is to go.
         """
-        self.state.load_state_dict(state, path=None if self.folder is None else self.folder.last)
+        path = None if self.folder is None else self.folder.last
+        self.state.load_state_dict(state, only=("origin", "clock"), path=path)
         self._require_place()
-        self.notices += [line for listener in self.listeners for line in listener.restored()]
         if self.clock.step > self.total_steps:
             raise UsageError(
                 f"expected a run of at least the {self.clock.step} steps that it has done, received one of "
                 f"{self.total_steps}; type trainer.epochs={-(-self.clock.step // self.steps_per_epoch)} or more, "
                 "and trainer.max_steps=null"
             )
+        self.state.load_state_dict(state, path=path)
+        self.notices += [line for listener in self.listeners for line in listener.restored()]
 
     def _require_place(self) -> None:
         """Raises `CheckpointError` for a clock that no run of this length of epochs has shown."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cnnlab.errors import CheckpointError
 from cnnlab.machine.ranks import Ranks
 
 
@@ -122,18 +124,38 @@ class Arriving:
 class Totals:
     """Sums since they were last taken, on the device; nobody waits for them before that."""
 
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, ranks: Ranks, device: torch.device, checkpoint: Path | None = None) -> None:
+        """Args: `checkpoint`: the file that sums may come from, for the message."""
         self._ranks = ranks
         self._device = device
+        self._checkpoint = checkpoint
+        self._restored = False
         self._sums: dict[str, Tensor] = {}
         self._of_all: list[dict[str, Tensor]] = []
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
+        """Raises `CheckpointError` where the sums of a checkpoint are not such as these."""
+        if self._restored:
+            self._require_such(sums)
         for name, value in sums.items():
             if name in self._sums:
                 self._sums[name] += value
             else:
                 self._sums[name] = value.detach().clone()
+
+    def _require_such(self, sums: Mapping[str, Tensor]) -> None:
+        """What a step adds up is known with the first one; an empty part of a batch adds nothing."""
+        self._restored = not sums
+        kinds = [{name: (tuple(v.shape), v.dtype) for name, v in found.items()} for found in (self._sums, sums)]
+        if sums and self._sums and kinds[0] != kinds[1]:
+            names = sorted(
+                name for name in kinds[0].keys() | kinds[1].keys() if kinds[0].get(name) != kinds[1].get(name)
+            )
+            where = "the checkpoint" if self._checkpoint is None else str(self._checkpoint)
+            raise CheckpointError(
+                f"{where}: its totals do not fit this run: the sums of an epoch's first part are not those that a step "
+                f"makes here ({', '.join(names[:3])})"
+            )
 
     def take(self) -> dict[str, Tensor]:
         """The sums over all ranks, on the CPU; starts again from nothing. A collective."""
@@ -164,10 +186,24 @@ class Totals:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up this rank's sums; all of them on rank 0, if the run goes on with another number of ranks."""
         parts = state["ranks"]
+        if not isinstance(parts, list | tuple) or not all(map(_is_sums, parts)):
+            raise ValueError("expected sums by name, for each rank")
         if len(parts) == self._ranks.world:
             parts = [parts[self._ranks.rank]]
         elif not self._ranks.is_main:
             parts = []
         self._sums = {}
+        self._restored = False
         for part in parts:
+            if (
+                self._sums
+                and part
+                and {n: v.shape for n, v in part.items()} != {n: v.shape for n, v in self._sums.items()}
+            ):
+                raise ValueError("expected the same sums of each rank")
             self.add({name: value.to(self._device) for name, value in part.items()})
+        self._restored = True
+
+
+def _is_sums(part: Any) -> bool:
+    return isinstance(part, Mapping) and all(isinstance(n, str) and isinstance(v, Tensor) for n, v in part.items())
