@@ -93,15 +93,16 @@ class RangeTest:
         if low is None:
             return dict.fromkeys(RULES)
         logs = [math.log(rate) for rate in self.rates]
-        falls = [
-            (self.smoothed[i + 1] - self.smoothed[i - 1]) / (logs[i + 1] - logs[i - 1]) for i in range(1, low)
-        ] or [0.0]
         top = self.start - VALLEY * (self.start - self.smoothed[low])
         first = max((i for i in range(low) if self.smoothed[i] >= top), default=0)
+        slopes = {
+            i: (self.smoothed[i + 1] - self.smoothed[i - 1]) / (logs[i + 1] - logs[i - 1])
+            for i in range(max(first, 1), low)  # before the fall, batches that happen to be easier are no slope
+        }
         limit = self.limit
         return {
             "valley": math.exp((logs[first] + logs[low]) / 2),
-            "steep": self.rates[1 + falls.index(min(falls))] if low > 1 else self.rates[low],
+            "steep": self.rates[min(slopes, key=lambda i: slopes[i])] if slopes else self.rates[low],
             "minimum": self.rates[low] / 10,
             "limit": None if limit is None else limit / 3,
         }

@@ -121,5 +121,5 @@ def figure(curve: RangeTest, title: str) -> Figure:
     ax.set_xlabel("learning rate of the base group")
     ax.set_ylabel("training loss (with penalties)")
     ax.set_title(title, loc="left", fontsize=10)
-    ax.legend(frameon=False, fontsize=9)
+    ax.legend(frameon=True, edgecolor="none", framealpha=0.85, fontsize=9)
     return drawn

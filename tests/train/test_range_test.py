@@ -53,6 +53,12 @@ def test_a_curve_that_never_rises_has_no_limit():
         falling.suggestion("nonesuch")
 
 
+def test_easier_batches_before_the_fall_are_no_slope():
+    losses = [curve(lowest=0.05, rising=0.4).losses[i] - (0.9 if i == 2 else 0) for i in range(100)]
+    found = RangeTest(RATES, losses, 100).suggestions()
+    assert 0.0005 < found["steep"] < 0.05 and 0.0005 < found["valley"] < 0.05
+
+
 def test_smoothing_keeps_a_line_and_does_not_lag():
     assert smoothed([1.0 + 2 * i for i in range(20)], 3.0) == pytest.approx([1.0 + 2 * i for i in range(20)])
     step = smoothed([1.0] * 20 + [0.0] * 20, 2.0)
