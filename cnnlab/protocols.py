@@ -284,6 +284,9 @@ class Intervention:
     the config, and none may wait for the device. Random numbers come from streams of their own (`cnnlab.rng`).
     """
 
+    eager_only: str | None = None
+    """Why no step can be compiled or captured as a whole, where what trains changes as the run goes on."""
+
     def attach(self, model: nn.Module, seed: int) -> None:
         """Once, before the first update: the network with its initial weights, on its device."""
 

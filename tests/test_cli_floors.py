@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"composing", "runs"},
     {"sinks"},
     {"inspect"},
-    {"data", "models", "heads", "init", "optim", "losses", "penalties", "augment", "interventions"},
+    {"data", "models", "heads", "init", "optim", "losses", "penalties", "augment", "interventions", "weights"},
     {"tasks", "observe"},
     {"train"},
     {"building"},

@@ -12,7 +12,7 @@ from cnnlab.augment import Pipeline
 from cnnlab.composing.experiment import Experiment, Node
 from cnnlab.composing.kinds import is_part
 from cnnlab.composing.signature import accepts, locate
-from cnnlab.interventions import Ema, Freeze, MaxNorm
+from cnnlab.interventions import Ema, Finetune, Freeze, MaxNorm
 from cnnlab.models.dropout import has_dropout, set_dropout_kind
 from cnnlab.optim.decay import decouple_decay
 from cnnlab.optim.groups import parameter_groups
@@ -206,6 +206,8 @@ def make_interventions(experiment: Experiment) -> Interventions:
     regularization = experiment.regularization
     if experiment.groups.freeze:
         found["freeze"] = Freeze(experiment.groups.freeze)
+    if finetune := make_finetune(experiment):
+        found["finetune"] = finetune
     if regularization.max_norm is not None:
         found["max_norm"] = MaxNorm(regularization.max_norm)
     for node in experiment.nodes("intervention").values():
@@ -213,6 +215,12 @@ def make_interventions(experiment: Experiment) -> Interventions:
     if regularization.ema:
         found["ema"] = Ema(regularization.ema)
     return Interventions(found)
+
+
+def make_finetune(experiment: Experiment) -> Finetune | None:
+    """How a network that was trained before is trained further, where the experiment says so."""
+    made: Finetune | None = experiment.node("finetune").make()
+    return made
 
 
 def make_penalties(experiment: Experiment) -> Penalties:
@@ -239,7 +247,7 @@ def make_optimizer(experiment: Experiment, model: nn.Module, **fast: Any) -> tor
     Args:
         fast: what `cnnlab.optim.traits.accelerated` found for the device.
     """
-    node, groups = experiment.node("optim"), experiment.groups
+    node, groups, finetune = experiment.node("optim"), experiment.groups, make_finetune(experiment)
     traits = Traits.of(node.target)
     decoupled, own = experiment.regularization.decoupled_decay, node.get("weight_decay")
     if decoupled and own:
@@ -256,6 +264,8 @@ def make_optimizer(experiment: Experiment, model: nn.Module, **fast: Any) -> tor
         layer_decay=groups.layer_decay,
         head_lr=groups.head_lr,
         freeze=groups.freeze,
+        standing=[] if finetune is None else finetune.standing(model),
+        rates=None if finetune is None else finetune.rates(model),
         single_group=traits.single_group,
     )
     optimizer = node.with_settings(**fast).make(**{str(node.first_parameter): listed})

@@ -26,6 +26,7 @@ from cnnlab.building.assemble import (
 )
 from cnnlab.building.facts import facts, unseen_classes, weighed_classes
 from cnnlab.building.opened import recorded_recipe
+from cnnlab.building.pretrained import Transferred, trained_before, transfer
 from cnnlab.building.stepping import StepMaker, halving_refused
 from cnnlab.composing.experiment import Experiment
 from cnnlab.composing.rates import RULE, STEPS
@@ -54,6 +55,7 @@ from cnnlab.train.recorder import Evidence, Progress, Recorder
 from cnnlab.train.run import Run
 from cnnlab.train.selection import Selection
 from cnnlab.train.step import Forward
+from cnnlab.weights import Trained
 
 _log = logging.getLogger(__name__)
 
@@ -140,12 +142,14 @@ class _Builder:
         """The base rate, where it was found and not typed."""
         self.recipe: Recipe | None = None
         self.counts: Tensor | None = None
+        self.transferred: Transferred | None = None
 
     def run(self) -> Run:
         placement = self.place()
         data = self.experiment.node("data").make()
         spec = spec_for_task(self.experiment, data.spec())
         self.recipe = getattr(data, "seen", None)
+        trained = None if self.resumed else self.ranks.in_turn(lambda: trained_before(self.experiment))
         pipeline = make_pipeline(self.experiment, spec)
         splits = self.splits(placement, pipeline)
         # In turn: the others find in the cache what took rank 0 long.
@@ -161,6 +165,8 @@ class _Builder:
         model, init = self.network(spec, task, placement)
         loaders = self.loaders(splits, pipeline, task, placement, model)
         self.calibrate(model, init, loaders["train"])
+        self.start_from(trained, model, task, spec)
+        self.ranks.share_([*model.parameters(), *model.buffers()])
         total_steps = self.trainer.epochs * loaders["train"].steps
         if self.trainer.max_steps is not None:
             total_steps = min(total_steps, self.trainer.max_steps)
@@ -215,6 +221,7 @@ class _Builder:
             resumed=self.resumed,
             left_out=self.findings.left_out,
             files=self.findings.files,
+            weights=None if self.transferred is None else self.transferred.as_record(),
         )
         self.find_rate(run)
         self.wire(run, pipeline, placement)
@@ -364,12 +371,19 @@ class _Builder:
         return model, init
 
     def calibrate(self, model: nn.Module, init: Any, train: Loader) -> None:
-        """Lets an init that looks at data (LSUV) see the first batch, whole; all ranks then begin with rank 0's
-        weights."""
+        """Lets an init that looks at data (LSUV) see the first batch, whole."""
         if getattr(init, "needs_batch", False) and not self.resumed:
             batch, _ = train.alone().first()
             init.calibrate(model, batch["image"])
-        self.ranks.share_([*model.parameters(), *model.buffers()])
+
+    def start_from(self, trained: Trained | None, model: nn.Module, task: Task, spec: DataSpec) -> None:
+        """Puts weights that were trained before in the place of fresh ones."""
+        if trained is not None:
+            shape = (spec.channels, *spec.size)
+            self.transferred = transfer(self.experiment, model, trained, task.class_names(spec), shape)
+            self.notices += self.transferred.lines()
+        elif self.experiment.node("finetune") and not self.resumed:
+            self.notices.append("finetune: of weights that are as init made them, since weights=none")
 
     def start_from_prior(self, model: nn.Module, task: Task, spec: DataSpec) -> None:
         """Sets the classifiers' biases to what the loss wants to start from (focal loss: its prior)."""

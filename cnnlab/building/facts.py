@@ -18,7 +18,9 @@ NAMED = 5
 
 def facts(run: Run, placement: Placement, pipeline: Pipeline, traits: Traits) -> dict[str, str]:
     """A line each on the model, the data and its way to the device, and how a step is taken."""
-    parameters = sum(p.numel() for p in run.model.parameters())
+    parameters = f"{sum(p.numel() for p in run.model.parameters()):,} parameters"
+    if still := sum(p.numel() for p in run.model.parameters() if not p.requires_grad):
+        parameters += f", {still:,} of them frozen"
     splits = {name: run.loaders[name].split for name in ("train", "val", "test")}
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
     pixels = "x".join(map(str, (run.spec.channels, *run.spec.size)))
@@ -26,7 +28,7 @@ def facts(run: Run, placement: Placement, pipeline: Pipeline, traits: Traits) ->
     accumulate = f", {run.step.accumulate} micro-batches" if run.step.accumulate > 1 else ""
     layout = placement.layout.value.replace("_", "-")
     return {
-        "model": "; ".join([f"{_part(run, 'model')}, {parameters:,} parameters", *getattr(run.model, "notes", [])]),
+        "model": "; ".join([f"{_part(run, 'model')}, {parameters}", *getattr(run.model, "notes", [])]),
         "data": f"{_part(run, 'data')}, {pixels}{_stored(run)}: {sizes}",
         "classes": classes_in_words(
             run.task.class_names(run.spec), run.task.class_counts(run.spec, splits["train"].labels)

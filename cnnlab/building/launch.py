@@ -95,6 +95,7 @@ def _opening(experiment: Experiment, run: Any) -> dict[str, Any]:
         "device": run.facts["device"],
         "precision": run.precision.value,
         "step": run.facts["step"],
+        **({} if run.weights is None else {"weights": run.weights}),
         "data_path": run.facts["data path"],
         "stored_whole": run.loaders["train"].split.stored,
         **_rate(run),

@@ -95,8 +95,15 @@ class StepMaker:
         return step.accumulate
 
     def _settled(self, total_steps: int, taps: Taps | None) -> tuple[EagerStep, str | None]:
-        step, notice = self.make(), None
         wanted = self.trainer.step is not StepKind.auto
+        if reason := self.interventions.eager_only():
+            if self.trainer.step in (StepKind.compiled, StepKind.captured):
+                raise UsageError(f"`trainer.step={self.trainer.step.value}`: {reason}; type trainer.step=eager")
+            if taps is not None:
+                taps.keep_open(False)
+            told = None if self.placement.step is StepKind.eager else f"step: eager, as {reason}"
+            return self.of_kind(StepKind.eager), told
+        step, notice = self.make(), None
         if (wanted and not isinstance(step, CapturedStep)) or self.traits.closure or self.ranks.world > 1:
             return step, None
         if isinstance(step, CapturedStep):

@@ -151,6 +151,8 @@ def _check_name(name: str) -> list[str]:
 
 def _check_group(name: str, node: Any, trust: Trust) -> list[str]:
     group = GROUPS[name]
+    if group.later and not node:
+        return []
     node = with_number(node) if name == "optim" else node
     if node is None or (is_part(node) and node["_target_"] is None):
         optional = node is not None and group.optional
@@ -185,6 +187,11 @@ class _Trial(Attempts):
         for group in (name for name in GROUPS if GROUPS[name].named and self.sound(name)):
             for name, node in self.experiment.nodes(group).items():
                 self.attempt(node.where, lambda: self.part(group, self.experiment.nodes(group)[name]), group)  # noqa: B023
+        self.attempt("finetune", lambda: self.part("finetune", self.experiment.node("finetune")), "finetune")
+        network = self.experiment.node("model").get("name")
+        self.attempt(
+            "weights", lambda: self.part("weights", self.experiment.node("weights"), model_name=network), "weights"
+        )
         optimizer = self.attempt("optim", self.dry_optimizer, "optim")
         self.placement()
         spec = self.spec()
@@ -267,12 +274,15 @@ class _Trial(Attempts):
 
     def searched_gradients(self) -> None:
         """An optimizer that searches along the loss's own slope takes no other gradients."""
-        for node in self.experiment.nodes("intervention").values():
+        for node in [
+            *self.experiment.nodes("intervention").values(),
+            *filter(None, [self.experiment.node("finetune")]),
+        ]:
             if getattr(node.target, "gradients", None) is not Intervention.gradients:
                 self.refuse(
                     f"`{node.where}`: this optimizer searches along the loss's own slope, and takes no changed "
-                    "gradients; type another optim, or intervention=none",
-                    "intervention",
+                    f"gradients; type another optim, or {node.where.partition('.')[0]}=none",
+                    node.where.partition(".")[0],
                 )
 
     # ---- what only the parts together can tell: targets, sizes, heads, parameter names ----
@@ -314,8 +324,9 @@ class _Trial(Attempts):
                 getattr(self.experiment.node("init").make(), "validate", lambda _: None)(model)
 
             self.attempt("init", validated, "init")
-        if optimizer and self.sound("groups"):
-            self.attempt("groups", lambda: make_optimizer(self.experiment, model), "groups", among=("optim",))
+        if optimizer and self.sound("groups", "finetune"):
+            among = ("optim", "finetune")
+            self.attempt("groups", lambda: make_optimizer(self.experiment, model), "groups", among=among)
 
     def is_own(self, group: str) -> bool:
         """Whether a group's part, or a value of it, is the user's choice, which its constructor may let pass."""

@@ -71,6 +71,8 @@ GROUPS: Mapping[str, Group] = {
     "norm": Group(("torch.nn.Module",), optional=True, factory=True),
     "init": Group(("cnnlab.protocols.Init",)),
     "loss": Group(("cnnlab.protocols.Loss",), wired=("num_classes", "class_counts")),
+    "weights": Group(("cnnlab.weights.Weights",), wired=("opened", "model_name"), optional=True, later=True),
+    "finetune": Group(("cnnlab.interventions.Finetune",), optional=True, later=True),
     "optim": Group(("torch.optim.Optimizer",)),
     "schedule": Group(("cnnlab.protocols.Schedule",)),
     "normalize": Group(("cnnlab.augment.Normalize",)),

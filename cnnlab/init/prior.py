@@ -55,14 +55,42 @@ def start_from(model: nn.Module, prior: Tensor, image_shape: Sequence[int]) -> l
     return list(found)
 
 
+def class_parameters(model: nn.Module, image_shape: Sequence[int], classes: int) -> list[str]:
+    """Names of the parameters with a row for each class: those of the last layers before the logits (of each output
+    that is logits), whose first axis has as many entries as there are classes.
+
+    Args:
+        image_shape: (C, H, W).
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    found: list[str] = []
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]), training_without_noise(model):
+            device = next(iter(model.parameters())).device
+            leaf = torch.zeros(2, *image_shape, device=device).requires_grad_()
+            outputs = as_outputs(model(leaf + 0))
+            for output in (outputs[name] for name in CLASSIFIED if name in outputs):
+                if output.shape[1] == classes:
+                    last = _last_parameters(output, leaf, behind=True)
+                    found += [names[id(p)] for p in last if id(p) in names and p.shape[:1] == (classes,)]
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return list(dict.fromkeys(found))
+
+
 def _is_added(share: Tensor) -> bool:
     """Whether a parameter's gradient is that of a term of the logits: the same positive share of the logits' own, in
     every class. A scale's depends on what it scales."""
     return bool(share.min() > 1e-3 and torch.allclose(share, share.mean(), rtol=1e-3))
 
 
-def _last_parameters(output: Tensor, image: Tensor) -> list[Tensor]:
-    """The parameters that enter the graph of `output` directly, on each way back to the first operator that has any."""
+def _last_parameters(output: Tensor, image: Tensor, behind: bool = False) -> list[Tensor]:
+    """The parameters that enter the graph of `output` directly, on each way back to the first operator that has any;
+    with `behind` also those that come to it transposed, scaled, or made of others."""
     sees_image = _Reaches(image)
     found: dict[int, Tensor] = {}
     waiting, seen = [output.grad_fn], set()
@@ -74,11 +102,25 @@ def _last_parameters(output: Tensor, image: Tensor) -> list[Tensor]:
         inputs = list(_inputs(node))
         learned = [before for before in inputs if not sees_image(before)]
         for before in learned:
-            if hasattr(before, "variable"):
-                found[id(before.variable)] = before.variable
+            found |= {
+                id(p): p for p in (_leaves(before) if behind else [getattr(before, "variable", None)]) if p is not None
+            }
         if not learned:
             waiting += inputs
     return list(found.values())
+
+
+def _leaves(node: Any) -> Iterator[Tensor]:
+    """What a part of the graph begins with."""
+    waiting, seen = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting += _inputs(node)
 
 
 class _Reaches:

@@ -40,6 +40,7 @@ class _External(ConvNet):
     stem = "its own"
     min_size = 1
     network: nn.Module
+    """Its classifier's name, `network.fc` and the like, is in `classifier_modules` as long as it classifies."""
 
     def __init__(self, activation: ActivationFactory | None, norm: NormFactory | None) -> None:
         super().__init__()
@@ -69,8 +70,18 @@ class _External(ConvNet):
             )
         super().drop_channels(rate)
 
+    def replace_head(self, head: nn.Module) -> None:
+        self.classifier_modules = ()
+        super().replace_head(head)
+
     def classify(self, features: Features) -> dict[str, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} classifies in its own network, see `forward`")
+
+
+def _classifiers(network: nn.Module) -> tuple[str, ...]:
+    """The modules that classify: the last one with weights of its own, and the auxiliary ones."""
+    weighty = [name for name, child in network.named_children() if any(True for _ in child.parameters())]
+    return tuple(f"network.{name}" for name in weighty if name == weighty[-1] or name.lower().startswith("aux"))
 
 
 def _maps(trunk: list[nn.Module], x: Tensor) -> list[Tensor]:
@@ -193,6 +204,7 @@ class Torchvision(_External):
             _replace_first_convolution(self.network, in_channels)
         if dropout is not None:
             _set_dropout(self.network, dropout, name)
+        self.classifier_modules = _classifiers(self.network)
         self._trunk = _trunk_names(self.network)
         self._positions: list[int] = []
         self._find_stages(name, in_channels, image_size)
@@ -301,6 +313,7 @@ class Timm(_External):
             _on_meta(self.network)(torch.empty(2, in_channels, *image_size, device="meta"))
         except (RuntimeError, ValueError, AssertionError) as error:
             raise _unfit(name, image_size, error) from error
+        self.classifier_modules = _timm_classifiers(self.network)
         info = getattr(self.network, "feature_info", None)
         if info and hasattr(self.network, "forward_intermediates"):
             self.stage_channels = tuple(stage["num_chs"] for stage in info)
@@ -308,3 +321,12 @@ class Timm(_External):
     def features(self, x: Tensor) -> Features:
         intermediates: Any = self.network.forward_intermediates
         return Features(tuple(intermediates(x, intermediates_only=True)))
+
+
+def _timm_classifiers(network: nn.Module) -> tuple[str, ...]:
+    """The parts of the network that its own `get_classifier` lies in (several where it was distilled), or the last one
+    with weights."""
+    found: Any = network.get_classifier() if hasattr(network, "get_classifier") else ()
+    modules = found if isinstance(found, tuple | list) else (found,)
+    own = [name for name, module in network.named_modules() if any(module is part for part in modules) and name]
+    return tuple(dict.fromkeys(f"network.{name.partition('.')[0]}" for name in own)) or _classifiers(network)

@@ -31,4 +31,6 @@ def _decay(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         factor = 1 - group["lr"] * group["decoupled_decay"]
         if overflow is not None:
             factor = torch.where(overflow > 0, 1.0, factor)
-        foreach_mul_(group["params"], factor)
+        training = [p for p in group["params"] if p.requires_grad]  # others may wait for their turn
+        if training:
+            foreach_mul_(training, factor)

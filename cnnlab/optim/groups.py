@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from cnnlab.errors import did_you_mean, listing
+from cnnlab.inspect.layers import head_parameters, named_layers
 from cnnlab.torch_private import NormBase
 
 _NORMS = (NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -22,13 +23,15 @@ def parameter_groups(
     layer_decay: float = 1.0,
     head_lr: float = 1.0,
     freeze: Iterable[str] = (),
+    standing: Iterable[str] = (),
+    rates: Mapping[str, float] | None = None,
     single_group: bool = False,
 ) -> list[dict[str, Any]]:
     """The parameters that train, as groups for an optimizer.
 
     The group's rate at a step is `base rate · lr_scale · schedule.factor(step, total)`; whoever runs the
     schedule sets `lr` so. `lr_scale` is `head_lr` for the head and `layer_decay ** d` for a layer d places
-    before it (see `named_layers`). Frozen parameters are in no group and get `requires_grad = False`; what frozen
+    before it (see `cnnlab.inspect.layers.named_layers`), times its own of `rates`. Frozen parameters are in no group and get `requires_grad = False`; what frozen
     norm layers remember is kept by `cnnlab.interventions.Freeze`.
 
     Args:
@@ -40,6 +43,8 @@ def parameter_groups(
         layer_decay: rate of each layer as a multiple of the next deeper one's.
         head_lr: rate of the head as a multiple of the base rate.
         freeze: prefixes of parameter names, whole components of them: `layer1` is not in `layer10.weight`.
+        standing: whole names of parameters that do not train either.
+        rates: of layers, by name, as further multiples; 1 for those that are not named.
         single_group: for an optimizer that takes one group only (L-BFGS).
 
     Returns:
@@ -52,10 +57,13 @@ def parameter_groups(
             train, or different groups for an optimizer that takes one.
     """
     freeze_parameters(model, freeze)
+    for name in standing:
+        model.get_parameter(name).requires_grad_(False)
+    rates = rates or {}
     decays = bool(weight_decay or decoupled_decay)
     no_decay = set(_norm_and_bias(model)) if decays and not decay_norm_and_bias else set()
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for label, scale, names in _scaled_layers(model, layer_decay, head_lr):
+    for label, scale, names in _scaled_layers(model, layer_decay, head_lr, rates):
         for name in names:
             parameter = model.get_parameter(name)
             if not parameter.requires_grad:
@@ -78,117 +86,10 @@ def parameter_groups(
     if single_group and len(groups) > 1:
         raise ValueError(
             "expected equal rates for an optimizer that takes one parameter group, received "
-            f"layer_decay={layer_decay:g}, head_lr={head_lr:g}; type groups.layer_decay=1 groups.head_lr=1"
+            f"layer_decay={layer_decay:g}, head_lr={head_lr:g}{_in_words(rates)}; type groups.layer_decay=1 "
+            f"groups.head_lr=1{' finetune.backbone_lr=1' if rates else ''}"
         )
     return list(groups.values())
-
-
-def layers(model: nn.Module) -> list[list[str]]:
-    """Names of the parameters of each layer, from the input on, as `layer_decay` counts them; see `named_layers`."""
-    return [names for _, names in named_layers(model)]
-
-
-def named_layers(model: nn.Module) -> list[tuple[str, list[str]]]:
-    """Name and parameters of each layer, from the input on, in the order of registration, which the lab's,
-    torchvision's and timm's networks share with the forward pass.
-
-    - Where one list (`Sequential`, `ModuleList`) holds the network's depth, each of its items is a layer: the blocks of
-      SpeedNet, of a ViT's encoder or of MobileNet, the stages of EfficientNet or ConvNeXt. It may lie deeper, in a
-      wrapper or an encoder; of lists in lists, the outer one counts.
-    - Where there are several such lists side by side (the stages of a ResNet), each is a layer.
-    - Of a `Sequential` of plain layers (the `features` of VGG) each convolution or linear layer is one.
-    - What has no weight of its own (a norm layer, a class token, an embedding of positions) belongs to the layer
-      before it; at the very start, to the first one.
-    - The whole head is the last layer.
-    """
-    head = head_parameters(model)
-    backbone = [name for name, _ in model.named_parameters() if name not in head]
-    found: list[tuple[str, list[str]]] = []
-    early: list[str] = []
-    for title, names in _chain(model, "", backbone):
-        if title and any(model.get_parameter(name).ndim >= 2 for name in names):
-            found.append((title, early + names))
-            early = []
-        elif found:
-            found[-1][1].extend(names)
-        else:
-            early += names
-    if early:
-        found.append(("all", early))
-    last = [name for name, _ in model.named_parameters() if name in head]
-    return [*found, ("head", last)] if last else found
-
-
-def _chain(module: nn.Module, prefix: str, names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Name and parameters of what follows one another inside `module`; no name for parameters of its own."""
-    below: dict[str, list[str]] = {}
-    for name in names:
-        child, _, rest = name.removeprefix(prefix).partition(".")
-        below.setdefault(child if rest else "", []).append(name)
-    children = {child: getattr(module, child) for child in below if child}
-    depths = {child: _lists_in_lists(part) for child, part in children.items()}
-    deepest = [child for child, depth in depths.items() if 0 < depth == max(depths.values())]
-    for child, inside in below.items():
-        part = children.get(child)
-        path = f"{prefix}{child}"
-        if part is None:
-            yield "", inside
-        elif _is_plain(part):
-            yield from _plain_layers(part, path, inside)
-        elif deepest == [child] or (len(children) == 1 and not isinstance(part, nn.Sequential | nn.ModuleList)):
-            yield from _chain(part, f"{path}.", inside)
-        else:
-            yield path, inside
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """A single layer, or a `Sequential` of nothing else."""
-    if not list(module.children()):
-        return True
-    return isinstance(module, nn.Sequential) and all(_is_plain(child) for child in module)
-
-
-def _plain_layers(module: nn.Module, path: str, names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each layer with a weight, followed by what has none; a norm layer that comes first belongs to the first one."""
-    by_layer: dict[str, list[str]] = {}
-    for name in names:
-        by_layer.setdefault(name.rpartition(".")[0], []).append(name)
-    first: list[str] | None = []
-    for title, inside in by_layer.items():
-        layer = module.get_submodule(title.removeprefix(path).removeprefix("."))
-        has_weight = any(parameter.ndim >= 2 for parameter in layer.parameters(recurse=False))
-        if has_weight:
-            yield title, [*(first or ()), *inside]
-            first = None
-        elif first is None:
-            yield "", inside
-        else:
-            first += inside
-    if first:
-        yield "", first
-
-
-def _lists_in_lists(module: nn.Module) -> int:
-    """How deep lists of blocks are nested in it; 0 without one."""
-    if _is_plain(module):
-        return 0
-    inner = max((_lists_in_lists(child) for child in module.children()), default=0)
-    return inner + isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-
-
-def head_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters of the network's head and of its own classifier, where it has them (empty if
-    unknown)."""
-    modules = [_submodule(model, name) for name in ("head", *getattr(model, "classifier_modules", ()))]
-    own = {id(p) for module in modules if isinstance(module, nn.Module) for p in module.parameters()}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
-
-
-def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    found: nn.Module | None = model
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
 
 
 def freeze_parameters(model: nn.Module, prefixes: Iterable[str]) -> list[str]:
@@ -215,7 +116,14 @@ def freeze_parameters(model: nn.Module, prefixes: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(frozen))
 
 
-def _scaled_layers(model: nn.Module, layer_decay: float, head_lr: float) -> Iterator[tuple[str, float, list[str]]]:
+def _in_words(rates: Mapping[str, float]) -> str:
+    found = ", ".join(f"{rate:g}" for rate in dict.fromkeys(rates.values()))
+    return f", finetune.backbone_lr={found}" if found else ""
+
+
+def _scaled_layers(
+    model: nn.Module, layer_decay: float, head_lr: float, rates: Mapping[str, float]
+) -> Iterator[tuple[str, float, list[str]]]:
     """Label, rate as a multiple of the base rate, and parameter names of each layer."""
     head = head_parameters(model)
     if head_lr != 1 and not head:
@@ -227,12 +135,14 @@ def _scaled_layers(model: nn.Module, layer_decay: float, head_lr: float) -> Iter
     for place, (title, names) in enumerate(found):
         is_head = names[0] in head
         scale = head_lr if is_head else layer_decay ** (len(found) - 1 - place)
-        if layer_decay == 1 == head_lr:
+        scale *= rates.get(title, 1.0)
+        if layer_decay == 1 == head_lr and not rates:
             label = "all"
         elif is_head:
             label = "head"
         else:
-            label = "backbone" if layer_decay == 1 else f"layer {place}: {title}"
+            one_rate = layer_decay == 1 and len({rates.get(t, 1.0) for t, names in found if names[0] not in head}) == 1
+            label = "backbone" if one_rate else f"layer {place}: {title}"
         yield label, scale, names
 
 

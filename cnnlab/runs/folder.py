@@ -89,7 +89,12 @@ _PARTS = (
 _TORN = re.compile(r"\..+\.\d+\.tmp")
 
 
-UNSAID: tuple[tuple[str, Any], ...] = (("head._target_", None), ("penalty", {}))
+UNSAID: tuple[tuple[str, Any], ...] = (
+    ("head._target_", None),
+    ("penalty", {}),
+    ("weights._target_", None),
+    ("finetune._target_", None),
+)
 """Keys that came later, with the value that means what runs without them did: their hashes stay."""
 
 

@@ -55,6 +55,10 @@ class Interventions:
         """Those that have a state of their own."""
         return {n: i for n, i in self.named.items() if overrides(i, "state_dict")}
 
+    def eager_only(self) -> str | None:
+        """Why the step cannot be compiled or captured, or `None`."""
+        return next((reason for i in self._all if (reason := i.eager_only)), None)
+
     def of_evaluation(self) -> tuple[str, ...]:
         """Names of those without which the network is not what is evaluated."""
         return tuple(name for name, i in self.named.items() if overrides(i, "evaluated"))

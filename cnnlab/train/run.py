@@ -70,6 +70,8 @@ class Run:
     """Each file of the data that could not be read, with the reason."""
     files: Files = field(default_factory=dict)
     """Those of each split, with their lengths."""
+    weights: dict[str, Any] | None = None
+    """What it started from, where that was trained before, as `run.json` keeps it."""
     state: State = field(default_factory=State)
     clock: Clock = field(default_factory=Clock)
     metrics: dict[str, float] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from cnnlab.heads import BoxHead, PointsHead
 from cnnlab.heads.boxes import averaged, boxes_from, mean_places
-from cnnlab.optim.groups import head_parameters
+from cnnlab.inspect.layers import head_parameters
 from cnnlab.protocols import Features
 
 HEADS = {"box": BoxHead, "box_points": PointsHead}

@@ -19,7 +19,7 @@ from cnnlab.models.alexnet import AlexNet
 from cnnlab.models.inception import Inception
 from cnnlab.models.resnet import CifarResNet, ResNet
 from cnnlab.models.speednet import SpeedNet
-from cnnlab.optim.groups import head_parameters
+from cnnlab.inspect.layers import head_parameters
 from cnnlab.protocols import ConvNet, Features
 
 SCENES = (

@@ -15,7 +15,7 @@ from cnnlab.composing.composer import Composer
 from cnnlab.errors import ConfigError
 from cnnlab.heads import LinearClassifier, NearestDecoder, UnpoolDecoder
 from cnnlab.models.cnn import CNN
-from cnnlab.optim.groups import head_parameters
+from cnnlab.inspect.layers import head_parameters
 from cnnlab.protocols import DataSpec, Features
 
 SCENES = (

@@ -11,7 +11,7 @@ from torch import nn
 
 from cnnlab.building.dry import on_meta
 from cnnlab.optim import freeze_parameters, parameter_groups
-from cnnlab.optim.groups import head_parameters, layers, named_layers
+from cnnlab.inspect.layers import head_parameters, layers, named_layers
 
 
 class Block(nn.Module):
