@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -79,6 +80,14 @@ def test_it_says_what_the_run_said_of_its_own_images(trained: Path):
     files = [trained / "photos" / name for name in run.files["test"]]
     found = network.read(files)
     assert torch.equal(found, loader.split.fetch(torch.arange(len(loader.split)))["image"])
+
+
+def test_the_network_keeps_its_averages_when_what_it_was_opened_as_is_gone(trained: Path):
+    network = cnnlab.open(trained / "run", "last")
+    alone = cnnlab.open(trained / "run", "last").model.state_dict()
+    gc.collect()
+    for name, value in network.model.state_dict().items():
+        assert torch.equal(alone[name], value), name
 
 
 def test_alone_or_in_any_batch_the_answer_is_the_same(trained: Path):

@@ -3,8 +3,9 @@ trained it. Its training data, cache and optimizer need not be there."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,6 @@ class Opened:
     placement: Placement
     penalties: Penalties
     notices: list[str] = field(default_factory=list)
-    averages: ExitStack = field(default_factory=ExitStack, repr=False)
-    """Keeps the averages of the weights in place of the last ones, where the run has averages."""
 
     @property
     def device(self) -> torch.device:
@@ -207,8 +206,9 @@ def open_run(
     for name, part in named.items():
         parts.register(name, part)
     parts.load_state_dict(state, path=path)
-    averages = ExitStack()
-    averages.enter_context(interventions.evaluated())  # for good: nobody trains this network
+    if own:
+        with interventions.evaluated():  # a copy keeps what it is here, whoever holds it, and holds what of it
+            model = copy.deepcopy(model)
     model = model.to(placement.device).eval()
     if placement.layout is Layout.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -230,7 +230,6 @@ def open_run(
         placement=placement,
         penalties=make_penalties(experiment),
         notices=list(placement.notices),
-        averages=averages,
     )
 
 

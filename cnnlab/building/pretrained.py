@@ -1,4 +1,4 @@
-"""Weights that were trained before, put into a network: what fits, what is adapted, what begins afresh, what is left."""
+"""Weights that were trained before, put into a network: what fits, what is adapted, what begins afresh."""
 
 from __future__ import annotations
 

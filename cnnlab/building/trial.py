@@ -325,8 +325,8 @@ class _Trial(Attempts):
 
             self.attempt("init", validated, "init")
         if optimizer and self.sound("groups", "finetune"):
-            among = ("optim", "finetune")
-            self.attempt("groups", lambda: make_optimizer(self.experiment, model), "groups", among=among)
+            others = ("optim", "finetune")
+            self.attempt("groups", lambda: make_optimizer(self.experiment, model), "groups", among=others)
 
     def is_own(self, group: str) -> bool:
         """Whether a group's part, or a value of it, is the user's choice, which its constructor may let pass."""

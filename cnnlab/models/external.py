@@ -326,7 +326,7 @@ class Timm(_External):
 def _timm_classifiers(network: nn.Module) -> tuple[str, ...]:
     """The parts of the network that its own `get_classifier` lies in (several where it was distilled), or the last one
     with weights."""
-    found: Any = network.get_classifier() if hasattr(network, "get_classifier") else ()
+    found: Any = getattr(network, "get_classifier", tuple)()
     modules = found if isinstance(found, tuple | list) else (found,)
     own = [name for name, module in network.named_modules() if any(module is part for part in modules) and name]
     return tuple(dict.fromkeys(f"network.{name.partition('.')[0]}" for name in own)) or _classifiers(network)

@@ -31,8 +31,8 @@ def parameter_groups(
 
     The group's rate at a step is `base rate · lr_scale · schedule.factor(step, total)`; whoever runs the
     schedule sets `lr` so. `lr_scale` is `head_lr` for the head and `layer_decay ** d` for a layer d places
-    before it (see `cnnlab.inspect.layers.named_layers`), times its own of `rates`. Frozen parameters are in no group and get `requires_grad = False`; what frozen
-    norm layers remember is kept by `cnnlab.interventions.Freeze`.
+    before it (see `cnnlab.inspect.layers.named_layers`), times the layer's own of `rates`. Frozen parameters are in no
+    group and get `requires_grad = False`; what frozen norm layers remember is kept by `cnnlab.interventions.Freeze`.
 
     Args:
         model: the network, its head in place.

@@ -17,8 +17,8 @@ from cnnlab.weights.base import Trained, Weights
 def _wanted(network: str | None, model_name: str | None, group: str) -> str:
     if (name := network or model_name) is None:
         raise ValueError(
-            f"expected weights.network=NAME for a network of the laboratory's own, such as resnet18 for model=resnet18; "
-            f"model=torchvision and model=timm name theirs (weights={group})"
+            f"`weights.network`: expected the name of a network of {group}'s, received none; type "
+            f"weights.network=resnet18 for model=resnet18. With model={group}, it is that of model.name"
         )
     return name
 
@@ -49,7 +49,7 @@ class TorchvisionWeights(Weights):
         names = [entry.name for entry in versions]
         if version is not None and version not in names:
             raise ValueError(
-                f"`weights.version={version}`: expected one of {listing(names)}, which torchvision has for {self.network}"
+                f"`weights.version={version}`: expected one of {listing(names)}, as torchvision has for {self.network}"
             )
         self._entry: Any = versions.DEFAULT if version is None else versions[version]
 

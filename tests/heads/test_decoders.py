@@ -15,11 +15,11 @@ from cnnlab.heads import BilinearDecoder, FullyConvolutional, NearestDecoder, Tr
 from cnnlab.heads.decoders import _unpool
 from cnnlab.heads.parts import Doubling, doublings
 from cnnlab.init import He
+from cnnlab.inspect.layers import head_parameters
 from cnnlab.models.alexnet import AlexNet
 from cnnlab.models.inception import Inception
 from cnnlab.models.resnet import CifarResNet, ResNet
 from cnnlab.models.speednet import SpeedNet
-from cnnlab.inspect.layers import head_parameters
 from cnnlab.protocols import ConvNet, Features
 
 SCENES = (

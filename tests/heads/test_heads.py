@@ -14,8 +14,8 @@ from cnnlab.building.trial import check, checked, headed
 from cnnlab.composing.composer import Composer
 from cnnlab.errors import ConfigError
 from cnnlab.heads import LinearClassifier, NearestDecoder, UnpoolDecoder
-from cnnlab.models.cnn import CNN
 from cnnlab.inspect.layers import head_parameters
+from cnnlab.models.cnn import CNN
 from cnnlab.protocols import DataSpec, Features
 
 SCENES = (

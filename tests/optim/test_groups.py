@@ -10,8 +10,8 @@ from lab_runs import make_run
 from torch import nn
 
 from cnnlab.building.dry import on_meta
-from cnnlab.optim import freeze_parameters, parameter_groups
 from cnnlab.inspect.layers import head_parameters, layers, named_layers
+from cnnlab.optim import freeze_parameters, parameter_groups
 
 
 class Block(nn.Module):
