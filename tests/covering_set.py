@@ -63,8 +63,9 @@ COMMON = (
 )
 """Two epochs of one step: what happens between epochs happens, and a schedule's whole length is two steps."""
 
-NOT_FACTORS = ("debug", "experiment", "groups", "loading", "local", "paths", "trainer")
-"""Groups of presets over the other groups' values; `trainer` and `groups` are covered setting by setting."""
+NOT_FACTORS = ("debug", "experiment", "groups", "loading", "local", "paths", "trainer", "weights")
+"""Groups of presets over the other groups' values; `trainer` and `groups` are covered setting by setting;
+and `weights`, which only fill what a network has."""
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "trainer.precision": ("fp32", "bf16", "fp16"),
@@ -91,6 +92,7 @@ STAND_INS: dict[str, tuple[str, ...]] = {
     "model=alexnet_2014": (_EIGHTH,),
     "model=inception_v3": ("model.width=0.1",),
     "optim=lbfgs": ("optim.max_iter=2",),
+    "finetune=partial": ("finetune.until=conv1",),
     "optim=newton_cg": ("optim.max_iter=2",),
 }
 """Options in a smaller size, so that a row takes a second: the code is the same, the numbers are not."""

@@ -42,9 +42,19 @@ COMPANY = {
     "head=unet": ("data=shapes", "task=segmentation"),
     "head=unpool": ("data=shapes", "task=segmentation", "model=vgg"),
     "model=torchvision": ("model.name=resnet18", *LARGE),
+    "finetune=partial": ("finetune.until=layer1",),
+    "weights=run": ("weights.run=somewhere",),
+    "weights=file": ("weights.file=some.pt",),
+    "weights=torchvision": ("weights.network=resnet18",),
+    "weights=timm": ("weights.network=resnet18",),
 }
 """What an option cannot do without."""
-EXTRAS = {"model=timm": "timm", "optim=lion": "pytorch_optimizer", "optim=shampoo": "pytorch_optimizer"}
+EXTRAS = {
+    "model=timm": "timm",
+    "weights=timm": "timm",
+    "optim=lion": "pytorch_optimizer",
+    "optim=shampoo": "pytorch_optimizer",
+}
 EXTRAS |= {"optim=soap": "pytorch_optimizer", "optim=sophia": "pytorch_optimizer"}
 """Options that need a package which the core does not."""
 

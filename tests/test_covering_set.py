@@ -90,7 +90,7 @@ def test_the_choices_to_blame_are_found(size: int) -> None:
 def test_every_group_is_a_factor(space: Space) -> None:
     with composer() as open_composer:
         listed = {group: open_composer.options(group) for group in open_composer.groups()}
-    presets = {"debug", "experiment", "groups", "loading", "local", "paths", "trainer"}
+    presets = {"debug", "experiment", "groups", "loading", "local", "paths", "trainer", "weights"}
     for group in listed.keys() - presets:
         options = {option.strip("[]") for option in space.factors[group]}
         assert set(listed[group]) <= options

@@ -404,7 +404,7 @@ def test_layers_thaw_one_after_the_other(base: Path, more: tuple[str, ...]):
     run.model.register_forward_pre_hook(compare)
     fit(run)
     late = ["fc", "layer3", "layer2", "layer1", "conv1"]
-    assert [moved for moved in seen[:5]] == [set(late[: count + 1]) for count in range(5)]
+    assert list(seen[:5]) == [set(late[: count + 1]) for count in range(5)]
 
 
 def test_moments_begin_with_a_layers_turn(base: Path):
