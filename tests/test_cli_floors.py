@@ -27,6 +27,7 @@ FLOORS: list[set[str]] = [
     {"data", "models", "heads", "init", "optim", "losses", "penalties", "augment", "interventions", "weights"},
     {"tasks", "observe"},
     {"train"},
+    {"explain"},
     {"building"},
     {"bench", "diagnose"},
     {"verbs"},
@@ -46,7 +47,17 @@ NO_TORCH = (
 """Modules and packages whose loading loads no torch, but for what is named next."""
 WITH_TORCH = {"runs.checkpoint"}
 
-HEAVY = {"torchvision", "sklearn", "torchmetrics", "timm", "pytorch_optimizer", "matplotlib", "pandas", "scipy"}
+HEAVY = {
+    "torchvision",
+    "sklearn",
+    "torchmetrics",
+    "timm",
+    "pytorch_optimizer",
+    "matplotlib",
+    "pandas",
+    "scipy",
+    "captum",
+}
 
 
 def modules() -> list[Path]:

@@ -15,7 +15,7 @@ from cnnlab.composing.experiment import Experiment
 from cnnlab.composing.hydra_private import get_args_parser
 from cnnlab.errors import UsageError, did_you_mean
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.explain import explain
+from cnnlab.verbs.words import explain
 
 
 class Parser(argparse.ArgumentParser):

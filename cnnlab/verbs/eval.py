@@ -110,7 +110,7 @@ def found_on(
     from cnnlab.building.opened import open_run
 
     network = open_run(folder, which, device=device, trust=trust)
-    found = data_for(network, _with_data(network, data, trust) if data else None)
+    found = data_for(network, with_data(network, data, trust) if data else None)
     if found.changes and not data:
         raise CheckpointError(
             "the data is not what this run had, so its test split may hold what it was trained on: "
@@ -135,7 +135,7 @@ def _remedy(network: Opened) -> str:
     )
 
 
-def _with_data(network: Opened, typed: Sequence[str], trust: Trust) -> Experiment:
+def with_data(network: Opened, typed: Sequence[str], trust: Trust) -> Experiment:
     """The run's experiment with what was typed of its data: `data=OPTION`, `data.KEY=VALUE`.
 
     Raises `UsageError` for anything else, `ConfigError` for values that the data set refuses.

@@ -1,280 +1,174 @@
-"""What a part, a group of parts or a setting is, with what each setting takes and means: `cnnlab help WORDS`, and
-`cnnlab train --help WORDS`."""
+"""`cnnlab explain RUN [IMAGES...]`: what a run's network looks at, as pictures."""
 
 from __future__ import annotations
 
 import json
-import re
-import shlex
-import shutil
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from cnnlab.composing.composer import Composed, Composer
-from cnnlab.composing.experiment import SECTIONS, VALUES
-from cnnlab.composing.groups import GROUPS
-from cnnlab.composing.meanings import (
-    Knob,
-    as_typed,
-    comments_of,
-    comments_on,
-    first_sentence,
-    knobs_of,
-    node_of,
-    parts_of,
-    summary_of,
-)
-from cnnlab.composing.overrides import LISTS, first_key, key_of, swept
-from cnnlab.composing.values import describe
-from cnnlab.errors import ConfigError, closest, did_you_mean, listing, short
-from cnnlab.runs.folder import flatten, jsonable
+from cnnlab.composing.trust import Trust
+from cnnlab.errors import DataError, UsageError
+from cnnlab.runs.folder import RunDir, jsonable, write_atomically
+from cnnlab.schema import Device
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.table import VERBS
+from cnnlab.verbs.arguments import TRUST, Parser
+from cnnlab.verbs.eval import with_data
 
-NARROWEST, WIDEST = 24, 110
-"""Columns between which the text is wrapped."""
+if TYPE_CHECKING:
+    from cnnlab.building.opened import Opened
+    from cnnlab.explain import Subject
+    from cnnlab.explain.examples import Examples
+
+EXAMPLES = """examples:
+  cnnlab explain outputs/shapes-resnet/2026-11-22_10-00-00-1a2b        eight images of the test split
+  cnnlab explain RUN cat.jpg photos/ --targets top3                   one's own images, three classes each
+  cnnlab explain RUN --methods gradcam,occlusion --targets ring,star  with pip install 'cnnlab[explain]'
+  cnnlab explain RUN --layers stages.1,stages.2 --count 20
+  cnnlab explain RUN --targets box:x1                                 of a localization; else a class
+  cnnlab explain RUN data.root=/new/place                             the run's data, where it has moved; or other data
+"""
+FOLDER = "explain"
 
 
-@dataclass(frozen=True)
-class Explained:
-    """What is told of one word of the command line."""
+def main(arguments: Sequence[str]) -> int:
+    args = _parser().parse_all(arguments)
+    if args.count < 1:
+        raise UsageError(f"--count {args.count}: expected 1 or more")
+    folder = RunDir(args.run)
+    files, typed = _split(args.images)
+    from cnnlab.building.opened import open_run
+    from cnnlab.explain import USUAL, Subject
+    from cnnlab.explain.examples import explained
+    from cnnlab.explain.methods import METHODS, require_known
 
-    title: str
-    text: str = ""
-    """Line by line, as its file has it."""
-    options: Mapping[str, str] | None = None
-    """What may stand after `GROUP=`, each with its first sentence."""
-    sets: tuple[str, ...] = ()
-    """Overrides that say the same as the option."""
-    knobs: tuple[Knob, ...] = ()
+    methods = list(METHODS) if args.methods == "all" else _names(args.methods) or list(USUAL)
+    require_known(methods)
+    trust = Trust.of(args.trust, args.config_dir)
+    network = open_run(folder, args.checkpoint, device=args.device, trust=trust)
+    subject = Subject(network.model, network.task, network.spec)
+    examples, bad = _of_files(network, files) if files else (_of_data(network, args.split, args.count, typed, trust), 0)
+    for notice in _notices(network, subject):
+        say(notice, err=True)
+    out = Path(args.out) if args.out else folder.path / FOLDER
+    from cnnlab.sinks.picture import png
 
-
-def explain(open_composer: Composer, words: Sequence[str], *, as_json: bool = False) -> int:
-    """Tells what each of the words names: overrides, or names of groups and settings; the exit code.
-
-    Raises `ConfigError` with every name that there is not.
-    """
-    explainer = _Explainer(open_composer)
-    found: list[Explained] = []
-    problems: list[str] = []
-    for word in _words(open_composer, words):
-        try:
-            found += explainer.explain(word)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    if as_json:
-        say(json.dumps(jsonable([_document(item) for item in found])))
-    else:
-        width = min(max(shutil.get_terminal_size((WIDEST, 24)).columns, NARROWEST), WIDEST)
-        say("\n\n".join("\n".join(_lines(item, width)) for item in found))
+    layers, targets = _names(args.layers), _names(args.targets)
+    records = []
+    for number, each in enumerate(explained(subject, examples, targets, methods, layers, region=args.region)):
+        path = out / f"{number:03d}-{_plain(each.name)}.png"
+        write_atomically(path, png(each.picture.permute(1, 2, 0).numpy()))
+        records.append({"image": each.name, "picture": path.name, "maps": each.records})
+        if not args.json:
+            _tell(path, each.records)
+    about = {"checkpoint": network.checkpoint, "step": network.step, "images": records}
+    document = json.dumps(jsonable(about), indent=1)
+    write_atomically(out / "maps.json", document.encode())
+    if args.json:
+        say(document)
+    if bad:
+        raise DataError(f"{bad} of {len(files)} images could not be read, and are left out")
     return 0
 
 
-def _words(open_composer: Composer, overrides: Sequence[str]) -> Iterator[str]:
-    """The overrides, of which a sweep gives one a value."""
-    for text in overrides:
-        (parsed,) = open_composer.parse([text]) if "=" in text else (None,)
-        yield from swept(parsed) if parsed is not None and parsed.is_sweep_override() else [text]
-
-
-class _Explainer:
-    def __init__(self, open_composer: Composer):
-        self.composer = open_composer
-        self.groups = [*open_composer.groups()]
-        self.chosen: dict[str, str] = {}
-        """The options typed so far, which later keys are about."""
-        self._composed: dict[tuple[str, ...], Composed] = {}
-
-    def explain(self, word: str) -> Iterator[Explained]:
-        key = key_of(word)
-        if "=" in word and key in self.groups and not _is_value(word):
-            self.chosen[key] = word.lstrip("+~")
-            yield from self.option(key, self.taken(key))
-        elif key in self.groups:
-            yield from self.group(key)
-        elif key in SECTIONS:
-            yield Explained(key, knobs=tuple(self.knobs(key)))
-        elif first_key(key) in self.groups:
-            yield self.setting(key)
-        elif key in VALUES:
-            meaning = comments_of(self.composer.text_of("", self.composer.config_name)).get(key, "")
-            knob = Knob(key, self.config().get(key), describe(VALUES[key]), meaning)
-            yield Explained(key, knobs=(knob,))
-        else:
-            raise self.unknown(word)
-
-    def unknown(self, word: str) -> ConfigError:
-        """No such name; among the settings that there are, and among the options."""
-        key = key_of(word)
-        if not key:
-            return ConfigError(
-                [f"`{short(word)}`: expected a group, an option or a setting; type cnnlab help model=vgg"]
-            )
-        options = {group: self.composer.options(group) for group in self.groups}
-        meant = [f"{group}={key}" for group, names in options.items() if key in names]
-        meant = meant or [path for path in flatten(self.config()) if path.rpartition(".")[2] == key][:1]
-        known = [*self.groups, *VALUES, *VERBS]
-        meant = meant or [name for name in [closest(key, known)] if name]
-        meant = meant or [f"{group}={name}" for group, names in options.items() if (name := closest(key, names, 0.8))]
-        hint = (
-            f" (did you mean {' or '.join(f'`{name}`' for name in meant)}?)" if meant else f"; known: {listing(known)}"
-        )
-        return ConfigError([f"`{short(word)}`: no verb, group or setting of this name{hint}"])
-
-    # ---- what is composed ----
-
-    def composed(self) -> Composed:
-        choices = tuple(self.chosen.values())
-        if choices not in self._composed:
-            self._composed[choices] = self.composer.compose(choices)
-        return self._composed[choices]
-
-    def config(self) -> dict[str, Any]:
-        return self.composed().config
-
-    def taken(self, group: str) -> list[str]:
-        """The options of a group that these choices take; of a list Hydra names none, and its parts tell them."""
-        composed = self.composed()
-        if group in self.chosen:
-            found = self.composer.parse([self.chosen[group]])[0].value()
-        else:
-            found = composed.choices.get(group, [*(composed.config.get(group) or {})])
-        return [str(name) for name in (found if isinstance(found, list) else [found]) if name is not None]
-
-    # ---- a group, an option, a setting ----
-
-    def group(self, group: str) -> Iterator[Explained]:
-        names = self.composer.options(group)
-        if len(names) > 1:
-            told = {name: first_sentence(summary_of(self.composer.text_of(group, name))) for name in names}
-            several = f"; several as a list: {group}=[A,B]" if group in LISTS else ""
-            yield Explained(f"{group}: its options{several}", options=told)
-        if group in SECTIONS:
-            yield Explained(group, knobs=tuple(self.knobs(group)))
-        elif group in GROUPS:
-            yield from self.option(group, self.taken(group))
-
-    def option(self, group: str, names: Sequence[str]) -> Iterator[Explained]:
-        for name in names:
-            text = self.composer.text_of(group, name)
-            title, knobs = f"{group}={name}", tuple(self.knobs(group, name))
-            sets: tuple[str, ...] = ()
-            if group in GROUPS:
-                node = self.config().get(group) or {}
-                title += f" ({node['_target_']})" if not GROUPS[group].named and node.get("_target_") else ""
-            else:
-                sets = _sets(group, node_of(text))
-                own = {line.partition("=")[0] for line in sets}
-                knobs = tuple(knob for knob in knobs if knob.key in own)
-                told = {knob.key for knob in knobs}
-                sets = tuple(line for line in sets if line.partition("=")[0] not in told)
-            yield Explained(title, summary_of(text), sets=sets, knobs=knobs)
-
-    def knobs(self, group: str, option: str | None = None) -> Iterator[Knob]:
-        """The settings of a section, or of the parts that an option of a group (without it: all that are taken) has."""
-        node = self.config().get(group) or {}
-        if group in SECTIONS:
-            said = [comments_on(self.composer, group, name) for name in self.taken(group)]
-            yield from knobs_of(group, node, {k: text for one in said for k, text in one.items()}, SECTIONS[group])
-            return
-        if group not in GROUPS:
-            return
-        for name in self.taken(group) if option is None else [option]:
-            comments = comments_on(self.composer, group, name)
-            for where, part in parts_of(group, node).items():
-                own = where.partition(".")[2]
-                if own and own not in _names_in(self.composer, group, name):
-                    continue
-                below = {path.removeprefix(f"{own}."): text for path, text in comments.items()} if own else comments
-                yield from knobs_of(where, part, below, trust=self.composer.trust)
-
-    def setting(self, key: str) -> Explained:
-        group = first_key(key)
-        if group not in SECTIONS and group not in GROUPS:
-            raise ConfigError([f"`{short(key)}`: {group} has options and no settings; type cnnlab help {group}"])
-        self._bring(group, key)
-        knobs = list(self.knobs(group))
-        below = tuple(k for k in knobs if k.key == key or k.key.startswith(f"{key}.") or key.startswith(f"{k.key}."))
-        if not below:
-            names = [k.key for k in knobs]
-            hint = did_you_mean(key, names) or f"; it has: {listing(n.partition('.')[2] for n in names)}"
-            raise ConfigError([f"`{short(key)}`: {group} has no {short(repr(key.partition('.')[2]))}{hint}"])
-        return Explained(key, knobs=below)
-
-    def _bring(self, group: str, key: str) -> None:
-        """Takes the part of a list that a key is about: `augment.crop.padding` is explained without augment=[crop]."""
-        name = key.split(".")[1]
-        named = group in GROUPS and GROUPS[group].named
-        if named and name in self.composer.options(group) and name not in (self.config().get(group) or {}):
-            self.chosen[group] = f"{group}=[{','.join([*self.taken(group), name])}]"
-
-
-def _is_value(word: str) -> bool:
-    """Whether a group is given a node rather than the name of an option."""
-    return word.partition("=")[2].lstrip("'\"").startswith("{")
-
-
-def _names_in(open_composer: Composer, group: str, option: str) -> set[str]:
-    """The names of the parts that an option of a list stands for."""
-    node = node_of(open_composer.text_of(group, option))
-    others = [entry for entry in node.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
-    return {str(name) for name in node}.union(*(_names_in(open_composer, group, other) for other in others))
-
-
-def _sets(group: str, node: Mapping[str, Any]) -> tuple[str, ...]:
-    """What an option that holds no part says, each as the override that says the same."""
-    prefix = f"{group}." if group in SECTIONS else ""
-    lines = []
-    for entry in node.get("defaults") or []:
-        for key, value in entry.items() if isinstance(entry, Mapping) else ():
-            lines.append(f"{re.split('@', key.removeprefix('override ').lstrip('/'))[0]}={as_typed(value)}")
-    plain = {str(key): value for key, value in node.items() if key != "defaults"}
-    return (*lines, *(f"{prefix}{key}={as_typed(value)}" for key, value in flatten(plain).items()))
-
-
-# ---- on a terminal, and as JSON ----
-
-
-def _lines(item: Explained, width: int) -> Iterator[str]:
-    yield from _wrapped(item.title, width, 0)
-    for line in item.text.splitlines():
-        yield from _wrapped(line, width, 2) or [""]
-    for name, text in (item.options or {}).items():
-        yield from _wrapped(f"{name}: {text}" if text else name, width, 2, 6)
-    if item.sets:
-        yield "  sets"
-        for line in item.sets:
-            yield from _wrapped(_for_the_shell(line), width, 4, 6)
-    for knob in item.knobs:
-        yield from _wrapped(_for_the_shell(knob.typed), width, 2, 6)
-        yield from _wrapped(knob.meaning, width, 6)
-        if knob.takes:
-            yield from _wrapped(f"takes {knob.takes}", width, 6)
-
-
-def _wrapped(text: str, width: int, indent: int, further: int | None = None) -> list[str]:
-    spaces = " " * indent
-    return textwrap.wrap(
-        one_line(text),
-        width,
-        initial_indent=spaces,
-        subsequent_indent=" " * (indent if further is None else further),
-        break_long_words=False,
-        break_on_hyphens=False,
+def _parser() -> Parser:
+    parser = Parser("explain", "Shows which pixels a run's network looks at; writes pictures to RUN/explain.", EXAMPLES)
+    parser.add_argument("run", help="a run folder")
+    what = "image files or folders; none: images of the run's data, or of other data (data=OPTION, data.KEY=VALUE)"
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help=what)
+    parser.add_argument("--methods", default="", metavar="NAME,...", help="`all`, or of those that --help ends with")
+    parser.add_argument(
+        "--targets",
+        default="predicted",
+        metavar="NAME,...",
+        help="predicted, true, top3, classes by name, box:x1 (y1, x2, y2)",
     )
+    parser.add_argument("--layers", default="", metavar="NAME,...", help="modules, as cnnlab summary names them")
+    parser.add_argument("--region", choices=["predicted", "all"], default="predicted", help="of a mask: what is scored")
+    parser.add_argument("--split", choices=["train", "val", "test"], default="test")
+    parser.add_argument("--count", type=int, default=8, help="images of the data, from all over the split")
+    parser.add_argument("--out", metavar="DIR", help="where the pictures go")
+    parser.add_argument("--checkpoint", choices=["best", "last"], default="best")
+    parser.add_argument("--device", choices=[device.value for device in Device], help="as trainer.device")
+    parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="where your own parts are")
+    parser.add_argument("--trust", **TRUST)
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return parser
 
 
-def _for_the_shell(line: str) -> str:
-    return line if set(line) <= set("[]{},:=.%+-/_") | set(_WORDS) else shlex.quote(line)
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
-_WORDS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+def _split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Files, those of folders in their order, and overrides of the data.
+
+    Raises `UsageError` for a file that is not there, and where both are given.
+    """
+    from cnnlab.data.formats import EXTENSIONS
+
+    files: list[Path] = []
+    typed = [word for word in words if "=" in word and not Path(word).exists()]
+    for path in (Path(word) for word in words if word not in typed):
+        if path.is_dir():
+            inside = sorted(each for each in path.rglob("*") if each.suffix.lower() in EXTENSIONS)
+            if not inside:
+                raise UsageError(f"{path}: no images in this folder")
+            files += inside
+        elif path.exists():
+            files.append(path)
+        else:
+            raise UsageError(f"{path}: no such image; expected files, folders, or data=OPTION")
+    if files and typed:
+        raise UsageError(f"expected images or overrides of the data, received both: {files[0]} and {typed[0]}")
+    return files, typed
 
 
-def _document(item: Explained) -> dict[str, Any]:
-    knobs = [{"key": k.key, "value": k.value, "takes": k.takes, "meaning": k.meaning} for k in item.knobs]
-    return {"title": item.title, "text": item.text, "options": item.options, "sets": list(item.sets), "settings": knobs}
+def _of_files(network: Opened, files: Sequence[Path]) -> tuple[Examples, int]:
+    """The images that can be read, and how many cannot, each of which is named."""
+    from cnnlab.explain.examples import Examples
+
+    images, failures = network.read_all(files)
+    for number, reason in failures.items():
+        say(f"left out: {one_line(str(files[number]))}: {one_line(reason)}", err=True)
+    read = [number for number in range(len(files)) if number not in failures]
+    if not read:
+        raise DataError(f"none of {len(files)} images could be read")
+    images = images[read]
+    return Examples([files[number].name for number in read], network.prepared(images), images), len(failures)
+
+
+def _of_data(network: Opened, split: str, count: int, typed: Sequence[str], trust: Trust) -> Examples:
+    from cnnlab.building.evaluation import data_for, loader_of
+    from cnnlab.explain.examples import Examples
+
+    data = data_for(network, with_data(network, typed, trust) if typed else None)
+    if data.changes:
+        say(f"{'data':<24} other than the run had: {one_line(data.changes)}", err=True)
+    batch = loader_of(network, split, data).some(count)
+    names = [f"{split} {index}" for index in batch["index"].tolist()]
+    truth = {name: value for name, value in batch.items() if name in ("label", "mask")}
+    return Examples(names, batch["image"], batch["image"], truth)
+
+
+def _notices(network: Opened, subject: Subject) -> Iterator[str]:
+    yield from network.notices
+    views = subject.views()
+    if views > 1:
+        yield f"evaluation averages {views} views of an image; what is explained is the answer to the image alone"
+    if network.forward.dtype.itemsize < 4:
+        yield "maps and scores are computed in float32, whatever precision the run had"
+
+
+def _plain(name: str) -> str:
+    """For a file's name."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)[-80:]
+
+
+def _tell(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    seen: dict[str, str] = {}
+    for record in records:
+        chance = "" if record["probability"] is None else f", p {record['probability']:.3f}"
+        seen[record["target"]] = f"{one_line(record['target'])} {record['score']:.3g}{chance}"
+    empty = [f"{r['method']} of {r['target']}: {r['evidence']}" for r in records if r["evidence"] != "some"]
+    say(f"{one_line(str(path))}  {'; '.join(seen.values())}" + "".join(f"; {one_line(text)}" for text in empty))

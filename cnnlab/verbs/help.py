@@ -8,8 +8,8 @@ from importlib import import_module
 from cnnlab.composing.composer import composer
 from cnnlab.terminal import say
 from cnnlab.verbs.arguments import override_parser, parse
-from cnnlab.verbs.explain import explain
 from cnnlab.verbs.table import VERBS
+from cnnlab.verbs.words import explain
 
 HELP = """cnnlab help: what a part is, and what each of its settings takes and means.
 

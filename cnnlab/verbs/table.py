@@ -5,6 +5,7 @@ VERBS = {
     "eval": "evaluate a run's checkpoint on one of its splits",
     "predict": "say what a trained network sees in image files, folders and lists",
     "export": "write a trained network as ONNX, torch.export and weights, checked on real samples",
+    "explain": "show what a run's network looks at: Grad-CAM, gradients, occlusion",
     "summary": "show a network layer by layer: shapes, parameters, multiply-adds, receptive fields",
     "lr-find": "find the learning rate by a sweep over all rates (optim.lr=auto takes it)",
     "landscape": "measure the loss around the weights: curvature, slope, noise, and what they mean",

@@ -1,0 +1,92 @@
+"""A network as it is explained: in evaluation mode, in float32, with gradients for its input and for nothing else; and
+as it was afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cnnlab.errors import UsageError
+from cnnlab.protocols import DataSpec, Outputs, as_outputs
+from cnnlab.rng import restored
+from cnnlab.tasks import Task
+
+
+@dataclass
+class Subject:
+    """A network, and what is needed to read its answers.
+
+    It computes in float32 (float64 where its weights are), whatever precision it trains in, because the gradients of
+    half-precision answers are mostly rounding; of the image alone, where evaluation averages several views of it.
+    """
+
+    model: nn.Module
+    task: Task
+    spec: DataSpec
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.task.class_names(self.spec)
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    def outputs(self, images: Tensor) -> Outputs:
+        """What the network gives for (N, C, H, W), by name, with its graph."""
+        with torch.autocast(images.device.type, enabled=False):
+            return as_outputs(self.model(images))
+
+    def views(self) -> int:
+        """How many views of an image evaluation averages, of which the image alone is explained."""
+        return len(self.task.views(torch.zeros(1, self.spec.channels, *self.spec.size, device=self.device)))
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """For the block, the network in evaluation mode and its weights without gradients; afterwards each module's
+        mode, what asks for gradients, the gradients, buffers and random generators are what they were.
+
+        Raises `UsageError` for networks that hooks cannot look into.
+        """
+        _require_open(self.model)
+        modes = {module: module.training for module in self.model.modules()}
+        asked = [p for p in self.model.parameters() if p.requires_grad]
+        buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
+        with ExitStack() as stack:
+            stack.enter_context(restored(self.device))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))  # it reaches into the backward pass
+            stack.callback(_put_back, modes, asked, buffers)
+            self.model.eval()
+            for parameter in asked:
+                parameter.requires_grad_(False)
+            yield
+
+
+def _put_back(modes: dict[nn.Module, bool], asked: list[nn.Parameter], buffers: list[tuple[Tensor, Tensor]]) -> None:
+    for module, training in modes.items():
+        module.training = training
+    for parameter in asked:
+        parameter.requires_grad_(True)
+    with torch.no_grad():
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+def _require_open(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"`{name}`" if name else "the network"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(
+                f"{where} is a TorchScript module, whose layers cannot be looked at; give the plain module"
+            )
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise UsageError(
+                f"{where} is compiled, and hooks on compiled layers never fire; open the run with cnnlab.open, which "
+                "compiles nothing, or give the module that was compiled"
+            )
