@@ -70,14 +70,15 @@ def framed(cells: Tensor, colours: Sequence[tuple[int, int, int]], width: int = 
 
 def boxed(cells: Tensor, boxes: Tensor, colours: Sequence[tuple[int, int, int]]) -> Tensor:
     """The cells (N, 3, H, W) with the outline of a box each, (N, 4), (x1, y1, x2, y2) in [0, 1] of width and height, in
-    `colours`, RGB of 0 to 255, with black beside it on its inner side; of a box without area, there is none to see."""
+    `colours`, RGB of 0 to 255: two pixels wide, of which the inner one is black where the colour is white. Of a box
+    without area, there is none to see."""
     drawn = cells.clone()
     height, width = cells.shape[-2:]
     pixels = boxes.detach().float().cpu() * torch.tensor([width, height, width, height])
     for cell, box, (x1, y1, x2, y2), colour in zip(drawn, boxes, pixels.round().int().tolist(), colours, strict=True):
         if not (box[2:] > box[:2]).all():
             continue
-        for inset, paint in ((1, (0, 0, 0)), (0, colour)):
+        for inset, paint in ((1, (0, 0, 0) if colour == TRUTH else colour), (0, colour)):
             left, top, right, bottom = x1 + inset, y1 + inset, max(x2, x1 + 1) - inset, max(y2, y1 + 1) - inset
             if left >= right or top >= bottom:
                 continue

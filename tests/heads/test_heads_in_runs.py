@@ -1,5 +1,5 @@
-"""All that surrounds a run goes with every decoder: statistics, half precision, views, resume, compiled steps, several
-processes."""
+"""All that surrounds a run goes with every decoder and box head: statistics, half precision, views, resume, compiled
+steps, several processes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lab_runs import all_state, differences, fitted, interrupted_at, make_run, r
 from rank_processes import run_ranks
 
 from cnnlab.machine.ranks import Ranks
+from cnnlab.tasks.boxes import mirrored
 from cnnlab.train import fit
 
 SCENES = (
@@ -26,11 +27,15 @@ BACKBONES = {
     "unpool": ("model=alexnet", "model.width=0.1"),
     "fcn": ("model=resnet", "model.width=4", "model.output_stride=2"),
 }
-HEADS = pytest.mark.parametrize("head", BACKBONES)
+DECODERS = pytest.mark.parametrize("head", BACKBONES)
+BOXES = ("box", "box_points")
+HEADS = pytest.mark.parametrize("head", [*BACKBONES, *BOXES])
+LOCALIZES = ("task=localization", "task.mse=1", "model=resnet", "model.width=4")
 
 
 def overrides(head: str, *more: str) -> tuple[str, ...]:
-    return (*SCENES, *BACKBONES[head], f"head={head}", *more)
+    scenes = [text for text in SCENES if not text.startswith("loss.parts")] if head in BOXES else SCENES
+    return (*scenes, *(LOCALIZES if head in BOXES else BACKBONES[head]), f"head={head}", *more)
 
 
 @HEADS
@@ -43,17 +48,30 @@ def test_a_resumed_run_is_the_unbroken_one_with_half_precision_augmentation_and_
     assert not differences(all_state(whole), all_state(run))
 
 
-@HEADS
+@DECODERS
 def test_mirrored_views_of_a_mirrored_image_give_the_mirrored_mask(head: str):
     run = make_run(*overrides(head, "task.views=mirror", "stats=off"))
     batch, _ = next(run.batches())
     model = run.model.eval()
     with torch.no_grad():
-        plain, mirrored = (
+        plain, mirror = (
             run.task.merge([(weight, model(view)) for weight, view in run.task.views(image)])["mask"]
             for image in (batch["image"], batch["image"].flip(-1))
         )
-    torch.testing.assert_close(plain, mirrored.flip(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain, mirror.flip(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", BOXES)
+def test_mirrored_views_of_a_mirrored_image_give_the_mirrored_box(head: str):
+    run = make_run(*overrides(head, "task.views=mirror", "stats=off", "trainer.precision=fp32"))
+    batch, _ = next(run.batches())
+    model = run.model.eval()
+    with torch.no_grad():
+        plain, mirror = (
+            run.task.merge([(weight, model(view)) for weight, view in run.task.views(image)])["box"]
+            for image in (batch["image"], batch["image"].flip(-1))
+        )
+    torch.testing.assert_close(plain, mirrored(mirror), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
