@@ -1,0 +1,157 @@
+"""`cnnlab check`: healthy experiments pass, planted faults are named, and nothing of it stays."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_runs import Answer
+from lab_runs import all_state, differences, make_run
+from PIL import Image
+from torch import Tensor, nn
+
+from cnnlab.data.splits import TensorSplit
+from cnnlab.diagnose.check_loss import finite_differences, gradients_arrive, samples_stay_apart
+from cnnlab.diagnose.checks import check_run
+from cnnlab.diagnose.copies import copies
+from cnnlab.diagnose.findings import Subject, Verdict
+from cnnlab.train import fit
+from cnnlab.train.run import Run
+
+Cli = Callable[..., Answer]
+SMALL = ("model=cnn", "model.widths=[8,8]", "stats=off")
+
+
+def verdicts(run: Run) -> dict[str, Verdict]:
+    return {finding.name: finding.verdict for finding in check_run(run)}
+
+
+@pytest.fixture(scope="module")
+def healthy() -> tuple[Run, dict[str, Verdict]]:
+    run = make_run(*SMALL, "regularization.l2=0.001")
+    return run, verdicts(run)
+
+
+def test_a_healthy_experiment_is_told_nothing_bad(healthy: tuple[Run, dict[str, Verdict]]):
+    assert set(healthy[1].values()) == {Verdict.good}
+    assert len(healthy[1]) == 13
+
+
+def test_nothing_of_it_stays(healthy: tuple[Run, dict[str, Verdict]]):
+    """The run afterwards is, bit for bit, one that was never checked."""
+    other = make_run(*SMALL, "regularization.l2=0.001")
+    assert differences(all_state(healthy[0]), all_state(other)) == []
+    again = copy.deepcopy(other.model.state_dict())
+    list(check_run(other))
+    assert all(torch.equal(value, other.model.state_dict()[name]) for name, value in again.items())
+    assert fit(other) == fit(make_run(*SMALL, "regularization.l2=0.001"))
+
+
+class Mixing(nn.Module):
+    """Adds the next sample's maps to each one's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * x.roll(1, 0)
+
+
+class WrongBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: object, slope: Tensor) -> Tensor:
+        return slope
+
+
+class Wrong(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return WrongBackward.apply(x)
+
+
+def with_layer(run: Run, layer: nn.Module) -> Subject:
+    """The run's network with a layer behind its first module that has weights."""
+    model = run.model
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    first.register_forward_hook(lambda module, args, output: layer(output))
+    return Subject.of(run)
+
+
+def test_a_layer_that_mixes_the_batch_is_found():
+    found = samples_stay_apart(with_layer(make_run(*SMALL, "norm=none"), Mixing()))
+    assert found is not None and found.verdict is Verdict.bad
+    batch_norm = samples_stay_apart(Subject.of(make_run(*SMALL, "norm=batch")))
+    assert batch_norm is not None and batch_norm.verdict is Verdict.good and "batch norm" in batch_norm.evidence
+
+
+def test_a_wrong_backward_pass_is_found():
+    found = finite_differences(with_layer(make_run(*SMALL), Wrong()))
+    assert found.verdict in (Verdict.watch, Verdict.bad)
+    assert finite_differences(Subject.of(make_run(*SMALL))).verdict is Verdict.good
+
+
+def test_parameters_without_a_gradient_are_named():
+    run = make_run(*SMALL)
+    run.model.register_parameter("unread", nn.Parameter(torch.ones(3)))
+    found = gradients_arrive(Subject.of(run))
+    assert found.verdict is Verdict.watch and "unread" in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("typed", "check"),
+    [
+        (("optim=sgd", "optim.lr=1000"), "learning rate"),
+        (("init=zeros",), "gradients arrive"),
+        (("init=zeros",), "learns by heart"),
+        (("init=normal", "init.std=2", "norm=none"), "loss at the start"),
+    ],
+)
+def test_what_keeps_a_network_from_learning_is_told(typed: tuple[str, ...], check: str):
+    assert verdicts(make_run(*SMALL, *typed))[check] in (Verdict.watch, Verdict.bad, Verdict.unknown)
+
+
+def image(seed: int) -> Tensor:
+    random = np.random.default_rng(seed)
+    smooth = Image.fromarray(random.integers(0, 256, (4, 4, 3), np.uint8)).resize((24, 24), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(smooth)).permute(2, 0, 1).contiguous()
+
+
+def split(images: list[Tensor]) -> TensorSplit:
+    return TensorSplit(torch.stack(images), {"label": torch.zeros(len(images), dtype=torch.long)}, "x")
+
+
+def saved_again(picture: Tensor, path: Path) -> Tensor:
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, quality=90)
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def test_copies_are_counted_exactly_and_nearly(tmp_path: Path):
+    train = [image(seed) for seed in range(30)]
+    turned = torch.rot90(train[5], 1, (1, 2)).contiguous()
+    mirrored = train[6].flip(2)
+    test = [image(100), train[3], turned, mirrored, saved_again(train[7], tmp_path / "x.jpg"), image(101)]
+    found = copies({"train": split(train), "val": split([image(200), image(201)]), "test": split(test)}, seed=0)
+    assert (found.exact, found.near, found.looked, found.judged) == (1, 4 - 1, 38, 8)
+    assert found.example == "test 1 and train 3"
+
+
+def test_images_within_one_split_may_be_alike():
+    same = [image(1)] * 5
+    found = copies({"train": split(same), "val": split([image(2)]), "test": split([image(3)])}, seed=0)
+    assert (found.exact, found.near) == (0, 0)
+
+
+def test_the_verb(cli: Cli):
+    answer = cli("check", *SMALL, "data.limit=64", "trainer.device=cpu", "--json")
+    assert answer.code == 0, answer.err
+    found = {row["check"]: row["verdict"] for row in json.loads(answer.out)["findings"]}
+    assert found["loss at the start"] == "good" and len(found) == 12
+    assert not list(Path().iterdir()), "nothing is written"
+    strict = cli("check", *SMALL, "data.limit=64", "init=zeros", "--strict")
+    assert strict.code == 2 and "learns by heart" in strict.err
+    assert "→" in strict.out
