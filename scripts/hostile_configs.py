@@ -5,8 +5,9 @@ which run folders were left half-made. Aim: none. What takes too long is stopped
 
 Every command runs in a process of its own, forked from one that has loaded torch, with a limit of time and memory, in
 an empty folder. A run folder is half-made where the command was refused (2, 5), or where its data could not be used (3)
-and its `run.json` does not say `failed` and why. What a config has executed leaves a marker file: `called` (by `os.system` and the like, or a function
-of the module `marker`), `imported` (the module `marker`, which only a run folder's config may not import).
+and its `run.json` does not say `failed` and why. What a config has executed leaves a marker file: `called` (by
+`os.system` and the like, or a function of the module `marker`), `imported` (the module `marker`, which only a run
+folder's config may not import).
 """
 
 from __future__ import annotations

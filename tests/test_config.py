@@ -102,6 +102,19 @@ def test_the_python_api_composes():
     assert cnnlab.compose(["seed=3"]).config["seed"] == 3
 
 
+def test_the_python_api_tells_all_that_is_wrong():
+    with pytest.raises(ConfigError) as told:
+        cnnlab.compose(["trainer.epochs=ten", "optim.lr=-3"])
+    assert [problem.split(":")[0] for problem in told.value.problems] == ["`trainer.epochs='ten'`", "`optim.lr=-3`"]
+    assert all(problem in str(told.value) for problem in told.value.problems)
+
+
+def test_the_python_api_builds_nothing_that_was_not_checked(shared_composer: Composer):
+    for unchecked in (shared_composer.compose(["optim.lr=-3"]), {"model": {}}, ["model=vgg"]):
+        with pytest.raises(TypeError, match=r"expected a checked experiment, as cnnlab\.compose"):
+            cnnlab.build(unchecked)
+
+
 # ---- a user's own folder ----
 
 
