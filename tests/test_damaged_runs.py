@@ -279,3 +279,14 @@ def test_a_plateau_takes_a_number_as_its_best(best: object):
     schedule.observe(0.5, "max")
     with pytest.raises(ValueError, match="expected a number as the best value"):
         schedule.load_state_dict({**schedule.state_dict(), "best": best})
+
+
+@pytest.mark.parametrize("name", ["classes", "class_counts", "size"])
+def test_an_evaluation_refuses_data_that_no_run_had(own: Path, cli: Callable[..., Any], name: str):
+    path = own / "checkpoints" / "last.pt"
+    state = checkpoint.load(path)
+    state["origin"]["data"][name] = [{"a": 1}]
+    checkpoint.save(state, path)
+    answer = cli("eval", str(own), "--checkpoint", "last")
+    assert answer.code == 5, answer.err
+    assert "last.pt" in answer.err and name in answer.err

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnnlab.errors import CheckpointError
+from cnnlab.errors import CheckpointError, short
 from cnnlab.runs import checkpoint, data_files
 from cnnlab.runs.data_files import Files
 from cnnlab.runs.folder import EARLIER_HASH, PLACES, RunDir, config_hash
@@ -101,6 +101,10 @@ def recorded_data(origin: Mapping[str, Any]) -> dict[str, Any]:
         for name, kind in known.items():
             if not isinstance(data[name], kind):
                 raise ValueError(f"expected a {kind.__name__} as its {name}, received {data[name]!r}")
+        items: dict[str, Any] = {"classes": str, "mask_classes": str, "size": int, "class_counts": (int, float)}
+        for name, kinds in items.items():
+            if not all(isinstance(item, kinds) for item in data.get(name) or ()):
+                raise ValueError(f"expected names or numbers as its {name}, received {short(str(data[name]))}")
         return dict(data)
     pairs = [text.partition(":") for text in origin["identity"]["data"].split()]
     return {"fingerprints": {name: value for name, _, value in pairs}}
