@@ -235,6 +235,7 @@ def test_torchvisions_weights_from_its_cache(tmp_path: Path, monkeypatch: pytest
     own = run.model.state_dict()
     assert all(torch.equal(own[f"network.{name}"], v) for name, v in theirs.items() if not name.startswith("fc."))
     assert run.weights is not None and run.weights["url"] == url
+    assert not any("normalize=" in line for line in run.notices)
     assert run.weights["new"] == dict.fromkeys(("network.fc.weight", "network.fc.bias"), "other classes")
     assert {name for name, p in run.model.named_parameters() if p.requires_grad} == {
         "network.fc.weight",
@@ -267,7 +268,8 @@ def test_timms_weights_are_timms(monkeypatch: pytest.MonkeyPatch):
         theirs = timm.create_model("resnet10t").state_dict()
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: theirs)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", lambda *_, **__: theirs)
-    run = make_run(*EXTERNAL[:-1], "model=timm", "model.name=resnet10t", "weights=timm")
+    run = make_run(*EXTERNAL[:3], "model=timm", "model.name=resnet10t", "weights=timm")
+    assert "weights: they were trained on images normalized by normalize=pretrained" in run.notices
     own = run.model.state_dict()
     assert all(torch.equal(own[f"network.{name}"], v) for name, v in theirs.items() if not name.startswith("fc."))
 

@@ -382,6 +382,8 @@ class _Builder:
             shape = (spec.channels, *spec.size)
             self.transferred = transfer(self.experiment, model, trained, task.class_names(spec), shape)
             self.notices += self.transferred.lines()
+            if trained.normalized and not self.experiment.node("normalize").name.endswith(".Pretrained"):
+                self.notices.append("weights: they were trained on images normalized by normalize=pretrained")
         elif self.experiment.node("finetune") and not self.resumed:
             self.notices.append("finetune: of weights that are as init made them, since weights=none")
 

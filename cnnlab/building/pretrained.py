@@ -77,7 +77,6 @@ class Transferred:
     left_over: list[str] = field(default_factory=list)
     """By their names in the weights."""
     head: str = ""
-    normalized: bool = False
     parameters: int = 0
     """Numbers that were taken over."""
 
@@ -123,7 +122,7 @@ class _Transfer:
     reuses: Callable[[str], bool] | None
 
     def run(self) -> Transferred:
-        told = Transferred(self.found.source, self.found.record, normalized=self.found.normalized)
+        told = Transferred(self.found.source, self.found.record)
         own, head = self.model.state_dict(), head_parameters(self.model)
         names = aligned(list(self.found.state), list(own))
         first = next((n for n, p in self.model.named_parameters() if p.ndim == 4 and p.shape[1] == self.channels), None)
