@@ -6,6 +6,7 @@ A list of tensors, one a parameter, is taken as one vector.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -103,3 +104,25 @@ def merge_moments(counts: Tensor, means: Tensor, stds: Tensor) -> tuple[Tensor, 
     mean = (counts * means).sum(0) / total
     variance = (counts * (stds.square() + (means - mean).square())).sum(0) / total
     return mean, variance.sqrt()
+
+
+def effective_rank(rows: Tensor) -> float:
+    """How many directions a set of vectors really spans: exp of the entropy of their singular values, as shares of
+    their sum (Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality", definition 1).
+
+    Between 1 (all are multiples of one) and the number of vectors, where they are orthogonal and of one length. Not
+    centred. Synchronizes.
+
+    Args:
+        rows: (N, features), one vector a row.
+
+    Returns:
+        NaN for vectors of zeros, or such as are not finite.
+    """
+    scale = rows.detach().abs().amax()
+    if not bool(torch.isfinite(scale)) or not bool(scale > 0):
+        return math.nan
+    scaled = rows.detach().double() / scale
+    values = torch.linalg.eigvalsh(scaled @ scaled.T).clamp_min(0).sqrt()
+    shares = values / values.sum()
+    return float(torch.special.entr(shares).sum().exp())

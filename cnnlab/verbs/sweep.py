@@ -48,7 +48,7 @@ def sweep(open_composer: Composer, args: Arguments) -> int:
     if torchrun().world > 1:
         raise UsageError("a sweep runs its cells one by one; start torchrun for each of them, without -m")
     cells = open_composer.cells(args.overrides)
-    folder = SweepDir(_checked(open_composer, cells))
+    folder = SweepDir(checked_cells(open_composer, cells))
     launch = _launcher(open_composer, folder.path, cells, json_output=args.json)
     folder.create()
     began = time.perf_counter()
@@ -76,7 +76,7 @@ def _interruption(stop: KeyboardInterrupt, folder: SweepDir) -> InterruptedRun:
     )
 
 
-def _checked(open_composer: Composer, cells: Sequence[Sequence[str]]) -> list[Experiment]:
+def checked_cells(open_composer: Composer, cells: Sequence[Sequence[str]]) -> list[Experiment]:
     from cnnlab.building.trial import checked
 
     composed: list[Experiment] = []

@@ -8,10 +8,11 @@ VERBS = {
     "explain": "show what a run's network looks at: Grad-CAM, gradients, occlusion",
     "summary": "show a network layer by layer: shapes, parameters, multiply-adds, receptive fields",
     "check": "tell what is wrong with an experiment before it trains",
+    "probe": "follow signals through an untrained network, beside theory; name the init that mends it",
     "lr-find": "find the learning rate by a sweep over all rates (optim.lr=auto takes it)",
     "landscape": "measure the loss around the weights: curvature, slope, noise, and what they mean",
     "bench": "measure how fast an experiment trains, and where its time goes",
     "help": "explain a part and its settings: cnnlab help model=vgg",
 }
-BUILDERS = ("train", "summary", "check", "lr-find", "landscape", "bench", "help")
+BUILDERS = ("train", "summary", "check", "probe", "lr-find", "landscape", "bench", "help")
 """Verbs that take overrides, since they build an experiment or explain one; the others read run folders."""
