@@ -19,10 +19,11 @@ from cnnlab.terminal import one_line
 REMEDY = "pip install 'cnnlab[figures]'"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
 """Told apart by the colour-blind (Okabe & Ito 2008)."""
-_LONGEST = 70
+_LONGEST = 46
 _PANELS: tuple[tuple[str, str, bool], ...] = (
     ("pre_std", "pre-activations: standard deviation", True),
     ("std", "activations: standard deviation", True),
+    ("signal", "signal: the part of it between inputs", True),
     ("gradient", "activation gradients: root mean square", True),
     ("angle", "angle between two inputs, degrees", False),
     ("effective_rank", "effective rank of the activations", False),
@@ -46,10 +47,9 @@ def drawn(configs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    rows = math.ceil(len(configs) / 2)
-    figure = Figure(figsize=(14, 7.6 + 0.24 * rows), dpi=110, layout="constrained")
+    figure = Figure(figsize=(17, 7.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3).flatten()
+    *axes, values_of, words = figure.subplots(2, 4).flatten()
     handles = []
     for number, (config, label) in enumerate(zip(configs, labels, strict=True)):
         colour = _COLOURS[number % len(_COLOURS)]
@@ -59,11 +59,11 @@ def drawn(configs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> bytes:
         for axis, (key, _, log) in zip(axes, _PANELS, strict=False):
             _curves(axis, config["layers"], key, log, look)
         values = [v for v in config["jacobian"]["singular_values"] if v > 0]
-        axes[5].plot(range(1, len(values) + 1), values, **look)
+        values_of.plot(range(1, len(values) + 1), values, **look)
     for axis, (_, title, log) in zip(axes, _PANELS, strict=False):
         _dressed(axis, title, "layer", log)
     for finding, where, config, number in _places(configs):
-        key = "gradient" if finding.startswith("gradient") else "std"
+        key = "gradient" if finding.startswith("gradient") else "signal"
         axis = axes[[panel[0] for panel in _PANELS].index(key)]
         value = config["layers"][where][key]
         if _is_drawn(value, True):
@@ -71,12 +71,12 @@ def drawn(configs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> bytes:
             axis.plot([where + 1], [value], marker="x", markersize=11, markeredgewidth=2.5, color=colour)
     exact = all(config["jacobian"]["exact"] for config in configs)
     title = "singular values of the input-output Jacobian" + ("" if exact else "\n(in random directions of the output)")
-    _dressed(axes[5], title, "number", True)
+    _dressed(values_of, title, "number", True)
     dashed = Line2D([], [], color="#555555", linestyle="--", linewidth=1.3, label="theory (mean field)")
     cross = Line2D([], [], color="#555555", linestyle="", marker="x", markersize=9, label="dies, or explodes, here")
-    figure.legend(
-        handles=[*handles, dashed, cross], loc="outside lower center", ncols=2, frameon=False, fontsize="small"
-    )
+    words.axis("off")
+    size = "small" if len(handles) <= 20 else "xx-small"
+    words.legend(handles=[*handles, dashed, cross], loc="upper left", frameon=False, fontsize=size)
     written = io.BytesIO()
     figure.savefig(written, format="png", metadata={"Software": None})
     return written.getvalue()

@@ -24,8 +24,8 @@ from cnnlab.diagnose.theory import Subtracted, Value
 from cnnlab.measure import effective_rank
 
 _ACTIVATIONS = frozenset(
-    "relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardswish "
-    "hardsigmoid hardtanh hardshrink softshrink tanhshrink threshold".split()
+    "relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish sigmoid logsigmoid tanh softplus softsign "
+    "hardswish hardsigmoid hardtanh hardshrink softshrink tanhshrink threshold".split()
 )
 _SAME = frozenset("dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout contiguous clone to".split())
 _WEIGHTED = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
@@ -144,8 +144,11 @@ class Followed(TorchFunctionMode):
         returned = func(*args, **kwargs)
         output = returned[0] if "_with_indices" in name else returned
         if not isinstance(output, Tensor):
-            if any(t.requires_grad for t in _tensors(output)):
+            parts = [t for t in _tensors(output) if t.requires_grad]
+            if parts:
                 self._lose(tensors)
+            for part in parts:
+                self._descends(part)
             return returned
         if not output.requires_grad or not output.is_floating_point():
             return returned
@@ -299,8 +302,9 @@ class _Call:
 def _weighted(call: _Call) -> Value | None:
     x, weight, bias = call.x, call.get(1, "weight"), call.get(2, "bias")
     transposed = "transpose" in call.func.__name__
-    names = ("stride", "padding", "output_padding", "groups", "dilation")
-    names = names if transposed else ("stride", "padding", "dilation", "groups")
+    names: Sequence[str] = ("stride", "padding", "dilation", "groups")
+    if transposed:
+        names = ("stride", "padding", "output_padding", "groups", "dilation")
     fallback = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
     geometry = {name: call.get(3 + place, name, fallback[name]) for place, name in enumerate(names)}
     if x.ndim != weight.ndim or _axis(x) != 1:
@@ -343,11 +347,14 @@ def _instance_norm(call: _Call) -> Value | None:
     return _by_input(call, x.flatten(2), eps, weight, bias) if _axis(x) == 1 else None
 
 
+_ADDING = ("__iadd__", "add_")  # in place
+
+
 def _sum(call: _Call) -> Value | None:
     left, right = call.args[:2]
     if not (isinstance(left, Tensor) and isinstance(right, Tensor)) or left.shape != right.shape or left is right:
         return None
-    if call.kwargs.get("alpha", 1) != 1 or call.output is left and call.func.__name__ not in ("__iadd__", "add_"):
+    if call.kwargs.get("alpha", 1) != 1 or (call.output is left and call.func.__name__ not in _ADDING):
         return None
     return theory.through_sum([call.pass_._value(left), call.pass_._value(right)])
 

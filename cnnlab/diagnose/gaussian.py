@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -57,8 +58,13 @@ class Moments:
         return math.sqrt(max(float(self.second.mean() - self.mean.mean() ** 2), 0.0))
 
     @property
+    def signal(self) -> float:
+        """The part of the standard deviation that is between inputs, by which they can be told apart."""
+        return math.sqrt(max(float((self.second - self.cross).mean()), 0.0))
+
+    @property
     def angle(self) -> float:
-        """Between two inputs' layers, in degrees, the mean over all pairs that `cross` has; NaN for a layer of zeros."""
+        """Between two inputs' values, in degrees, the mean over all pairs that `cross` has; NaN for zeros."""
         return angle(self.second.flatten(1).sum(1), self.cross.flatten(1).sum(1))
 
 
@@ -82,7 +88,7 @@ def _rule() -> tuple[Tensor, Tensor, Tensor]:
     """Nodes t (Q,), weights (Q,) of the standard normal, and the normalized Hermite polynomials there (Q, K)."""
     x, w = np.polynomial.legendre.leggauss(_NODES)
     nodes, weights = [], []
-    for low, high in zip(_PANELS, _PANELS[1:]):
+    for low, high in pairwise(_PANELS):
         half = (high - low) / 2
         t = low + half * (x + 1)
         nodes.append(t)

@@ -100,7 +100,6 @@ def _mended_by(experiment: Experiment, run: Run, batch: Batch, before: Signals, 
     """The first of the usual remedies under which nothing is found any more, as it is typed; each is tried on the
     network itself. `None` where none is."""
     bounded = any(layer.kind in BOUNDED for layer in before.layers)
-    now = experiment.node("init")
     for name in ("xavier", "orthogonal", "lsuv") if bounded else ("he", "orthogonal", "lsuv"):
         typed, config = INITS[name]
         tell(f"trying {typed}")
@@ -118,7 +117,6 @@ def _mended_by(experiment: Experiment, run: Run, batch: Batch, before: Signals, 
             return None
         if not findings(_signals(other.model, other, batch), other.model):
             return typed
-    assert now is not None
     return None
 
 
@@ -155,7 +153,6 @@ def _row(layer: Layer) -> dict[str, Any]:
         "name": layer.name,
         "kind": layer.kind,
         **asdict(layer.measured),
-        "signal": layer.signal,
         "effective_rank": layer.effective_rank,
         "theory": None if layer.theory is None else asdict(layer.theory),
     }

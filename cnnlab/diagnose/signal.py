@@ -37,12 +37,14 @@ class Level:
     """Figures of one layer; NaN where there is none.
 
     `pre_std` is the standard deviation of what goes into the activation, `std` of what comes out, over all units,
-    places and inputs; `gradient` the root mean square of the gradient of a sample's loss there; `angle` the mean angle
-    between two inputs' activations, in degrees.
+    places and inputs, `signal` the part of it that is between inputs (of each unit at each place, about its mean), by
+    which they can be told apart; `gradient` the root mean square of the gradient of a sample's loss there; `angle` the
+    mean angle between two inputs' activations, in degrees.
     """
 
     pre_std: float
     std: float
+    signal: float
     gradient: float
     angle: float
 
@@ -51,15 +53,13 @@ class Level:
 class Layer:
     """An activation (or, in a network without, a convolution or linear layer), measured and as theory has it.
 
-    `theory` is `None` where the theory has nothing to say. `signal` is the part of `std` that is between inputs, by
-    which they can be told apart; `effective_rank` that of the inputs' activations.
+    `theory` is `None` where the theory has nothing to say. `effective_rank` is that of the inputs' activations.
     """
 
     name: str
     kind: str
     measured: Level
     theory: Level | None
-    signal: float
     effective_rank: float
 
 
@@ -118,9 +118,7 @@ def measured(model: nn.Module, images: Tensor, objective: Objective) -> Signals:
     return Signals(layers, ends, jacobian, Moments.measured(images).angle, effective_rank(images.flatten(1)))
 
 
-def _followed(
-    model: nn.Module, images: Tensor, objective: Objective, *, linear: bool
-) -> tuple[Followed, list[Site]]:
+def _followed(model: nn.Module, images: Tensor, objective: Objective, *, linear: bool) -> tuple[Followed, list[Site]]:
     followed = Followed(model, linear=linear)
     leaf = images.detach().clone().requires_grad_()
     start = leaf + 0  # a network may begin in place, which a leaf does not allow
@@ -145,12 +143,12 @@ def _keeping_moments(model: nn.Module) -> Iterator[None]:
 
 
 def _layer(site: Site) -> Layer:
-    measured = Level(site.pre.std, site.post.std, site.gradient, site.post.angle)
+    level = Level(site.pre.std, site.post.std, site.signal, site.gradient, site.post.angle)
     theory = None
     if site.before is not None and site.after is not None and site.before.followed:
-        moments = site.before.moments, site.after.moments
-        theory = Level(moments[0].std, moments[1].std, root(site.after.gradient), moments[1].angle)
-    return Layer(site.name, site.kind, measured, theory, site.signal, site.rank)
+        before, after = site.before.moments, site.after.moments
+        theory = Level(before.std, after.std, after.signal, root(site.after.gradient), after.angle)
+    return Layer(site.name, site.kind, level, theory, site.rank)
 
 
 def jacobian_of(model: nn.Module, images: Tensor) -> Jacobian:

@@ -269,4 +269,3 @@ def _all_followed(values: Sequence[Value]) -> bool:
 def root(gradient: Tensor | None) -> float:
     """The root of the mean of second moments; NaN where there are none."""
     return math.nan if gradient is None else math.sqrt(float(gradient.mean()))
-
