@@ -322,29 +322,36 @@ def _linear(call: _Call) -> Value | None:
 def _batch_norm(call: _Call) -> Value | None:
     if not call.get(5, "training", False):
         return None
-    x = call.x.detach()
-    channels = x.movedim(1, 0).flatten(1)
-    subtracted = Subtracted.of(channels, channels)
     eps, weight, bias = call.get(7, "eps", 1e-5), call.get(3, "weight"), call.get(4, "bias")
-    return theory.through_norm(call.value, subtracted, eps, weight, bias, by_input=False)
+    return _normalized(call, lambda x: x.movedim(1, 0).flatten(1), eps, weight, bias, by_input=False)
 
 
-def _by_input(call: _Call, groups: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> Value:
-    """Args: groups (N, groups, members)."""
-    subtracted = Subtracted.of(groups.flatten(0, 1), groups.roll(-1, 0).flatten(0, 1))
-    return theory.through_norm(call.value, subtracted, eps, weight, bias, by_input=True)
+def _normalized(
+    call: _Call,
+    groups: Callable[[Tensor], Tensor],
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    by_input: bool = True,
+) -> Value | None:
+    """Args: groups: a tensor in the groups that share moments, (groups, members)."""
+    if _axis(call.x) != 1:
+        return None
+    subtracted = Subtracted(groups, call.x)
+    call.output.register_hook(subtracted.note_gradient)
+    return theory.through_norm(call.value, subtracted, eps, weight, bias, by_input=by_input)
 
 
 def _group_norm(call: _Call) -> Value | None:
-    x, groups = call.x.detach(), call.get(1, "num_groups")
+    count = call.get(1, "num_groups")
     weight, bias, eps = call.get(2, "weight"), call.get(3, "bias"), call.get(4, "eps", 1e-5)
-    return _by_input(call, x.reshape(len(x), groups, -1), eps, weight, bias) if _axis(x) == 1 else None
+    return _normalized(call, lambda x: x.reshape(len(x) * count, -1), eps, weight, bias)
 
 
 def _instance_norm(call: _Call) -> Value | None:
-    x = call.x.detach()
     weight, bias, eps = call.get(3, "weight"), call.get(4, "bias"), call.get(7, "eps", 1e-5)
-    return _by_input(call, x.flatten(2), eps, weight, bias) if _axis(x) == 1 else None
+    return _normalized(call, lambda x: x.flatten(2).flatten(0, 1), eps, weight, bias)
 
 
 _ADDING = ("__iadd__", "add_")  # in place
@@ -405,16 +412,13 @@ def _padded(call: _Call) -> Value | None:
 def _pooled(call: _Call, average: Callable[..., Tensor], **geometry: Any) -> Value | None:
     if _axis(call.x) != 1:
         return None
+    size = geometry.get("kernel_size")
+    if size is None:  # adaptive: the windows share the places out
+        window = call.x[0, 0].numel() / call.output[0, 0].numel()
+    else:
+        window = math.prod(size) if isinstance(size, list | tuple) else size ** (call.x.ndim - 2)
     maximum = "max" in call.func.__name__
-    run = partial(average, **geometry)
-    window = 1.0
-    if not maximum:
-        size = geometry.get("kernel_size")
-        if size is None:  # adaptive: the windows share the places out
-            window = call.x[0, 0].numel() / call.output[0, 0].numel()
-        else:
-            window = math.prod(size) if isinstance(size, list | tuple) else size ** (call.x.ndim - 2)
-    return theory.through_pooling(call.value, call.output, run, window)
+    return theory.through_pooling(call.value, call.output, partial(average, **geometry), window, maximum=maximum)
 
 
 def _pool(call: _Call) -> Value | None:
@@ -448,7 +452,7 @@ def _mean(call: _Call) -> Value | None:
         return None
     keep = call.get(2, "keepdim", False)
     run = partial(torch.mean, dim=dims, keepdim=keep)
-    return theory.through_pooling(call.value, call.output, run, x[0, 0].numel())
+    return theory.through_pooling(call.value, call.output, run, x[0, 0].numel(), maximum=False)
 
 
 _RULES: dict[str, Callable[[_Call], Value | None]] = {

@@ -34,7 +34,7 @@ INITS: dict[str, tuple[str, Mapping[str, Any]]] = {
 """What may mend a network: how it is typed, and what makes it."""
 BOUNDED = frozenset(["tanh", "sigmoid", "softsign", "hardtanh", "hardsigmoid"])
 """Activations that cut no half of the signal off, so that He's factor of 2 is not theirs."""
-_NORM = ("norm=batch", {"_target_": "cnnlab.models.norm.batch", "_partial_": True})
+NORM = ("norm=batch", {"_target_": "cnnlab.models.norm.batch", "_partial_": True})
 
 QUIET: Mapping[str, Any] = {
     "trainer.step": "eager",
@@ -109,10 +109,10 @@ def _mended_by(experiment: Experiment, run: Run, batch: Batch, before: Signals, 
     norm = experiment.node("norm")
     if norm or not experiment.node("model").takes("norm"):
         return None
-    for typed, values in ((_NORM[0], {}), (f"{_NORM[0]} {INITS['he'][0]}", {"init": INITS["he"][1]})):
+    for typed, values in ((NORM[0], {}), (f"{NORM[0]} {INITS['he'][0]}", {"init": INITS["he"][1]})):
         tell(f"trying {typed}")
         try:
-            other = _built(experiment, len(batch["index"]), {"norm": _NORM[1], **values})
+            other = _built(experiment, len(batch["index"]), {"norm": NORM[1], **values})
         except ValueError:
             return None
         if not findings(_signals(other.model, other, batch), other.model):

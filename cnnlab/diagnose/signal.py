@@ -170,5 +170,7 @@ def jacobian_of(model: nn.Module, images: Tensor) -> Jacobian:
     for direction in directions.to(flat):
         (row,) = torch.autograd.grad((flat @ direction).sum(), leaf, retain_graph=True, materialize_grads=True)
         rows.append(row.flatten(1))
-    values = torch.linalg.svdvals(torch.stack(rows, 1).double().nan_to_num(torch.nan, torch.nan, torch.nan).cpu())
+    jacobians = torch.stack(rows, 1).double().cpu()
+    finite = bool(torch.isfinite(jacobians).all())
+    values = torch.linalg.svdvals(jacobians) if finite else jacobians.new_full((1, len(rows)), math.nan)
     return Jacobian(name, tuple(values.mean(0).tolist()), exact)

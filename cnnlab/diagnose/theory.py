@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnnlab.diagnose.gaussian import Activation, Moments, activated
+from cnnlab.diagnose.gaussian import Activation, Moments, activated, slope_at_largest
 
 Adjoint = Callable[[Tensor], Tensor]
 """(N, 1, ...) second moments of the gradient at an output, to those at an input."""
 
 _CERTAIN = 25.0
 """A mean of the weights is none of chance where its square is so many times what chance gives."""
+_ROUNDING = 1e-30
 
 
 @dataclass
@@ -36,7 +37,8 @@ class Value:
 
     `followed` is false where the theory begins anew, at moments that were measured. `gradient` is (N, 1, ...), the
     second moment of the loss's gradient, once `propagate_back` has come here; `arrived` is the measured one, of
-    a tensor that something reads which the theory does not know.
+    a tensor that something reads which the theory does not know. `at_largest` says, behind an activation, by how much
+    more of the gradient passes at the largest of so many places than at any.
     """
 
     moments: Moments
@@ -46,6 +48,7 @@ class Value:
     gradient: Tensor | None = None
     arrived: Tensor | None = None
     watched: bool = False
+    at_largest: Callable[[float], Tensor] | None = None
 
     def note_gradient(self, gradient: Tensor) -> None:
         """For a hook on the tensor: what really arrives there."""
@@ -78,7 +81,11 @@ def through_activation(activation: Activation, before: Value) -> Value | None:
         moments, slope = activated(activation, before.moments)
     except (RuntimeError, ValueError, TypeError, IndexError):  # one that wants a map of channels
         return None
-    return Value(moments, True, before.axis, [(before, lambda g: g * slope)])
+
+    def at_largest(count: float) -> Tensor:
+        return torch.where(slope > 0, slope_at_largest(activation, before.moments, count) / slope, 1.0)
+
+    return Value(moments, True, before.axis, [(before, lambda g: g * slope)], at_largest=at_largest)
 
 
 def through_weights(
@@ -121,8 +128,8 @@ def _second_moment(weight: Tensor) -> Tensor | None:
     """E w² at each entry of the kernel; `None` for weights whose mean is none of chance: they are not random."""
     w = weight.detach().double()
     square, mean = w.square().mean((0, 1)), w.mean((0, 1))
-    chance = square.sum() / (w.shape[0] * w.shape[1])
-    if not bool(torch.isfinite(square).all()) or bool(mean.square().sum() > _CERTAIN * mean.numel() * chance):
+    chance = (square - mean.square()).clamp_min(0).sum() / (w.shape[0] * w.shape[1])
+    if not bool(torch.isfinite(square).all()) or bool(mean.square().sum() > _CERTAIN * chance + _ROUNDING):
         return None
     return square
 
@@ -143,22 +150,34 @@ def _adjoint_of(run: Callable[[Tensor], Tensor], like: Tensor, factor: float) ->
     return adjoint
 
 
-@dataclass(frozen=True)
 class Subtracted:
-    """What a norm layer takes away, as shares of the mean square that it sees: `own` of each input's, `shared` of the
-    product of two inputs' (measured)."""
+    """What a norm layer takes away, measured: of its input as shares of the mean square, `own` of each input's,
+    `shared` of the product of two inputs'; of the gradient on its way back all but `left`, which has neither a mean nor
+    a part along the normalized values (Ioffe & Szegedy 2015, section 3).
 
-    own: float
-    shared: float
+    Args:
+        groups: arranges a tensor in the groups that share moments, (groups, members).
+        x: the layer's input.
+    """
 
-    @classmethod
-    def of(cls, groups: Tensor, following: Tensor) -> Subtracted:
-        """Args: the values in their groups, (groups, members), and those of the next input, in theirs."""
-        mean, other = groups.double().mean(1), following.double().mean(1)
-        square = float(groups.double().square().mean())
-        if square == 0:
-            return cls(0.0, 0.0)
-        return cls(float(mean.square().mean()) / square, float((mean * other).mean()) / square)
+    def __init__(self, groups: Callable[[Tensor], Tensor], x: Tensor):
+        self._groups = groups
+        self._x = x.detach()
+        values, following = groups(self._x).double(), groups(self._x.roll(-1, 0)).double()
+        square = float(values.square().mean())
+        mean, other = values.mean(1), following.mean(1)
+        self.own = float(mean.square().mean()) / square if square else 0.0
+        self.shared = float((mean * other).mean()) / square if square else 0.0
+        self.left = 1.0
+
+    def note_gradient(self, gradient: Tensor) -> None:
+        """For a hook on the layer's output."""
+        arriving, values = self._groups(gradient.detach()).double(), self._groups(self._x).double()
+        values = values - values.mean(1, keepdim=True)
+        values = values / values.square().mean(1, keepdim=True).sqrt().clamp_min(_ROUNDING)
+        taken = arriving.mean(1).square() + (arriving * values).mean(1).square()
+        square = float(arriving.square().mean())
+        self.left = max(0.0, 1 - float(taken.mean()) / square) if square else 1.0
 
 
 def through_norm(
@@ -187,7 +206,7 @@ def through_norm(
         second * scale + added,
         (m.cross - product) * (scale * scale.roll(-1, 0)).sqrt() + added,
     )
-    return Value(found, True, before.axis, [(before, lambda g: g * scale)])
+    return Value(found, True, before.axis, [(before, lambda g: g * (scale * subtracted.left))])
 
 
 def through_sum(values: Sequence[Value]) -> Value:
@@ -246,16 +265,22 @@ def through_flattening(before: Value) -> Value:
     return Value(found, before.followed, 1, [(before, lambda g: g.reshape(-1, 1, *ones).expand(shape))])
 
 
-def through_pooling(before: Value, pooled: Tensor, average: Callable[[Tensor], Tensor], window: float) -> Value:
+def through_pooling(
+    before: Value, pooled: Tensor, average: Callable[[Tensor], Tensor], window: float, *, maximum: bool
+) -> Value:
     """Behind a pooling: the moments are those measured, since they depend on how places go together; gradients are
-    followed.
+    followed, of an average to all places of its window, of a maximum to one of them.
 
     Args:
         average: the average pooling of the same windows.
-        window: places that share a gradient: those of an average's window, 1 of a maximum's.
+        window: its places.
     """
-    moments, like = Moments.measured(pooled), before.moments.second
-    return Value(moments, False, 1, [(before, _adjoint_of(average, like, 1 / window))])
+    like = before.moments.second
+    back = _adjoint_of(average, like, 1.0 if maximum else 1 / window)
+    if not maximum or before.at_largest is None:
+        return Value(Moments.measured(pooled), False, 1, [(before, back)])
+    more = before.at_largest(window)
+    return Value(Moments.measured(pooled), False, 1, [(before, lambda g: back(g) * more)])
 
 
 def _same(gradient: Tensor) -> Tensor:
