@@ -2,8 +2,9 @@
 
     python scripts/signal_theory.py --width 64 --draws 3
 
-A plain network of 3x3 convolutions on 12 x 12 noise; by layer, the relative error of the root mean square over the draws
-of weights, of pre-activations and of activation gradients. One line a case: the median and the largest error over depth.
+A plain network of 3x3 convolutions on 12 x 12 noise; by layer, the relative error of the root mean square over the
+draws of weights, of pre-activations and of activation gradients. One line a case: the median and the largest error over
+depth.
 """
 
 from __future__ import annotations

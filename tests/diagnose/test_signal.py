@@ -43,7 +43,7 @@ def test_theory_says_what_is_measured_in_a_wide_network(activation: type[nn.Modu
     found = signals(initialized(plain(activation, norm=norm, **WIDE), init))
     assert [row.theory is not None for row in found.layers] == [True] * 6
     for key in ("pre_std", "std"):
-        assert max(errors(found, key)) < 0.2, key
+        assert max(errors(found, key)) < 0.35, key  # a rectifier adds up the chance of each layer
     # What a sigmoid gives all channels alike falls off at the padding, and batch norm keeps that and little else.
     assert max(errors(found, "gradient")) < (1.2 if norm and activation is nn.Sigmoid else 0.35)
 
