@@ -20,7 +20,6 @@ from cnnlab.machine.surroundings import torchrun
 from cnnlab.runs.folder import RunDir, jsonable, write_atomically
 from cnnlab.terminal import one_line, say
 from cnnlab.verbs.arguments import Arguments, answer, checked_experiment, override_parser, parse
-from cnnlab.verbs.reopen import reopened
 from cnnlab.verbs.sweep import checked_cells
 
 if TYPE_CHECKING:
@@ -144,6 +143,7 @@ def _fresh(experiment: Experiment) -> Experiment:
 
 
 def _of_run(open_composer: Composer, path: Path) -> Subject:
+    from cnnlab.building.reopen import reopened
     from cnnlab.building.trial import check
 
     folder = RunDir(path)
