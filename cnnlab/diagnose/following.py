@@ -119,10 +119,9 @@ class Followed(TorchFunctionMode):
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._whole is module:
-            self._whole = None
             if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                with torch._C.DisableTorchFunction():
-                    self._activation(type(module).__name__, module.forward, args[0], output, None)
+                self._activation(type(module).__name__, module.forward, args[0], output, None)
+            self._whole = None  # until here what is computed is not followed
         self._running.pop()
 
     def _name(self, kind: str) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from cnnlab import rng
 from cnnlab.diagnose.following import Followed, Site
@@ -23,6 +22,7 @@ from cnnlab.diagnose.theory import propagate_back, root
 from cnnlab.init.data_driven import training_without_noise
 from cnnlab.measure import effective_rank
 from cnnlab.protocols import Outputs, as_outputs
+from cnnlab.torch_private import NormBase
 
 JACOBIAN_IMAGES = 4
 DIRECTIONS = 16
@@ -112,7 +112,7 @@ def measured(model: nn.Module, images: Tensor, objective: Objective) -> Signals:
         layers = tuple(map(_layer, followed.sites))
         ends = tuple(map(_layer, outputs))
         for module in model.modules():
-            if isinstance(module, _NormBase) and module.track_running_stats:
+            if isinstance(module, NormBase) and module.track_running_stats:
                 module.eval()
         jacobian = jacobian_of(model, images[:JACOBIAN_IMAGES])
     return Signals(layers, ends, jacobian, Moments.measured(images).angle, effective_rank(images.flatten(1)))
@@ -132,7 +132,7 @@ def _followed(model: nn.Module, images: Tensor, objective: Objective, *, linear:
 @contextmanager
 def _keeping_moments(model: nn.Module) -> Iterator[None]:
     """Lets batch norms keep the last batch's moments, by which `eval` then normalizes."""
-    kept: list[tuple[Any, Any]] = [(m, m.momentum) for m in model.modules() if isinstance(m, _NormBase)]
+    kept: list[tuple[Any, Any]] = [(m, m.momentum) for m in model.modules() if isinstance(m, NormBase)]
     for module, _ in kept:
         module.momentum = 1.0
     try:
