@@ -42,11 +42,11 @@ def main(arguments: Sequence[str]) -> int:
     parser = override_parser("check")
     parser.add_argument("--strict", action="store_true")
     args = parse(arguments, parser)
-    if args.help:
+    if args.help and not args.overrides:
         say(HELP.rstrip())
         return 0
     with composer(args.config_dirs, args.config_name, args.trust) as open_composer:
-        if args.show:
+        if args.help or args.show:
             return answer(open_composer, args)
         experiment = checked_experiment(open_composer, args)
     from cnnlab.building.builder import build
