@@ -42,8 +42,10 @@ def initialized(model: nn.Module, init: Callable[[nn.Module, int], None] | None 
 def test_theory_says_what_is_measured_in_a_wide_network(activation: type[nn.Module], norm: bool, init: He):
     found = signals(initialized(plain(activation, norm=norm, **WIDE), init))
     assert [row.theory is not None for row in found.layers] == [True] * 6
+    # Without a norm a rectifier's deviation is a product of each layer's chance, which nothing draws back.
+    bound = 0.45 if not norm and activation in (nn.ReLU, nn.GELU) else 0.15
     for key in ("pre_std", "std"):
-        assert max(errors(found, key)) < 0.35, key  # a rectifier adds up the chance of each layer
+        assert max(errors(found, key)) < bound, key
     # What a sigmoid gives all channels alike falls off at the padding, and batch norm keeps that and little else.
     assert max(errors(found, "gradient")) < (1.2 if norm and activation is nn.Sigmoid else 0.35)
 
