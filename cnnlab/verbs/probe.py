@@ -69,12 +69,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--figure", metavar="FILE")
     parser.add_argument("--no-figure", action="store_true")
     args = parse(arguments, parser)
-    if args.help:
+    if args.help and not args.overrides:
         say(HELP.rstrip())
         return 0
     _require_sense(args)
     with composer(args.config_dirs, args.config_name, args.trust) as open_composer:
-        if args.show:
+        if args.help or args.show:
             return answer(open_composer, args)
         subjects = _subjects(open_composer, args)
     figure = _figure_path(subjects, args)
