@@ -194,3 +194,13 @@ def test_segmentation_opens_as_well(tmp_path: Path):
         expected = run.forward.outputs(batch["image"])["mask"]
     assert torch.equal(network.outputs(stored)["mask"], expected)
     assert network.predictions(stored)["mask"].shape == (len(stored), 16, 16)
+
+
+def test_what_a_folder_has_lost_is_told(trained: Path, cli: Cli, tmp_path: Path):
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    (run / "run.json").write_text("{}")
+    answer = cli("eval", str(run))
+    assert answer.code == 0 and "run.json is gone or empty" in answer.err
+    (run / ".hydra" / "overrides.yaml").unlink()
+    answer = cli("eval", str(run))
+    assert answer.code == 5 and "overrides.yaml" in answer.err

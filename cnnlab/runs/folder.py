@@ -296,6 +296,8 @@ class RunDir:
     def _read_yaml(self, name: str) -> Any:
         path = self._hydra / name
         if not os.path.exists(path):  # noqa: PTH110 (see `_no_run`)
+            if os.path.exists(self.config_file):  # noqa: PTH110
+                raise stored.damaged(path, "expected a file beside config.yaml, there is none")
             raise UsageError(self._no_run())
         return stored.yaml_document(path)
 

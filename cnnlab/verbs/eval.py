@@ -52,6 +52,8 @@ def main(arguments: Sequence[str]) -> int:
     trust = Trust.of(args.trust, args.config_dir)
     network, found = found_on(folder, args.split, args.checkpoint, args.device, args.data, trust)
     data = found.data or "as it was"
+    for notice in network.notices:
+        say(one_line(notice), err=True)
     status = folder.read().get("status")
     if args.json:
         about = {"checkpoint": network.checkpoint, "status": status, "data": data, "classes": found.classes}
