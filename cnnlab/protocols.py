@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,27 @@ class Split(Protocol):
 
     def fetch(self, index: Tensor) -> Batch:
         """The samples at `index` (n,) int64, `image` as uint8, with `index` itself in the batch."""
+        ...
+
+
+@dataclass
+class TakenApart:
+    """n images, each rendered again without one of its parts at a time, all else as it was."""
+
+    names: tuple[str, ...]
+    """Of the P parts."""
+    images: Tensor
+    """(n, P, C, H, W) uint8."""
+    visible: Tensor
+    """(n, P, H, W) bool: where the part is seen in the whole image."""
+
+
+@runtime_checkable
+class Renderer(Protocol):
+    """A data set that can take its images apart: what each part does to a network's answer is then known."""
+
+    def taken_apart(self, split: str, index: Tensor) -> TakenApart:
+        """The images at `index` (n,) int64 of a split. Cheap; needs no `load`."""
         ...
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.nn.functional import interpolate
 from cnnlab import rng
 from cnnlab.data.options import LabelledCut
 from cnnlab.data.splits import TensorSplit, digest, thinned
-from cnnlab.protocols import DataSpec, Split
+from cnnlab.protocols import DataSpec, Split, TakenApart
 from cnnlab.schema import NonNegativeInt, PositiveInt, Probability, Range
 
 CLASSES = ("circle", "square", "triangle", "cross", "ring", "star")
@@ -21,6 +22,30 @@ _CHUNK = 128  # keeps the fields (1.5 MB each) in cache: 3,000 scenes take 0.12 
 _TEXTURE = 5  # control points a side of the background's smooth texture
 _CHANNELS = 3
 _BAR_DRAWS = 7
+_ALONE = (0.18, 0.2)
+"""Radius of a shape that is alone, as a part of the side: least, and how much it varies."""
+_AMONG_OTHERS = (0.17, 0.07)
+"""Of the largest of several, which fits into a quarter of the image."""
+_SMALLER = (0.5, 0.25)
+"""Of the others, as a part of the largest one's."""
+_MARK = 0.125
+"""Side of a mark, as a part of the image's."""
+MARKS = ((1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0), (1.0, 1.0, 0), (1.0, 0, 1.0), (0, 1.0, 1.0))
+"""Colours of the marks, one a class."""
+
+
+class Part(NamedTuple):
+    """What is laid over a scene: coverage (n, S, S) in [0, 1], colour (n, 3), and the class of each one (n,) in a mask,
+    `None` for what is background."""
+
+    name: str
+    cover: Tensor
+    colour: Tensor
+    label: Tensor | None = None
+
+
+Draw = Callable[[str, int], Tensor]
+"""(stream, how many) to (n, how many) in [0, 1)."""
 
 
 @dataclass(eq=False)
@@ -30,7 +55,8 @@ class Shapes(LabelledCut):
     Each image is a function of (split_seed, split, index) alone: a larger `train` extends the smaller one and
     leaves val and test as they are. Classes are balanced (index modulo six).
 
-    Targets: `label`; `mask` with 0 the background and 1 + label the shape; `box`, the mask's tight bounds.
+    Targets: `label`; `mask` with 0 the background and 1 + label each shape; `box`, the tight bounds of the shape that
+    gives the class.
 
     Args:
         size: side of the images in pixels.
@@ -38,6 +64,13 @@ class Shapes(LabelledCut):
         clutter: bars behind the shape, in colours of their own; they are background.
         noise: half-width of the uniform grey noise on every pixel, as a part of the full range.
         contrast: least distance (Euclidean, in RGB of [0, 1]) of the shape's colour from the mean background.
+        objects: shapes a scene, each in a quarter of its own. The largest gives the class and the box; the others are
+            of any class and have half to three quarters of its radius.
+        shortcut: a planted shortcut: every training scene has a small square mark near a corner, in a colour that goes
+            with a class. In this part of the scenes it is the scene's own class, in the others one drawn from all. 0
+            makes the mark say nothing; `None` leaves it out.
+        shortcut_test: the mark in test scenes: of a class drawn from all (`random`), as in `train` (`same`), or left
+            out (`none`). In val it is as in `train`: whoever selects by val does not see the shortcut.
 
     `split_seed` is of the scenes.
     """
@@ -49,6 +82,9 @@ class Shapes(LabelledCut):
     clutter: NonNegativeInt = 3
     noise: Probability = 0.1
     contrast: Annotated[float, Range(low=0, high=0.8)] = 0.35
+    objects: Annotated[int, Range(low=1, high=4)] = 1
+    shortcut: Probability | None = None
+    shortcut_test: Literal["random", "same", "none"] = "random"
 
     def spec(self) -> DataSpec:
         return DataSpec(
@@ -60,7 +96,9 @@ class Shapes(LabelledCut):
         )
 
     def load(self) -> dict[str, Split]:
-        settings = (self.size, self.clutter, self.noise, self.contrast, self.split_seed)
+        settings: tuple[object, ...] = (self.size, self.clutter, self.noise, self.contrast, self.split_seed)
+        if self.objects > 1 or self.shortcut is not None:
+            settings = (*settings, self.objects, self.shortcut, self.shortcut_test)
         splits: dict[str, Split] = {}
         for name, count in (("train", self.train), ("val", self.val), ("test", self.test)):
             index = torch.arange(count)
@@ -79,30 +117,106 @@ class Shapes(LabelledCut):
             splits[name] = TensorSplit(images, targets, digest("shapes", *settings, name, index))
         return splits
 
+    def taken_apart(self, split: str, index: Tensor) -> TakenApart:
+        """The scenes at `index` (n,) of a split, rendered again without each of their parts: `mark`, `shape` (the one
+        that gives the class), `object1` and so on, and the bars `bar0` and so on."""
+        found = [self._taken_apart(split, piece) for piece in index.split(_CHUNK)]
+        images, visible = (torch.cat(tensors) for tensors in zip(*((each.images, each.visible) for each in found)))
+        return TakenApart(found[0].names, images, visible)
+
+    def _taken_apart(self, split: str, index: Tensor) -> TakenApart:
+        draw = self._draws(split, index)
+        parts = self._parts(split, index, draw)
+        images = [self._rendered(draw, [each for each in parts if each is not part]) for part in parts]
+        visible = [_seen(parts, number) >= 0.5 for number in range(len(parts))]
+        order = range(len(parts) - 1, -1, -1)  # the uppermost first
+        return TakenApart(
+            tuple(parts[i].name for i in order),
+            torch.stack([images[i] for i in order], 1),
+            torch.stack([visible[i] for i in order], 1),
+        )
+
+    def _draws(self, split: str, index: Tensor) -> Draw:
+        return lambda stream, count: rng.uniform(self.split_seed, f"shapes/{split}/{stream}", 0, index, count)
+
     def _scenes(self, split: str, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (n, 3, S, S) uint8, masks (n, S, S) uint8 and boxes (n, 4) of the scenes at `index` (n,)."""
+        draw = self._draws(split, index)
+        parts = self._parts(split, index, draw)
+        masks = torch.zeros(len(index), self.size, self.size, dtype=torch.int64)
+        boxes = torch.zeros(len(index), 4)
+        for part in parts:
+            inside = part.cover >= 0.5
+            if part.label is not None:
+                masks = torch.where(inside, (1 + part.label)[:, None, None], masks)
+                boxes = boxes_of(inside)  # of the last one, which lies above the others
+            elif part.name == "mark":
+                masks = torch.where(inside, 0, masks)
+        return self._rendered(draw, parts), masks.to(torch.uint8), boxes
 
-        def draw(stream: str, count: int) -> Tensor:
-            return rng.uniform(self.split_seed, f"shapes/{split}/{stream}", 0, index, count)
-
-        n, side = len(index), self.size
+    def _rendered(self, draw: Draw, parts: Sequence[Part]) -> Tensor:
+        """(n, 3, S, S) uint8: the background with the parts over it."""
+        side = self.size
         background = draw("background", _CHANNELS)
+        n = len(background)
         texture = draw("texture", _CHANNELS * _TEXTURE**2).view(n, _CHANNELS, _TEXTURE, _TEXTURE)
         smooth = interpolate(texture - 0.5, (side, side), mode="bilinear", align_corners=True)
         scene = background[:, :, None, None] + 0.5 * smooth
-        for bar in range(self.clutter):
-            scene = _over(scene, *self._bar(draw(f"bar{bar}", _BAR_DRAWS)))
-        cover = self._shape(index % len(CLASSES), draw("place", 4))
-        scene = _over(scene, cover, _away_from(draw("colour", _CHANNELS), background, self.contrast))
+        for part in parts:
+            scene = _over(scene, part.cover, part.colour)
         scene = scene + self.noise * (2 * draw("noise", side * side).view(n, 1, side, side) - 1)
-        masks = torch.where(cover >= 0.5, (1 + index % len(CLASSES))[:, None, None], 0).to(torch.uint8)
-        return scene.clamp(0, 1).mul(255).round().to(torch.uint8), masks, boxes_of(masks > 0)
+        return scene.clamp(0, 1).mul(255).round().to(torch.uint8)
 
-    def _shape(self, label: Tensor, place: Tensor) -> Tensor:
-        """(n, S, S) coverage in [0, 1] of the shapes `label` (n,), placed by `place` (n, 4) in [0, 1)."""
-        radius = (0.18 + 0.2 * place[:, 0]) * self.size
-        centre = radius[:, None] + place[:, 1:3] * (self.size - 2 * radius[:, None])
-        u, v = self._frame(centre, 2 * math.pi * place[:, 3])
+    def _parts(self, split: str, index: Tensor, draw: Draw) -> list[Part]:
+        """What lies over the background, the lowest first: bars, the other shapes, the shape, the mark."""
+        background, label = draw("background", _CHANNELS), index % len(CLASSES)
+        parts = [Part(f"bar{bar}", *self._bar(draw(f"bar{bar}", _BAR_DRAWS))) for bar in range(self.clutter)]
+        place = draw("place", 4)
+        radius, centre = self._placed(place)
+        if self.objects > 1:
+            radius = (_AMONG_OTHERS[0] + _AMONG_OTHERS[1] * place[:, 0]) * self.size
+            quarters = draw("quarters", 4).argsort(1)
+            centre = self._in_quarter(quarters[:, 0], radius, place[:, 1:3])
+            for number in range(1, self.objects):
+                other = draw(f"object{number}", 8)
+                kind = (other[:, 4] * len(CLASSES)).long()
+                smaller = radius * (_SMALLER[0] + _SMALLER[1] * other[:, 0])
+                where = self._in_quarter(quarters[:, number], smaller, other[:, 1:3])
+                colour = _away_from(other[:, 5:], background, self.contrast)
+                parts.append(Part(f"object{number}", self._shape(kind, smaller, where, other[:, 3]), colour, kind))
+        colour = _away_from(draw("colour", _CHANNELS), background, self.contrast)
+        parts.append(Part("shape", self._shape(label, radius, centre, place[:, 3]), colour, label))
+        if self.shortcut is not None and not (split == "test" and self.shortcut_test == "none"):
+            parts.append(self._mark(split, label, draw("mark", 5)))
+        return parts
+
+    def _mark(self, split: str, label: Tensor, draws: Tensor) -> Part:
+        """A square near one of the corners, in the colour of a class; `draws` (n, 5)."""
+        share = 0.0 if split == "test" and self.shortcut_test == "random" else self.shortcut
+        shown = torch.where(draws[:, 0] < share, label, (draws[:, 1] * len(CLASSES)).long())
+        corner = (draws[:, 2] * 4).long()
+        half = max(1.0, _MARK * self.size / 2)
+        offset = half + 1 + draws[:, 3:] * half
+        far = torch.stack([corner % 2, corner // 2], 1) == 1
+        centre = torch.where(far, self.size - offset, offset)
+        across, down = self._frame(centre, torch.zeros(len(label)))
+        inside = half - torch.maximum(across.abs(), down.abs())
+        return Part("mark", (inside + 0.5).clamp(0, 1), torch.tensor(MARKS)[shown])
+
+    def _placed(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Radius (n,) and centre (n, 2) in pixels of a shape that is alone, by `place` (n, 4) in [0, 1)."""
+        radius = (_ALONE[0] + _ALONE[1] * place[:, 0]) * self.size
+        return radius, radius[:, None] + place[:, 1:3] * (self.size - 2 * radius[:, None])
+
+    def _in_quarter(self, quarter: Tensor, radius: Tensor, place: Tensor) -> Tensor:
+        """(n, 2): the centre, in pixels, of a shape in a quarter (n,), at `place` (n, 2) of what room there is."""
+        corner = torch.stack([quarter % 2, quarter // 2], 1) * (self.size / 2)
+        return corner + radius[:, None] + place * (self.size / 2 - 2 * radius[:, None])
+
+    def _shape(self, label: Tensor, radius: Tensor, centre: Tensor, turn: Tensor) -> Tensor:
+        """(n, S, S) coverage in [0, 1] of the shapes `label` (n,) at `centre` (n, 2), in pixels, turned by `turn` (n,)
+        of a whole turn."""
+        u, v = self._frame(centre, 2 * math.pi * turn)
         u, v = u / radius[:, None, None], v / radius[:, None, None]
         inside = torch.empty_like(u)
         for number, name in enumerate(CLASSES):
@@ -142,6 +256,14 @@ def boxes_of(inside: Tensor) -> Tensor:
 def _over(scene: Tensor, cover: Tensor, colour: Tensor) -> Tensor:
     """The scene (n, 3, S, S) with `colour` (n, 3) laid over it where `cover` (n, S, S) is 1."""
     return torch.lerp(scene, colour[:, :, None, None].expand_as(scene), cover[:, None])
+
+
+def _seen(parts: Sequence[Part], number: int) -> Tensor:
+    """(n, S, S): how much of each pixel is of that part, with what lies above it."""
+    seen = parts[number].cover
+    for above in parts[number + 1 :]:
+        seen = seen * (1 - above.cover)
+    return seen
 
 
 def _away_from(colour: Tensor, other: Tensor, distance: float) -> Tensor:

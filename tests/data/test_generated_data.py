@@ -12,7 +12,7 @@ import torch
 
 from cnnlab.data import digits
 from cnnlab.data.digits import Digits
-from cnnlab.data.shapes import CLASSES, Shapes, boxes_of
+from cnnlab.data.shapes import CLASSES, MARKS, Shapes, boxes_of
 from cnnlab.protocols import Batch
 
 
@@ -133,6 +133,85 @@ def test_shapes_imbalance() -> None:
     split = Shapes(train=600, val=6, test=6, imbalance=10.0).load()["train"]
     assert split.labels is not None
     assert torch.bincount(split.labels).tolist() == [100, 63, 39, 25, 15, 10]
+
+
+def test_default_scenes_are_golden() -> None:
+    """Figures are compared on them: objects and shortcuts change nothing where they are off."""
+    batch = Shapes(train=300, val=1, test=1).load()["train"].fetch(torch.arange(300))
+    content = b"".join(batch[name].numpy().tobytes() for name in sorted(batch))
+    assert hashlib.sha256(content).hexdigest()[:16] == "2a89566a5df1a1dd"
+
+
+def test_the_largest_of_several_shapes_gives_the_class_and_the_box() -> None:
+    batch = scenes(train=60, size=64, objects=4, clutter=0, noise=0.0)
+    taken = Shapes(size=64, objects=4, clutter=0, noise=0.0).taken_apart("train", torch.arange(60))
+    assert taken.names == ("shape", "object3", "object2", "object1")
+    radii = []
+    for part in range(4):  # of what encloses each part: areas compare different figures
+        box = boxes_of(taken.visible[:, part])
+        radii.append((box[:, 2:] - box[:, :2]).amax(1))
+    assert (radii[0] > torch.stack(radii[1:]).amax(0)).float().mean() > 0.95, "a turned square's box is smaller than it"
+    assert torch.equal(boxes_of(taken.visible[:, 0]), batch["box"])
+    assert not (taken.visible.sum(1) > 1).any(), "each has a quarter of its own"
+    for n in range(60):
+        inside = taken.visible[n, 0]
+        assert batch["mask"][n][inside].unique().tolist() == [int(batch["label"][n]) + 1]
+        assert torch.equal(batch["mask"][n] > 0, taken.visible[n].any(0)), "every shape is in the mask"
+
+
+def test_a_part_that_is_taken_away_leaves_all_else_as_it_was() -> None:
+    settings: dict[str, Any] = {"size": 40, "objects": 3, "shortcut": 0.5, "clutter": 2}
+    whole = scenes(train=150, **settings)["image"]
+    taken = Shapes(**settings).taken_apart("train", torch.arange(150))
+    assert taken.images.shape == (150, 6, 3, 40, 40) and taken.names[:2] == ("mark", "shape")
+    changed = (taken.images != whole[:, None]).any(2)
+    for part, name in enumerate(taken.names):
+        near = grown(taken.visible[:, : part + 1].any(1))  # its own edge, or that of what lies above it
+        outside = changed[:, part] & ~near
+        assert outside.flatten(1).sum(1).max() <= 1, f"{name}: but for a tip that no pixel has half of"
+        assert changed[:, part][taken.visible[:, part]].float().mean() > 0.95, name
+    without = scenes(train=150, **{**settings, "shortcut": None})["image"]
+    assert torch.equal(taken.images[:, 0], without), "without its mark a scene is the one that never had one"
+    fewer = scenes(train=150, **{**settings, "clutter": 1})["image"]
+    assert torch.equal(taken.images[:, taken.names.index("bar1")], fewer)
+
+
+def grown(inside: torch.Tensor) -> torch.Tensor:
+    """By two pixels, which a part covers to less than half."""
+    return torch.nn.functional.max_pool2d(inside.float(), 5, 1, 2) > 0
+
+
+def marks(split: str, count: int, **settings: Any) -> torch.Tensor:
+    """(count,) the class whose colour the mark of each scene has, found in its pixels."""
+    data = Shapes(train=count, val=count, test=count, noise=0.0, **settings)
+    image = data.load()[split].fetch(torch.arange(count))["image"].float() / 255
+    inside = data.taken_apart(split, torch.arange(count)).visible[:, 0]
+    colour = torch.stack([image[n][:, inside[n]].median(1).values for n in range(count)])
+    return (colour[:, None] - torch.tensor(MARKS)).norm(dim=2).argmin(1)
+
+
+def test_a_shortcut_goes_with_the_class_in_its_share_of_the_scenes() -> None:
+    label = torch.arange(600) % 6
+    for split, settings, expected in (
+        ("train", {"shortcut": 0.7}, 0.7 + 0.3 / 6),
+        ("val", {"shortcut": 1.0}, 1.0),
+        ("test", {"shortcut": 1.0}, 1 / 6),
+        ("test", {"shortcut": 1.0, "shortcut_test": "same"}, 1.0),
+        ("train", {"shortcut": 0.0}, 1 / 6),
+    ):
+        share = (marks(split, 600, **settings) == label).float().mean()
+        assert share == pytest.approx(expected, abs=0.0 if expected == 1 else 0.06), (split, settings)
+    data = Shapes(shortcut=1.0, shortcut_test="none")
+    assert "mark" not in data.taken_apart("test", torch.arange(3)).names
+    assert "mark" in data.taken_apart("val", torch.arange(3)).names
+
+
+def test_scenes_with_options_have_a_fingerprint_of_their_own() -> None:
+    def print_of(**settings: Any) -> str:
+        return Shapes(train=6, val=1, test=6, **settings).load()["test"].fingerprint
+
+    options: list[dict[str, Any]] = [{}, {"objects": 2}, {"shortcut": 0.5}, {"shortcut": 0.5, "shortcut_test": "same"}]
+    assert len({print_of(**each) for each in options}) == len(options)
 
 
 def test_boxes_of_a_known_mask() -> None:
