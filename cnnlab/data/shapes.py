@@ -192,7 +192,7 @@ class Shapes(LabelledCut):
 
     def _mark(self, split: str, label: Tensor, draws: Tensor) -> Part:
         """A square near one of the corners, in the colour of a class; `draws` (n, 5)."""
-        share = 0.0 if split == "test" and self.shortcut_test == "random" else self.shortcut
+        share = 0.0 if split == "test" and self.shortcut_test == "random" else self.shortcut or 0.0
         shown = torch.where(draws[:, 0] < share, label, (draws[:, 1] * len(CLASSES)).long())
         corner = (draws[:, 2] * 4).long()
         half = max(1.0, _MARK * self.size / 2)
