@@ -12,10 +12,10 @@ from importlib import import_module
 from cnnlab import __version__
 from cnnlab.errors import CnnlabError, InterruptedRun, UsageError, did_you_mean
 from cnnlab.machine.interrupts import answered_by, number_of, raises, watcher
-from cnnlab.machine.memory import is_out_of_memory, out_of_memory
+from cnnlab.machine.memory import READING, TRAINING, is_out_of_memory, out_of_memory
 from cnnlab.machine.surroundings import require_folder, torchrun
 from cnnlab.terminal import fill_closed, guarded, say
-from cnnlab.verbs.table import VERBS
+from cnnlab.verbs.table import BUILDERS, VERBS
 
 SURROUNDINGS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE)
 """Refusals of a disk that are nobody's fault here, wherever they come from."""
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code or int(lost)
         except BaseException as error:
             with answered_by(_goes_on):
-                code = _told(error)
+                code = _told(error, arguments[:1])
             if isinstance(error, KeyboardInterrupt | InterruptedRun):
                 watcher.expect_end(code - 128)
             return code
@@ -79,7 +79,7 @@ def _goes_on(number: int, frame: object) -> None:
     """The process is about to end: another signal has nothing to add."""
 
 
-def _told(error: BaseException) -> int:
+def _told(error: BaseException, verb: Sequence[str]) -> int:
     """Says what ended the verb; its exit code."""
     if isinstance(error, KeyboardInterrupt):
         say("; ".join(["cnnlab: interrupted", *getattr(error, "__notes__", [])]), err=True)
@@ -92,15 +92,15 @@ def _told(error: BaseException) -> int:
         traceback.print_exception(error)
     # Under `torchrun` all processes find the same mistake; one tells it.
     if not isinstance(error, UsageError) or torchrun().rank == 0:
-        say(f"cnnlab: {_message(error)}", err=True)
+        say(f"cnnlab: {_message(error, verb)}", err=True)
     return error.exit_code if isinstance(error, CnnlabError) else 1
 
 
-def _message(error: Exception) -> str:
+def _message(error: Exception, verb: Sequence[str] = ()) -> str:
     if isinstance(error, CnnlabError):
         return str(error)
     if is_out_of_memory(error):
-        return out_of_memory(error)
+        return out_of_memory(error, TRAINING if not verb or verb[0] in BUILDERS else READING)
     if "does not have a deterministic implementation" in str(error):
         remedy = "type trainer.deterministic=false, or another model"
         return f"this network needs what the device computes in no fixed order; {remedy}\n({error})"

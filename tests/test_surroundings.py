@@ -9,18 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lab_runs import Interrupt, make_run
+from cli_runs import Answer
+from lab_runs import Interrupt, fitted, make_run
 
 from cnnlab.errors import DiskError, InterruptedRun
 from cnnlab.machine.interrupts import descendants
 from cnnlab.machine.surroundings import Place, left_over, torchrun
 from cnnlab.protocols import Listener
 from cnnlab.runs.disk import overwrite
-from cnnlab.runs.folder import RunDir
+from cnnlab.runs.folder import RunDir, write_atomically
 from cnnlab.train import fit
+
+Cli = Callable[..., Answer]
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
 
@@ -128,3 +132,51 @@ def test_a_process_that_hears_nothing_is_ended_with_its_children(tmp_path: Path)
             break
         time.sleep(0.05)
     assert ended(child)
+
+
+# ---- what other verbs write ----
+
+
+def test_a_long_name_is_written_beside_itself(tmp_path: Path):
+    path = tmp_path / ("é" * 125 + ".json")
+    write_atomically(path, b"{}")
+    assert path.read_bytes() == b"{}" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("surroundings") / "run"
+    fitted("model=cnn", "model.widths=[4]", folder=folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "out"),
+    [
+        (["export", "RUN", "--format", "state_dict", "--format", "torch", "--out", "OUT/e"], "e"),
+        (["explain", "RUN", "--count", "1", "--out", "OUT/m"], "m"),
+        (["probe", "model=cnn", "--images", "2", "--figure", "OUT/f.png"], "f.png"),
+        (["lr-find", "RUN", "--steps", "12", "--figure", "OUT/f.png"], "f.png"),
+        (["landscape", "RUN", "--parts", "noise", "--samples", "64", "--figure", "OUT/f.png"], "f.png"),
+    ],
+    ids=["export", "explain", "probe", "lr-find", "landscape"],
+)
+def test_a_verb_that_cannot_write_says_where_and_what_to_type(
+    arguments: list[str], out: str, trained: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+):
+    original = Path.open
+
+    def full(path: Path, mode: str = "r", *more, **options):
+        if "r" not in mode and path.is_relative_to(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path, mode, *more, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    answer = cli(*(text.replace("RUN", str(trained)).replace("OUT", str(tmp_path)) for text in arguments))
+    assert answer.code == 1
+    told = answer.err.splitlines()[-1]
+    assert told.startswith(f"cnnlab: {tmp_path / out}") and "could not be written: No space left" in told
+    flag = "--figure" if "--figure" in arguments else "--out"
+    assert f"free space, or type another {flag}" in told and "resume" not in told
+    assert answer.out if flag == "--figure" else True, "what was measured is told"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
 import warnings
@@ -23,6 +24,7 @@ from cnnlab.data.pixels import Pixels, Recipe, fitted
 from cnnlab.errors import CnnlabError, DataError, UsageError
 from cnnlab.runs.folder import config_hash, jsonable, write_atomically
 
+ELSEWHERE = "type another --out"
 FORMATS = ("state_dict", "torch", "onnx")
 FILES = {"state_dict": "weights.pt", "torch": "model.pt2", "onnx": "model.onnx"}
 BATCHES = (1, 2, 7)
@@ -91,8 +93,10 @@ def export(network: Opened, samples: Sequence[Tensor], folder: Path, formats: Se
         samples: (C, h, w) uint8 each; the files are tried on them in batches of 1, 2 and 7.
 
     Raises:
-        ExportError: the network cannot be exported, or what was written does not compute the same. What is wrong
-            does not stay.
+        DiskError: the disk refuses; a file is written whole or not at all.
+        ExportError: the network cannot be exported, or what would be written does not compute the same. What is wrong
+            is not written.
+        UsageError: a file is where the folder should be.
     """
     require_packages(formats)
     module = Deployed(network).eval()
@@ -103,24 +107,25 @@ def export(network: Opened, samples: Sequence[Tensor], folder: Path, formats: Se
         )
     about = _about(network, module.names)
     checked = []
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: expected a folder to write to, found a file")
     batches = {count: _batch(samples, count) for count in BATCHES}
     with torch.no_grad():
         expected = {count: module(batch) for count, batch in batches.items()}
         program = None if tuple(formats) == ("state_dict",) else _program(module, batches[2])
         for kind in formats:
             path = folder / FILES[kind]
-            run = _WRITERS[kind](network, module, program, path, about)
+            content, run = _PACKERS[kind](network, module, program, about)
             found = {count: _difference(run(batch), expected[count]) for count, batch in batches.items()}
             if not max(found.values()) <= TOLERANCE:
-                path.unlink(missing_ok=True)
                 raise ExportError(
                     f"{path}: expected outputs within {TOLERANCE:g} of the network's, received "
-                    f"{max(found.values()):.1e}; the file was removed"
+                    f"{max(found.values()):.1e}; it was not written"
                 )
+            write_atomically(path, content, ELSEWHERE)
             checked.append(Checked(kind, str(path), found))
     about |= {"files": [asdict(file) for file in checked], "pixels": {"largest": levels, "share": share}}
-    write_atomically(folder / "export.json", (json.dumps(jsonable(about), indent=2) + "\n").encode())
+    write_atomically(folder / "export.json", (json.dumps(jsonable(about), indent=2) + "\n").encode(), ELSEWHERE)
     return about
 
 
@@ -175,6 +180,8 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 _Run = Callable[[Tensor], Sequence[Tensor]]
+_Packed = tuple[bytes, _Run]
+"""What a file holds, and what it computes, read again from these very bytes."""
 
 
 def _program(module: Deployed, batch: Tensor) -> Any:
@@ -189,22 +196,25 @@ def _program(module: Deployed, batch: Tensor) -> Any:
         ) from error
 
 
-def _write_state(network: Opened, module: Deployed, program: Any, path: Path, about: dict[str, Any]) -> _Run:
-    torch.save(module.model.state_dict(), path)
+def _pack_state(network: Opened, module: Deployed, program: Any, about: dict[str, Any]) -> _Packed:
+    buffer = io.BytesIO()
+    torch.save(module.model.state_dict(), buffer)
     fresh = Deployed(network).eval()
     for parameter in fresh.model.parameters():
         parameter.zero_()  # so that nothing but the file can make it right
-    fresh.model.load_state_dict(torch.load(path, weights_only=True))
-    return fresh
+    fresh.model.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
+    return buffer.getvalue(), fresh
 
 
-def _write_torch(network: Opened, module: Deployed, program: Any, path: Path, about: dict[str, Any]) -> _Run:
+def _pack_torch(network: Opened, module: Deployed, program: Any, about: dict[str, Any]) -> _Packed:
+    # Into memory: where a disk is full, torch's own writer ends the process.
+    buffer = io.BytesIO()
     with _quiet():
-        torch.export.save(program, path, extra_files={"cnnlab.json": json.dumps(jsonable(about))})
-        return torch.export.load(path).module()
+        torch.export.save(program, buffer, extra_files={"cnnlab.json": json.dumps(jsonable(about))})
+        return buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module()
 
 
-def _write_onnx(network: Opened, module: Deployed, program: Any, path: Path, about: dict[str, Any]) -> _Run:
+def _pack_onnx(network: Opened, module: Deployed, program: Any, about: dict[str, Any]) -> _Packed:
     try:
         with _quiet():
             exported = torch.onnx.export(
@@ -213,19 +223,19 @@ def _write_onnx(network: Opened, module: Deployed, program: Any, path: Path, abo
             assert exported is not None
             for name, value in about.items():
                 exported.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(jsonable(value))
-            exported.save(str(path), external_data=False)
+            content = exported.model_proto.SerializeToString()
     except Exception as error:
         raise ExportError(f"torch's ONNX exporter cannot take this network: {str(error).strip()[:300]}") from error
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda batch: [torch.from_numpy(one) for one in session.run(None, {"images": batch.numpy()})]
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda batch: [torch.from_numpy(one) for one in session.run(None, {"images": batch.numpy()})]
 
 
-_WRITERS: dict[str, Callable[[Opened, Deployed, Any, Path, dict[str, Any]], _Run]] = {
-    "state_dict": _write_state,
-    "torch": _write_torch,
-    "onnx": _write_onnx,
+_PACKERS: dict[str, Callable[[Opened, Deployed, Any, dict[str, Any]], _Packed]] = {
+    "state_dict": _pack_state,
+    "torch": _pack_torch,
+    "onnx": _pack_onnx,
 }
 
 

@@ -39,6 +39,7 @@ from cnnlab.tasks import Task
 from cnnlab.train.forward import Forward, Penalties
 from cnnlab.train.origin import chosen, load_own, recorded_data
 from cnnlab.train.state import Totals
+from cnnlab.train.steps.halving import HalvingForward
 
 
 @dataclass
@@ -226,7 +227,7 @@ def open_run(
         model=model,
         pipeline=pipeline,
         recipe=recipe or _usual_recipe(spec),
-        forward=Forward(model, task, placement.device, placement.dtype),
+        forward=HalvingForward(model, task, placement.device, placement.dtype),
         placement=placement,
         penalties=make_penalties(experiment),
         notices=[*placement.notices, *_lost(folder)],

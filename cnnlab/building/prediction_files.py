@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from cnnlab.data.decode import decode
 from cnnlab.data.pixels import Recipe
 from cnnlab.errors import DataError, UsageError
 from cnnlab.protocols import VOID
+from cnnlab.runs.folder import write_atomically
 from cnnlab.sinks.picture import shortened
 from cnnlab.tasks.pictures import palette
 
@@ -57,13 +58,13 @@ class PredictionFiles:
     def write(self, found: Predicted) -> dict[str, str]:
         """The paths of what was written of a file, by `mask` and `overlay`.
 
-        Raises `DataError` where the file cannot be read again.
+        Raises `DataError` where the file cannot be read again, `DiskError` where the disk refuses.
         """
         name, written = self._free(found.file.name), dict[str, str]()
         if found.mask is not None:
-            written["mask"] = self._save("masks", f"{name}.png", lambda path: self._mask(found.mask).save(path))
+            written["mask"] = self._save("masks", f"{name}.png", self._mask(found.mask), format="PNG")
         image = self._drawn(found)
-        written["overlay"] = self._save("overlays", f"{name}.jpg", lambda path: image.save(path, quality=_QUALITY))
+        written["overlay"] = self._save("overlays", f"{name}.jpg", image, format="JPEG", quality=_QUALITY)
         return written
 
     def _free(self, name: str) -> str:
@@ -76,10 +77,10 @@ class PredictionFiles:
         self._taken.add(chosen.casefold())
         return chosen
 
-    def _save(self, kind: str, name: str, save: Callable[[Path], None]) -> str:
-        path = self.folder / kind / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(path)
+    def _save(self, kind: str, name: str, image: Image, **options: Any) -> str:
+        path, content = self.folder / kind / name, io.BytesIO()
+        image.save(content, **options)
+        write_atomically(path, content.getvalue(), "type another --out")
         return str(path)
 
     def _mask(self, mask: Array | None) -> Image:

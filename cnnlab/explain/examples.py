@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,10 @@ from cnnlab.explain.methods import explain
 from cnnlab.explain.pictures import Row, page
 from cnnlab.explain.scores import REGIONS, score_of
 from cnnlab.explain.subject import Subject
+from cnnlab.machine.device import give_back
+from cnnlab.machine.memory import is_out_of_memory
 
+_log = logging.getLogger(__name__)
 AT_ONCE = 32
 
 
@@ -30,11 +34,10 @@ class Examples:
     truth: dict[str, Tensor] = field(default_factory=dict)
     """`label`, `mask`, where they are known."""
 
-    def pieces(self) -> Iterator[Examples]:
-        for first in range(0, len(self.names), AT_ONCE):
-            part = slice(first, first + AT_ONCE)
-            truth = {name: value[part] for name, value in self.truth.items()}
-            yield Examples(self.names[part], self.prepared[part], self.shown[part], truth)
+    def some(self, first: int, count: int) -> Examples:
+        part = slice(first, first + count)
+        truth = {name: value[part] for name, value in self.truth.items()}
+        return Examples(self.names[part], self.prepared[part], self.shown[part], truth)
 
 
 @dataclass
@@ -56,14 +59,28 @@ def explained(
     region: str = REGIONS[0],
     verdicts: dict[str, str] | None = None,
 ) -> Iterator[Explained]:
-    """Each image with its maps.
+    """Each image with its maps; where memory ends, fewer images at once, which is said.
 
     Args:
         targets: see `score_of`; `topK` stands for the K classes with the highest logits.
         verdicts: what is said below the maps, by their title.
     """
-    for piece in examples.pieces():
-        yield from _piece(subject, piece, targets, methods, layers, region, verdicts or {})
+    first, at_once = 0, AT_ONCE
+    while first < len(examples.names):
+        piece = examples.some(first, at_once)
+        try:
+            found = list(_piece(subject, piece, targets, methods, layers, region, verdicts or {}))
+        except Exception as error:
+            if not is_out_of_memory(error) or len(piece.names) == 1:
+                raise
+            found, at_once = [], len(piece.names) // 2
+        if found:
+            first += len(found)
+            yield from found
+            continue
+        del piece  # only here, where the error is gone, is there room again
+        give_back(examples.prepared.device)
+        _log.warning("out of memory: %d images are explained at once from here on", at_once)
 
 
 def _piece(

@@ -29,20 +29,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | OSError | ImportError) and any(sign in str(error) for sign in _SIGNS)
 
 
-def out_of_memory(error: BaseException) -> str:
+TRAINING = (
+    "type a smaller trainer.batch_size, or trainer.accumulate=2 for the same batch in two pieces "
+    "(trainer.auto_accumulate=true finds as many as it takes); trainer.eval_batch_size=64, if it was in an evaluation"
+)
+READING = "one image at a time was tried, too; raise the limit (ulimit -v), end other programs, or take another device"
+"""What to do where a run is read: its network is given fewer images at once by itself."""
+
+
+def out_of_memory(error: BaseException, remedy: str = TRAINING) -> str:
     """One message for an error that `is_out_of_memory`: what was being allocated, what was there, what to type."""
-    remedy = (
-        "type a smaller trainer.batch_size, or trainer.accumulate=2 for the same batch in two pieces "
-        "(trainer.auto_accumulate=true finds as many as it takes)"
-    )
-    evaluation = "trainer.eval_batch_size=64, if it was in an evaluation"
     if type(error).__name__ == "OutOfMemoryError":
-        return f"the device has not enough memory; {remedy}; {evaluation}\n({error})"
+        return f"the device has not enough memory; {remedy}\n({error})"
     asked, left = _ASKED.search(str(error)), available()
     words = [f"{int(asked[1]) / 2**20:,.1f} MiB were asked for"] if asked else []
     words += [] if left is None else [f"about {left / 2**20:,.0f} MiB are left"]
     figures = f" ({', '.join(words)})" if words else ""
-    return f"this process has not enough memory{figures}; {remedy}; {evaluation}"
+    return f"this process has not enough memory{figures}; {remedy}"
 
 
 def available() -> int | None:

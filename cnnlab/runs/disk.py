@@ -15,33 +15,39 @@ from cnnlab.errors import DiskError
 
 _log = logging.getLogger(__name__)
 
-_ELSEWHERE = "type paths.outputs=FOLDER to write elsewhere"
+_OF_RUNS = "type paths.outputs=FOLDER to write elsewhere"
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """An `OSError` of the block becomes a `DiskError` that names `path` and says what to do."""
+def writing(path: Path, elsewhere: str | None = None) -> Iterator[None]:
+    """An `OSError` of the block becomes a `DiskError` that names `path` and says what to do.
+
+    Args:
+        elsewhere: what to type to write in another place; `None` for a file of a run.
+    """
     try:
         yield
     except DiskError:
         raise
     except OSError as error:
-        raise DiskError(f"{path} could not be written: {_in_words(path, error)}", error) from error
+        raise DiskError(f"{path} could not be written: {_in_words(path, error, elsewhere)}", error) from error
 
 
-def _in_words(path: Path, error: OSError) -> str:
+def _in_words(path: Path, error: OSError, elsewhere: str | None) -> str:
     reason = error.strerror or str(error)
+    again = " and go on with resume=RUN" if elsewhere is None else ""
+    elsewhere = elsewhere or _OF_RUNS
     if error.errno in _FULL:
-        return f"{reason} ({free(path)}); free space and go on with resume=RUN, or {_ELSEWHERE}"
+        return f"{reason} ({free(path)}); free space{again}, or {elsewhere}"
     if error.errno in _FORBIDDEN:
-        return f"{reason}; make the folder writable, or {_ELSEWHERE}"
+        return f"{reason}; make the folder writable, or {elsewhere}"
     if error.errno == errno.EFBIG:
-        return f"{reason}; raise the limit (ulimit -f unlimited), or {_ELSEWHERE}"
+        return f"{reason}; raise the limit (ulimit -f unlimited), or {elsewhere}"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return f"{reason}; raise the limit (ulimit -n 4096)"
-    return f"{reason}; look at the disk, or {_ELSEWHERE}"
+    return f"{reason}; look at the disk, or {elsewhere}"
 
 
 def free(path: Path) -> str:

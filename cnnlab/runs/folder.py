@@ -86,6 +86,8 @@ _PARTS = (
     "checkpoints",
 )
 """What a run leaves beside `.hydra`, and begins anew where it begins again."""
+_LONGEST_NAME = 200
+"""Bytes; most file systems take 255, and a temporary name is longer than the one it stands for."""
 _TORN = re.compile(r"\..+\.\d+\.tmp")
 
 
@@ -102,13 +104,17 @@ EARLIER_HASH = "_earlier_hash"
 """Where a config of an earlier version keeps the hash that its checkpoints know it by."""
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview, elsewhere: str | None = None) -> None:
     """The whole content or none: written beside `path`, synced to disk, then renamed over it.
+
+    Args:
+        elsewhere: see `cnnlab.runs.disk.writing`.
 
     Raises `DiskError` when the disk refuses; what was there before stays.
     """
-    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
-    with writing(path):
+    name = path.name if len(os.fsencode(path.name)) <= _LONGEST_NAME else path.name[: _LONGEST_NAME // 4]
+    temporary = path.with_name(f".{name}.{threading.get_native_id()}.tmp")
+    with writing(path, elsewhere):
         ensure(path.parent)
         try:
             with temporary.open("wb") as file:

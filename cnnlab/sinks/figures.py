@@ -41,7 +41,7 @@ def blank(width: float = 8.0, height: float = 5.0, rows: int = 1, columns: int =
 
 def save(figure: Figure, path: Path) -> None:
     """Writes the PNG, whole or not at all. Raises `DiskError` where the disk refuses."""
-    write_atomically(path, _png(figure))
+    write_atomically(path, _png(figure), "type another --figure")
 
 
 def show(figure: Figure) -> bool:

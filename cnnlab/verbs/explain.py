@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   cnnlab explain RUN data.root=/new/place                             the run's data, where it has moved; or other data
 """
 FOLDER = "explain"
+ELSEWHERE = "type another --out"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,15 +58,15 @@ def main(arguments: Sequence[str]) -> int:
     records = []
     for number, each in enumerate(explained(subject, examples, targets, methods, layers, region=args.region)):
         path = out / f"{number:03d}-{_plain(each.name)}.png"
-        write_atomically(path, png(each.picture.permute(1, 2, 0).numpy()))
+        write_atomically(path, png(each.picture.permute(1, 2, 0).numpy()), ELSEWHERE)
         records.append({"image": each.name, "picture": path.name, "maps": each.records})
         if not args.json:
             _tell(path, each.records)
     about = {"checkpoint": network.checkpoint, "step": network.step, "images": records}
     document = json.dumps(jsonable(about), indent=1)
-    write_atomically(out / "maps.json", document.encode())
     if args.json:
         say(document)
+    write_atomically(out / "maps.json", document.encode(), ELSEWHERE)
     if bad:
         raise DataError(f"{bad} of {len(files)} images could not be read, and are left out")
     return 0

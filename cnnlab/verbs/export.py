@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--trust", **TRUST)
     parser.add_argument("--json", action="store_true", help="export.json on stdout, too")
     args = parser.parse_all(arguments)
-    from cnnlab.building.export import FORMATS, export, require_packages
+    from cnnlab.building.export import ELSEWHERE, FORMATS, export, require_packages
     from cnnlab.building.model_card import model_card
     from cnnlab.building.opened import open_run
 
@@ -52,11 +52,8 @@ def main(arguments: Sequence[str]) -> int:
     require_packages(formats)
     network = open_run(args.run, args.checkpoint, device="cpu", trust=Trust.of(args.trust, args.config_dir))
     folder = network.folder.path / "export" if args.out is None else Path(args.out)
-    try:
-        about = export(network, _samples(network, args.paths), folder, formats)
-        write_atomically(folder / "README.md", model_card(about).encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise UsageError(f"{folder}: expected a folder to write to, received: {error}") from error
+    about = export(network, _samples(network, args.paths), folder, formats)
+    write_atomically(folder / "README.md", model_card(about).encode("utf-8", "backslashreplace"), ELSEWHERE)
     say(json.dumps(jsonable(about)) if args.json else _told(about))
     return 0
 

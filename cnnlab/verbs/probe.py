@@ -86,16 +86,16 @@ def main(arguments: Sequence[str]) -> int:
             document = probe(subject.experiment, images=args.own.images, tell=told(number, subject.label))
             about = {"label": subject.label, "overrides": list(subject.experiment.overrides)}
             found.append({**about, "run": None if subject.run is None else str(subject.run.path), **document})
-    if figure is not None:
-        from cnnlab.diagnose.figure import drawn
-
-        write_atomically(figure, drawn(found, [subject.label for subject in subjects]))
     if args.json:
         document = {"schema_version": SCHEMA_VERSION, "configs": found, "figure": figure and str(figure)}
         say(json.dumps(jsonable(document)))
     else:
         _show(found)
-        if figure is not None:
+    if figure is not None:  # what was measured is told before a disk can refuse its picture
+        from cnnlab.diagnose.figure import drawn
+
+        write_atomically(figure, drawn(found, [subject.label for subject in subjects]), "type another --figure")
+        if not args.json:
             say(f"figure: {one_line(str(figure))}")
     return 0
 

@@ -12,8 +12,12 @@ from lab_runs import fitted, make_run, resume_run
 from test_step import NORM_FREE, same_weights
 from torch import nn
 
+from cnnlab.building.evaluation import data_for, evaluate, loader_of
+from cnnlab.building.opened import open_run
 from cnnlab.building.trial import compose
 from cnnlab.errors import ConfigError
+from cnnlab.explain import Subject
+from cnnlab.explain.examples import Examples, explained
 from cnnlab.runs import checkpoint
 from cnnlab.train import fit
 
@@ -115,3 +119,40 @@ def test_it_is_refused_on_several_processes(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(ConfigError, match="expected one process, received 2"):
         compose([AUTO])
+
+
+def test_a_trained_network_takes_fewer_images_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """For evaluations and predictions of a run folder, with no option asked for."""
+    fitted(*NORM_FREE, folder=tmp_path)
+    images = torch.randint(0, 256, (11, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    whole = open_run(tmp_path)
+    logits, found = whole.outputs(images)["logits"], evaluate(whole, "val", data_for(whole)).figures
+    Small(monkeypatch, 0, evaluation=3)
+    network = open_run(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(network.outputs(images)["logits"], logits, rtol=1e-5, atol=1e-6)
+        assert evaluate(network, "val", data_for(network)).figures == pytest.approx(found, rel=1e-5)
+    assert caplog.messages[0] == "out of memory: a batch is evaluated in pieces of 3 from here on"
+    Small(monkeypatch, 0, evaluation=0)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        open_run(tmp_path).outputs(images)
+
+
+def test_explanations_are_made_of_fewer_images_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    fitted(*NORM_FREE, folder=tmp_path)
+    network = open_run(tmp_path)
+    subject = Subject(network.model, network.task, network.spec)
+    batch = loader_of(network, "val", data_for(network)).some(7)
+    examples = Examples([str(number) for number in range(7)], batch["image"], batch["image"])
+    whole = list(explained(subject, examples, ["predicted"], ["saliency"]))
+    Small(monkeypatch, 0, evaluation=2)
+    with caplog.at_level(logging.WARNING):
+        cut = list(explained(subject, examples, ["predicted"], ["saliency"]))
+    assert [each.name for each in cut] == [each.name for each in whole]
+    for one, other in zip(cut, whole, strict=True):
+        assert one.records[0]["score"] == pytest.approx(other.records[0]["score"], rel=1e-4)
+    assert caplog.messages == [f"out of memory: {count} images are explained at once from here on" for count in (3, 1)]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnnlab.machine.device import give_back
 from cnnlab.machine.memory import is_out_of_memory
 from cnnlab.observe.observer import Look
-from cnnlab.protocols import Batch, StepResult
+from cnnlab.protocols import Batch, Outputs, StepResult
+from cnnlab.tasks import Task
 from cnnlab.torch_private import BatchNorm
 from cnnlab.train.forward import Forward, Sums, pieces
 from cnnlab.train.step import EagerStep
 
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 LEAST_STATISTICS = 2
 """Samples of a micro-batch that a batch norm needs."""
 
@@ -57,26 +62,53 @@ def halve_on_demand(step: EagerStep, told: Callable[[int, str], None]) -> None:
 
 
 class HalvingForward(Forward):
-    """In evaluation, what does not fit is run in twice as many pieces, and so are the batches that follow."""
+    """In evaluation, what does not fit is run in twice as many pieces, and so are the batches that follow; it is said.
 
-    count = 1
+    Sums over samples are what they were, but for the rounding of another batch size.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, device: torch.device, dtype: torch.dtype):
+        super().__init__(model, task, device, dtype)
+        self.count = 1
+        self._whole = Forward(model, task, device, dtype)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Sums]:
-        while not self.model.training:
+        if self.model.training:
+            return super().__call__(batch)
+        return self._halving(len(batch["index"]), lambda: self._summed(batch))
+
+    def outputs(self, image: Tensor) -> Outputs:
+        if self.model.training:
+            return super().outputs(image)
+        return self._halving(len(image), lambda: self._joined(image))
+
+    def _halving(self, samples: int, attempt: Callable[[], _T]) -> _T:
+        """What `attempt` gives, with `count` doubled until it fits, or each piece is one sample."""
+        before = self.count
+        while True:
             try:
-                return self._in_pieces(batch)
+                result = attempt()
+                break
             except Exception as error:
-                if not is_out_of_memory(error) or len(batch["index"]) < 2 * self.count:
+                if not is_out_of_memory(error) or samples < 2 * self.count:
                     raise
             self.count *= 2
             give_back(self.device)
-        return super().__call__(batch)
+        if self.count > before:
+            each = -(-samples // self.count)
+            _log.warning("out of memory: a batch is evaluated in pieces of %d from here on", each)
+        return result
 
-    def _in_pieces(self, batch: Batch) -> tuple[Tensor, Sums]:
+    def _summed(self, batch: Batch) -> tuple[Tensor, Sums]:
         losses: list[Tensor] = []
         total: Sums = {}
         for piece in pieces(batch, self.count):
-            own, sums = super().__call__(piece)
+            own, sums = self._whole(piece)
             losses.append(own)
             total = {name: total[name] + value for name, value in sums.items()} if total else sums
         return torch.cat(losses), total
+
+    def _joined(self, image: Tensor) -> Outputs:
+        parts = image.tensor_split(min(self.count, max(1, len(image))))
+        found = [self._whole.outputs(part) for part in parts]
+        return {name: torch.cat([outputs[name] for outputs in found]) for name in found[0]}
