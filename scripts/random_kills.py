@@ -1,6 +1,6 @@
 """How exact is a resume? Kills tiny `cnnlab train` processes and compares what comes of them with unbroken runs.
 
-    python scripts/random_kills.py                       300 kills over 25 experiments, ten minutes of a CPU core
+    python scripts/random_kills.py                       300 kills over 30 experiments, ten minutes of a CPU core
     python scripts/random_kills.py operations            at each file operation of a short run, ten minutes more
     python scripts/random_kills.py --kills 2 --only lbfgs --kills-per-run 3
 
@@ -69,6 +69,11 @@ EXPERIMENTS: dict[str, tuple[str, ...]] = {
     "cut in an epoch": ("model=cnn", "trainer.max_steps=26", "trainer.eval_every=2"),
     "lsuv, focal": ("model=cnn", "init=lsuv", "loss=focal"),
     "segmentation": ("model=vgg", "model.width=0.05", "data=shapes", "task=segmentation", "trainer.epochs=2"),
+    "unet": ("model=cnn", "model.widths=[4,8]", "data=shapes", "task=segmentation", "head=unet", "trainer.epochs=3"),
+    "localization": ("model=cnn", "data=shapes", "task=localization", "augment=[flip,resized_crop]", "trainer.epochs=3"),
+    "gradual": ("model=cnn", "weights=run", "finetune=gradual", "finetune.norm=update"),
+    "penalty": ("model=cnn", "penalty=[group_lasso,orthogonality]", "optim=rmsprop"),
+    "rate found": ("model=cnn", "optim.lr=auto", "trainer.auto_accumulate=true"),
     "stream": ("model=cnn", "data=folder", "loading.path=stream", "loading.workers=1", "data.limit=null"),
 }
 FILES = ("metrics.jsonl", "stats.jsonl", "evidence/sample_loss.f16", "evidence/shape.json")
@@ -171,8 +176,11 @@ def _alike(tag: str, one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
 
 def overrides(name: str, root: Path) -> tuple[str, ...]:
     own = EXPERIMENTS[name]
-    data = (f"data.root={root / 'pictures'}", "data.size=8", "data.channels=1") if name == "stream" else ()
-    return (*TINY, OFTEN, *own, *data)
+    places = {
+        "stream": (f"data.root={root / 'pictures'}", "data.size=8", "data.channels=1"),
+        "gradual": (f"weights.run={root / 'trained'}",),
+    }
+    return (*TINY, OFTEN, *own, *places.get(name, ()))
 
 
 def pictures(root: Path) -> None:
@@ -369,20 +377,23 @@ def trials_of(options: argparse.Namespace, root: Path, status: Callable[[str], N
         return
     names = [name for name in EXPERIMENTS if options.only in name]
     pictures(root)
+    finished(["train", *TINY, "model=cnn", "trainer.epochs=2", f"hydra.run.dir={root / 'trained'}"], root)
     share = -(-options.kills // len(names))
-    for name in names:
-        status(name)
-        unbroken = root / f"unbroken-{name.replace(' ', '-').replace(',', '')}"
-        began = time.monotonic()
-        finished(["train", *overrides(name, root), f"hydra.run.dir={unbroken}"], root)
-        seconds = time.monotonic() - began
-        done = tries = 0
-        while done < share and tries < 3 * share:
-            tries += 1
-            trial = _judged(partial(at_moments, name, tries, root, seconds, options), unbroken, root)
-            done += len(trial.moments)
+    seconds: dict[str, float] = {}
+    done, tries = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    # In turn, so that a campaign that is cut short has tried all of them.
+    while going := [name for name in names if done[name] < share and tries[name] < 3 * share]:
+        for name in going:
+            status(name)
+            unbroken = root / f"unbroken-{name.replace(' ', '-').replace(',', '')}"
+            if name not in seconds:
+                began = time.monotonic()
+                finished(["train", *overrides(name, root), f"hydra.run.dir={unbroken}"], root)
+                seconds[name] = time.monotonic() - began
+            tries[name] += 1
+            trial = _judged(partial(at_moments, name, tries[name], root, seconds[name], options), unbroken, root)
+            done[name] += len(trial.moments)
             yield options.kills, trial
-        shutil.rmtree(unbroken)
 
 
 def _judged(attempt: Callable[[], Trial], unbroken: Path, root: Path) -> Trial:
@@ -423,7 +434,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="operations: only each n-th")
     parser.add_argument("--signal", choices=["SIGKILL", "SIGTERM", "SIGINT"], default="SIGKILL")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--json", type=Path, help="write the trials to this file")
+    parser.add_argument("--json", type=Path, help="write the trials to this file, as they come")
     options = parser.parse_args()
     console = Console()
     trials: list[Trial] = []
@@ -436,14 +447,14 @@ def main() -> int:
             task = progress.add_task("kills")
             for count, trial in trials_of(options, root, lambda name: progress.update(task, description=name)):
                 trials.append(trial)
+                if options.json is not None:
+                    options.json.write_text(json.dumps([asdict(t) for t in trials], indent=2) + "\n")
                 if trial.differs:
                     progress.print(f"[red]{asdict(trial)}")
                 progress.update(task, total=count, completed=sum(len(t.moments) for t in trials))
     console.print(table_of(trials))
     kills, identical = sum(len(t.moments) for t in trials), sum(t.identical for t in trials)
     console.print(f"{kills} x {options.signal}: {identical} of {len(trials)} runs bit-identical to the unbroken one")
-    if options.json is not None:
-        options.json.write_text(json.dumps([asdict(t) for t in trials], indent=2) + "\n")
     return 0 if identical == len(trials) else 1
 
 
