@@ -4,9 +4,9 @@
 with it `cnnlab --help`) loads no torch.
 """
 
-from __future__ import annotations
-
-from typing import Any
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # nothing is imported before `python -m cnnlab` has left the current folder
+    from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "build", "compose", "fit", "open"]
@@ -19,7 +19,7 @@ _API = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name in _API:
         from importlib import import_module
 

@@ -13,7 +13,7 @@ from cnnlab import __version__
 from cnnlab.errors import CnnlabError, InterruptedRun, UsageError, did_you_mean
 from cnnlab.machine.interrupts import answered_by, number_of, raises, watcher
 from cnnlab.machine.memory import READING, TRAINING, is_out_of_memory, out_of_memory
-from cnnlab.machine.surroundings import require_folder, torchrun
+from cnnlab.machine.surroundings import import_safely, require_folder, torchrun
 from cnnlab.terminal import fill_closed, guarded, say
 from cnnlab.verbs.table import BUILDERS, VERBS
 
@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if program:
         fill_closed()
+        import_safely()
     with guarded(), answered_by(raises):
         if program:
             watcher.start()

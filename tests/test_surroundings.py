@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 from cli_runs import Answer
 from lab_runs import Interrupt, fitted, make_run
 
+import cnnlab
+from cnnlab.__main__ import leave_current_folder
 from cnnlab.errors import DiskError, InterruptedRun
 from cnnlab.machine.interrupts import descendants
 from cnnlab.machine.surroundings import Place, left_over, torchrun
@@ -38,6 +41,62 @@ def test_only_a_whole_torchrun_environment_counts():
         assert torchrun(WHOLE | wrong) == Place(), wrong
     assert left_over({"WORLD_SIZE": "4"}) is not None
     assert left_over({"RANK": "3"}) is None and left_over(WHOLE) is None
+
+
+HOSTILE = ("pickle", "numpy", "copy", "typing", "re", "queue", "random", "joblib", "multiprocessing", "torch")
+CHILDREN = """
+import sys
+if __name__ == "__main__":
+    from cnnlab.cli import main
+    sys.argv = ["cnnlab", "--version"]
+    main()
+    import joblib, multiprocessing
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(pool.map(abs, [-1, -2]))
+    print(joblib.Parallel(2)(joblib.delayed(abs)(-n) for n in range(3)))
+"""
+"""Processes as launchers and compilers start them: with `-c` and with `-m`, and without `-P`."""
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A folder with modules of well-known names."""
+    for name in HOSTILE:
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('executed')")
+    return tmp_path
+
+
+def elsewhere(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python, in another folder, with nothing said about safe paths."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "JOBLIB_TEMP_FOLDER": str(folder)}
+    call = [sys.executable, *arguments]
+    return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_python_m_cnnlab_imports_nothing_from_the_current_folder(hostile: Path):
+    done = elsewhere(hostile, "-m", "cnnlab", "--help")
+    assert done.returncode == 0 and "Exit codes" in done.stdout, done.stderr
+
+
+def test_only_the_current_folder_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    own = str(Path(cnnlab.__file__).parents[1])
+    for folder, path, left in (
+        (str(tmp_path), [str(tmp_path), "b"], ["b"]),
+        (str(tmp_path), ["a", str(tmp_path)], ["a", str(tmp_path)]),
+        (own, [own, "b"], ["b", own]),
+    ):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "path", path)
+        leave_current_folder()
+        assert sys.path == left
+
+
+def test_no_process_that_is_started_imports_from_the_current_folder(hostile: Path, tmp_path_factory):
+    script = tmp_path_factory.mktemp("elsewhere") / "children.py"
+    script.write_text(CHILDREN)
+    done = elsewhere(hostile, "-P", str(script))
+    assert done.returncode == 0 and done.stdout.splitlines()[1:] == ["[1, 2]", "[0, 1, 2]"], done.stderr
 
 
 def test_a_small_file_is_written_in_its_own_blocks(tmp_path: Path):

@@ -264,12 +264,16 @@ def _held(file: BinaryIO, max_pixels: int) -> Iterator[None]:
         yield
 
 
+READY = b"\xfe" * 8
+"""On the board of a process that is between two jobs."""
+
+
 def serve(board: int) -> None:
     """Answers jobs `(items, recipe)` until stdin ends.
 
     Args:
         board: descriptor of a file that always holds the position of the item that is being decoded (8 bytes, the
-            lowest first), for who waits for it; -1 for none.
+            lowest first), or `READY`, for who waits for it; -1 for none.
     """
     # Ctrl-C and a scheduler's SIGTERM reach the whole group, and are the parent's to answer, with a checkpoint that
     # may need another batch. However it ends, its end of the pipe then closes.
@@ -285,6 +289,8 @@ def serve(board: int) -> None:
         os.pwrite(board, number.to_bytes(8, "little"), 0)
 
     while True:
+        if board >= 0:
+            os.pwrite(board, READY, 0)
         try:
             items, recipe = pickle.load(sys.stdin.buffer)
         except EOFError:

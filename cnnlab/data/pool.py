@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import BinaryIO, cast
 
 import cnnlab
-from cnnlab.data.decode import Decoded, Item, Recipe, decode_chunk, name_of
+from cnnlab.data.decode import READY, Decoded, Item, Recipe, decode_chunk, name_of
 from cnnlab.data.threads import fulfil
 from cnnlab.errors import DataError
 from cnnlab.machine.surroundings import torchrun
@@ -26,7 +26,10 @@ PATIENCE = 120.0
 """Seconds that one file may take, unless told."""
 _GRACE = 1.0
 """Seconds for a killed process to be gone; one that waits for a disk goes when the disk answers."""
-_NONE_YET = b"\xff" * 8
+_START = 60.0
+"""Seconds, at least, that a process may take to start: a busy machine or a slow disk is no broken file."""
+_STARTING = b"\xff" * 8
+"""On a board; then the process writes there (`cnnlab.data.decode.serve`)."""
 
 
 def cores() -> int:
@@ -97,16 +100,16 @@ class _Decoder:
 
     def __init__(self, jobs: _Jobs) -> None:
         self._board = _board()
+        self._write_board(_STARTING)
         self.process = _process(self._board)
         self._job: _Job | None = None
-        self._since: tuple[bytes, float] = _NONE_YET, 0.0
+        self._since: tuple[bytes, float] = READY, 0.0
         self.thread = threading.Thread(target=self._work, args=(jobs,), name="cnnlab-decode", daemon=True)
         self.thread.start()
 
     def _work(self, jobs: _Jobs) -> None:
         while (job := jobs.get()) is not None:
-            self._write_board(_NONE_YET)
-            self._since = _NONE_YET, time.monotonic()
+            self._since = READY, time.monotonic()
             self._job = job
             fulfil(job[0], self._answer, job[1], job[2])
             self._job = None
@@ -125,18 +128,22 @@ class _Decoder:
             ) from error
 
     def look(self, patience: float) -> None:
-        """Gives the process up if it has been at one file for longer than `patience` seconds."""
+        """Gives the process up if it has been at one file for longer than `patience` seconds, or does not start."""
         job, (before, began), now = self._job, self._since, time.monotonic()
         if job is None:
             return
         position = self._read_board()
         if position != before:
             self._since = position, now
-        elif now - began > patience:
+            return
+        limit, what = patience, "an image"
+        if position == _STARTING:
+            limit, what = max(patience, _START), "the start of a decoding process"
+        if now - began > limit:
             with suppress(InvalidStateError):
                 job[0].set_exception(
                     DataError(
-                        f"expected an image within {patience:g} seconds, received nothing {self._place(job[1])}: "
+                        f"expected {what} within {limit:g} seconds, received nothing {self._place(job[1])}: "
                         "a disk does not answer, or the decoding process was stopped; try again, or type "
                         "loading.patience=SECONDS to wait longer"
                     )
@@ -152,8 +159,8 @@ class _Decoder:
 
     def _read_board(self) -> bytes:
         with suppress(OSError):
-            return os.pread(self._board.fileno(), 8, 0) if self._board is not None else _NONE_YET
-        return _NONE_YET
+            return os.pread(self._board.fileno(), 8, 0) if self._board is not None else READY
+        return READY
 
     def _write_board(self, position: bytes) -> None:
         with suppress(OSError):

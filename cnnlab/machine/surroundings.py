@@ -50,6 +50,12 @@ def left_over(environment: Mapping[str, str] | None = None) -> str | None:
     return f"WORLD_SIZE={world} {why} is no environment of torchrun: this process trains alone"
 
 
+def import_safely() -> None:
+    """Lets no Python that is started from here on, by whomever, import from the current folder first: compilers,
+    launchers and `multiprocessing` start theirs with `-c`, `-m` or a script, and not with `-P`."""
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+
+
 def here() -> Path | None:
     """The current folder; `None` where it was removed."""
     try:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,20 +193,52 @@ def test_nothing_in_the_current_folder_takes_the_place_of_a_library(tmp_path: Pa
 def test_a_frozen_decoder_is_given_up_with_the_files_name(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     path.write_bytes(saved(picture(), "PNG"))
-    pool = DecodingPool(1, patience=0.2)
-    pool.ask([str(path)], WHOLE).result(30)
+    pool = DecodingPool(1, patience=None)
+    pool.ask([str(path)], WHOLE).result(60)
     os.kill(pool.pids[0], signal.SIGSTOP)
-    began = time.monotonic()
+    asked = pool.ask([str(path)], WHOLE)
+    until(lambda: pool._decoders[0].look(0.0) or asked.done())
     with pytest.raises(DataError, match=r"image\.png(.|\n)*loading\.patience"):
-        pool.ask([str(path)], WHOLE).result(10)
-    assert time.monotonic() - began < 5
+        asked.result(0)
     pool.close()
-    assert pool.ask([str(path)], WHOLE).result(30).failures == []
+    assert pool.ask([str(path)], WHOLE).result(60).failures == []
     os.kill(pool.pids[0], signal.SIGSTOP)
     (pid,) = pool.pids
     closing = threading.Thread(target=pool.close)
     closing.start()
-    closing.join(5)
+    closing.join(60)
     assert not closing.is_alive()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_start_takes_nothing_of_a_files_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cnnlab.data.pool._PROGRAM", "import sys; sys.stdin.buffer.read()")
+    pool = DecodingPool(1, patience=None)
+    asked = pool.ask([str(tmp_path / "image.png")], WHOLE)
+    until(lambda: pool._decoders[0]._job)
+    pool._decoders[0].look(0.0)
+    assert not asked.done()
+    monkeypatch.setattr("cnnlab.data.pool._START", 0.0)
+    until(lambda: pool._decoders[0].look(0.0) or asked.done())
+    with pytest.raises(DataError, match="the start of a decoding process"):
+        asked.result(0)
+    pool.close()
+
+
+def test_the_watch_looks_at_each_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(saved(picture(), "PNG"))
+    monkeypatch.setattr("cnnlab.data.pool._START", 0.0)
+    pool = DecodingPool(1, patience=0.01)
+    with pytest.raises(DataError):
+        pool.ask([str(path)], WHOLE).result(60)
+    pool.close()
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Waits for it, on a busy machine, too; what never comes fails."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
