@@ -10,7 +10,7 @@ bits, cuts, gone, a folder in place, another type, deep nesting, an alias bomb, 
 
 Each is resumed to its end and evaluated. Well is: exit 5 (2 where no run folder is left) with the file's name, or the
 unbroken run's result; of side files also an end that told what is missing. Anything else is listed, and the exit
-code is 1: a hang (60 s), another code, a traceback, executed code, or another result without a word.
+code is 1: a hang (ten minutes, for busy machines), another code, a traceback, executed code, or another result without a word.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def damages(kind: str, number: int, run: Path, others: dict[str, Path], luck: ra
 def judged(run: Path, root: Path, unbroken: Path, answer: str, name: str) -> Iterator[tuple[str, str]]:
     """The outcome of an evaluation and of a resume, each `refused`, `identical`, `told` or what is wrong."""
     for verb, arguments in (("eval", ["eval", str(run), "--json"]), ("resume", ["train", f"resume={run}", LONGER])):
-        ended = cnnlab(arguments, root, timeout=60)
+        ended = cnnlab(arguments, root, timeout=600)
         said = ended.errors + (root / "stdout").read_text(errors="replace")
         if list(run.rglob(MARK)):
             yield verb, "EXECUTED"

@@ -82,7 +82,7 @@ class Forked:
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def wait(self, timeout: float = 120) -> Ended:
+    def wait(self, timeout: float = 900) -> Ended:
         """How it ended; what does not within `timeout` seconds is killed with all that it started."""
         while True:
             found, status = os.waitpid(self.pid, os.WNOHANG)
@@ -101,7 +101,7 @@ class Forked:
 
 
 def cnnlab(
-    arguments: Sequence[str], place: Path, hook: Callable[[], None] | None = None, timeout: float = 120
+    arguments: Sequence[str], place: Path, hook: Callable[[], None] | None = None, timeout: float = 900
 ) -> Ended:
     """Runs `cnnlab` with `arguments` in the folder `place`, where its stdout and stderr go, too."""
     return Forked(arguments, place, hook).wait(timeout)
