@@ -10,7 +10,7 @@ bits, cuts, gone, a folder in place, another type, deep nesting, an alias bomb, 
 
 Each is resumed to its end and evaluated. Well is: exit 5 (2 where no run folder is left) with the file's name, or the
 unbroken run's result; of side files also an end that told what is missing. Anything else is listed, and the exit
-code is 1: a hang (ten minutes, for busy machines), another code, a traceback, executed code, or another result without a word.
+code is 1: a hang (ten minutes), another code, a traceback, executed code, or another result without a word.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ EXPERIMENTS: dict[str, tuple[str, ...]] = {
     "lsuv, focal": ("model=cnn", "init=lsuv", "loss=focal"),
     "segmentation": ("model=vgg", "model.width=0.05", "data=shapes", "task=segmentation", "trainer.epochs=2"),
     "unet": ("model=cnn", "model.widths=[4,8]", "data=shapes", "task=segmentation", "head=unet", "trainer.epochs=3"),
-    "localization": ("model=cnn", "data=shapes", "task=localization", "augment=[flip,resized_crop]", "trainer.epochs=3"),
+    "localization": ("model=cnn", "data=shapes", "task=localization", "augment=[flip,crop]", "trainer.epochs=3"),
     "gradual": ("model=cnn", "weights=run", "finetune=gradual", "finetune.norm=update"),
     "penalty": ("model=cnn", "penalty=[group_lasso,orthogonality]", "optim=rmsprop"),
     "rate found": ("model=cnn", "optim.lr=auto", "trainer.auto_accumulate=true"),
