@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
     {"train"},
     {"explain"},
     {"building"},
-    {"bench", "diagnose"},
+    {"assess", "bench", "diagnose"},
     {"verbs"},
     {"cli"},
     {"__main__"},

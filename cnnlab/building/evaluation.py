@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnnlab.building.assemble import make_data
-from cnnlab.building.opened import Opened
+from cnnlab.building.opened import Each, Opened
 from cnnlab.composing.experiment import Experiment
 from cnnlab.data.choice import loaded, with_decoder
 from cnnlab.data.loader import Loader
@@ -33,6 +33,8 @@ class Found:
     data: str
     figures: dict[str, float]
     classes: list[dict[str, Any]]
+    sums: dict[str, Tensor]
+    """The task's measures, summed over the split."""
 
 
 @dataclass
@@ -45,14 +47,25 @@ class OpenedData:
     """How it differs from the run's, in words; empty where it is the same."""
     loading: Loading
     renumbered: Callable[[Batch], Batch]
+    files: dict[str, list[str]] = field(default_factory=dict)
+    """Of splits that lie in files, each sample's."""
+
+    def name(self, split: str, index: int) -> str:
+        """Of a sample, for people: its file, or its number."""
+        names = self.files.get(split, [])
+        return names[index] if len(names) == len(self.splits[split]) else f"{split} {index}"
 
 
-def evaluate(network: Opened, split: str, data: OpenedData) -> Found:
-    """The metrics of a network on one split, `train`, `val` or `test`; neither augmented nor shuffled."""
-    sums = network.measure(loader_of(network, split, data).batches(0))
+def evaluate(network: Opened, split: str, data: OpenedData, each: Each | None = None) -> Found:
+    """The metrics of a network on one split, `train`, `val` or `test`; neither augmented nor shuffled.
+
+    Args:
+        each: see `Opened.measure`.
+    """
+    sums = network.measure(loader_of(network, split, data).batches(0), each)
     classes = network.task.by_class(sums)
-    figures = {f"{split}/{metric}": value for metric, value in describe_sums(network.task, sums).items()}
-    return Found(data.changes, figures, classes)
+    figures = {f"{split}/{metric}": value for metric, value in describe_sums(network.task, dict(sums)).items()}
+    return Found(data.changes, figures, classes, sums)
 
 
 def loader_of(network: Opened, split: str, data: OpenedData) -> Loader:
@@ -116,7 +129,9 @@ def data_for(network: Opened, experiment: Experiment | None = None) -> OpenedDat
         network.folder.path,
     )
     network.notices += findings.notices
-    return OpenedData(spec, splits, now.changes(network.origin, network.folder.path), loading, renumbered)
+    changes = now.changes(network.origin, network.folder.path)
+    files = {name: list(lengths) for name, lengths in findings.files.items()}
+    return OpenedData(spec, splits, changes, loading, renumbered, files)
 
 
 def _require_targets(network: Opened, spec: DataSpec) -> None:

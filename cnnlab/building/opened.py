@@ -4,7 +4,7 @@ trained it. Its training data, cache and optimizer need not be there."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -40,6 +40,8 @@ from cnnlab.train.forward import Forward, Penalties
 from cnnlab.train.origin import chosen, load_own, recorded_data
 from cnnlab.train.state import Totals
 from cnnlab.train.steps.halving import HalvingForward
+
+Each = Callable[[Batch, Outputs, Tensor], None]
 
 
 @dataclass
@@ -133,13 +135,21 @@ class Opened:
         batch = self.task.prepare(self.pipeline(batch, epoch=epoch, train=False))
         return {**batch, "image": batch["image"].contiguous(memory_format=_layout(self.placement))}
 
-    def measure(self, batches: Iterator[tuple[Batch, int]]) -> dict[str, Tensor]:
+    def measure(self, batches: Iterator[tuple[Batch, int]], each: Each | None = None) -> dict[str, Tensor]:
         """The task's measures summed over batches as `transform` gives them, on the CPU, with the penalty of the
-        weights."""
+        weights.
+
+        Args:
+            each: is told every batch with its outputs and the losses of its samples (N,).
+        """
         totals = Totals(Ranks(), self.device)
         with torch.no_grad():
             for batch, _ in batches:
-                totals.add(self.forward(batch)[1])
+                outputs = self.forward.outputs(batch["image"])
+                losses, sums = self.forward.judged(outputs, batch)
+                totals.add(sums)
+                if each is not None:
+                    each(batch, outputs, losses)
             sums = totals.take()
             if not self.penalties:
                 return sums

@@ -215,6 +215,18 @@ class Loader:
 
     def some(self, count: int) -> Batch:
         """`count` samples (or all of fewer) from all over the split, in its order, as batches have them."""
-        index = torch.linspace(0, self.length - 1, min(count, self.length)).round().long()
-        batch = to_device(self._only_wanted(self.split.fetch(index)), self.device)
+        return self.at(spread(self.length, count))
+
+    def at(self, index: Tensor) -> Batch:
+        """The samples at `index` (n,) int64, as batches have them."""
+        batch = self.raw(index)
         return batch if self.transform is None else self.transform(batch, 0)
+
+    def raw(self, index: Tensor) -> Batch:
+        """The same before `transform`: images as they are stored."""
+        return to_device(self._only_wanted(self.split.fetch(index)), self.device)
+
+
+def spread(length: int, count: int) -> Tensor:
+    """`count` positions (or all of fewer) from all over `length`, ascending: int64."""
+    return torch.linspace(0, length - 1, min(count, length)).round().long()

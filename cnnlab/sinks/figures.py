@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,5 +68,7 @@ def show(figure: Figure) -> bool:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": "cnnlab"})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a name in letters that no font here has
+        figure.savefig(buffer, format="png", metadata={"Software": "cnnlab"})
     return buffer.getvalue()

@@ -121,6 +121,14 @@ class Task:
         """What became of each class, as `cnnlab.tasks.metrics.by_class` describes it; nothing without classes."""
         return []
 
+    def of_samples(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Figures of each sample, (N, ...) by name, for who looks at single ones: nothing, beside the loss, by itself.
+
+        A task with classes tells `label`, `predicted` and `probability` (of the predicted class, under a softmax); with
+        boxes or masks `iou` (N,) too, NaN where there is nothing to cover.
+        """
+        return {}
+
     # ---- test-time views ----
 
     def views(self, image: Tensor) -> list[tuple[float, Tensor]]:

@@ -73,6 +73,10 @@ class Classification(Task):
     def by_class(self, sums: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         return by_class(sums["confusion"], self.spec.classes)
 
+    def of_samples(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        sure, predicted = outputs["logits"].float().softmax(1).max(1)
+        return {"label": hard(batch["label"]), "predicted": predicted, "probability": sure}
+
     def pictures(self, batch: Batch, outputs: Outputs | None = None) -> dict[str, Tensor]:
         """`inputs`; with outputs, `predictions`: below each image its class, the predicted one and its probability."""
         if outputs is None:

@@ -114,6 +114,13 @@ class Localization(Classification):
             for number, row in enumerate(super().by_class(sums))
         ]
 
+    def of_samples(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        overlap = iou(outputs["box"].float().clamp(0, 1), batch["box"])
+        return {
+            **super().of_samples(outputs, batch),
+            "iou": torch.where(has_area(batch["box"]), overlap, torch.nan),
+        }
+
     def merge(self, views: Sequence[tuple[float, Outputs]]) -> Outputs:
         """The weighted mean; each box is first moved back from its view into the image."""
         height, width = self.spec.size

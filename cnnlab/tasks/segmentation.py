@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cnnlab.protocols import VOID, Batch, ConvNet, DataSpec, Loss, Outputs, Split
 from cnnlab.tasks.base import Task
-from cnnlab.tasks.metrics import by_class, confusion
+from cnnlab.tasks.metrics import by_class, confusion, overlaps, reliability
 from cnnlab.tasks.pictures import above, beside, coloured, enlarged, grid, legend, stretched
 
 _PIECE = 64
@@ -75,6 +75,19 @@ class Segmentation(Task):
 
     def by_class(self, sums: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         return by_class(sums["confusion"], self.spec.mask_classes)
+
+    def of_samples(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """`iou`, the mean over the classes in the image's target or prediction; `intersection` and `union` (N, classes)
+        in pixels; `reliability` of the pixels (see `cnnlab.tasks.metrics`)."""
+        target = batch["mask"]
+        sure, predicted = outputs["mask"].float().softmax(1).max(1)
+        found = overlaps(predicted, target, self.num_classes)
+        each = found["intersection"] / found["union"]
+        return {
+            "iou": each.nanmean(1),
+            **found,
+            "reliability": reliability(sure, predicted == target, target != VOID),
+        }
 
     def views(self, image: Tensor) -> list[tuple[float, Tensor]]:
         return [(1.0, image)] if self._views == "none" else [(0.5, image), (0.5, image.flip(-1))]

@@ -38,7 +38,10 @@ class Forward:
         return nullcontext() if whole else torch.autocast(self.device.type, self.dtype)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Sums]:
-        outputs = self.outputs(batch["image"])
+        return self.judged(self.outputs(batch["image"]), batch)
+
+    def judged(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Sums]:
+        """What is returned of a batch, from its outputs."""
         parts = dict(self.task.loss(outputs, batch))
         losses = parts.pop("loss")
         with torch.no_grad():
