@@ -49,12 +49,12 @@ from cnnlab.schema import Layout, Loading, StepKind
 from cnnlab.tasks import Task
 from cnnlab.torch_private import BatchNorm
 from cnnlab.train.checkpointer import Checkpointer
+from cnnlab.train.forward import Forward
 from cnnlab.train.origin import Origin, chosen, described, load_own
 from cnnlab.train.range_test import range_test
 from cnnlab.train.recorder import Evidence, Progress, Recorder
 from cnnlab.train.run import Run
 from cnnlab.train.selection import Selection
-from cnnlab.train.step import Forward
 from cnnlab.weights import Trained
 
 _log = logging.getLogger(__name__)

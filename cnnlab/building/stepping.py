@@ -20,8 +20,11 @@ from cnnlab.protocols import Batch
 from cnnlab.schema import Precision, StepKind, Trainer
 from cnnlab.train.forward import Forward, Penalties
 from cnnlab.train.interventions import Interventions
-from cnnlab.train.step import CapturedStep, ClosureStep, CompiledStep, EagerStep, GraphClosureStep
 from cnnlab.train.steps import trial
+from cnnlab.train.steps.captured import CapturedStep
+from cnnlab.train.steps.closure import ClosureStep, GraphClosureStep
+from cnnlab.train.steps.compiled import CompiledStep
+from cnnlab.train.steps.eager import EagerStep
 from cnnlab.train.steps.halving import HalvingForward, halve_on_demand
 
 

@@ -25,7 +25,9 @@ from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.loop import updates
 from cnnlab.train.run import Run
 from cnnlab.train.state import Clock
-from cnnlab.train.step import CapturedStep, CompiledStep, EagerStep
+from cnnlab.train.steps.captured import CapturedStep
+from cnnlab.train.steps.compiled import CompiledStep
+from cnnlab.train.steps.eager import EagerStep
 
 TIMES = 4.0
 """The test ends where the loss is as many times its least, and above its start."""

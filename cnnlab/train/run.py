@@ -33,7 +33,7 @@ from cnnlab.train.meter import Meter, require_finite, require_finite_weights
 from cnnlab.train.objective import Mode, Objective
 from cnnlab.train.selection import Selection
 from cnnlab.train.state import Clock, Totals
-from cnnlab.train.step import EagerStep
+from cnnlab.train.steps.eager import EagerStep
 
 _log = logging.getLogger(__name__)
 

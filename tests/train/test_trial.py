@@ -14,8 +14,8 @@ from torch import nn
 from cnnlab.observe.taps import Taps
 from cnnlab.protocols import Batch
 from cnnlab.train.run import Run
-from cnnlab.train.step import EagerStep
 from cnnlab.train.steps import trial
+from cnnlab.train.steps.eager import EagerStep
 
 
 class Paced(EagerStep):

@@ -16,7 +16,7 @@ from cnnlab.protocols import Batch, Outputs, StepResult
 from cnnlab.tasks import Task
 from cnnlab.torch_private import BatchNorm
 from cnnlab.train.forward import Forward, Sums, pieces
-from cnnlab.train.step import EagerStep
+from cnnlab.train.steps.eager import EagerStep
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)

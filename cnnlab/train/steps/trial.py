@@ -13,7 +13,7 @@ from torch import nn
 from cnnlab.errors import CnnlabError
 from cnnlab.observe.taps import Taps
 from cnnlab.protocols import Batch
-from cnnlab.train.step import EagerStep
+from cnnlab.train.steps.eager import EagerStep
 
 TRIAL_SHARE = 1 / 60
 """Part of a run that a trial of `torch.compile` may take, since it may be in vain: on two cores of an AVX512-BF16 CPU,
