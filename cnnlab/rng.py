@@ -64,7 +64,7 @@ def reseed(device: torch.device, seed: int, stream: str, *where: int | str) -> N
 def restored(device: torch.device) -> Iterator[None]:
     """Lets torch's default generators of the CPU and of `device` be after the block what they were before."""
     before = torch.get_rng_state()
-    elsewhere = None if device.type == "cpu" else torch.get_device_module(device)
+    elsewhere = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
     there = None if elsewhere is None else elsewhere.get_rng_state(device)
     try:
         yield

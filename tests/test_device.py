@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from cnnlab.errors import UsageError
 from cnnlab.machine import device
-from cnnlab.machine.device import as_recorded, choose_device, place
-from cnnlab.schema import Device, Layout, Precision, StepKind, Trainer
+from cnnlab.machine.device import choose_device, place
+from cnnlab.machine.resolved import Resolved
+from cnnlab.schema import DataPath, Decoder, Device, Layout, Precision, StepKind, Trainer
 
 
 @pytest.fixture
@@ -90,26 +92,46 @@ def test_compiling_needs_a_compiler(machine, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_run_goes_on_with_what_was_chosen_for_it(machine):
     machine(fast_bf16=True)
-    choices = place(trainer(), closure=False).choices()
-    assert choices == {"device": "cpu", "precision": "bf16", "step": "eager", "layout": "channels_last"}
+    resolved = Resolved.placed(place(trainer(), closure=False))
+    assert resolved.record() == {"device": "cpu", "precision": "bf16", "step": "eager", "layout": "channels_last"}
     machine("cuda")  # another machine, where `auto` would choose otherwise
-    again = as_recorded(trainer(), choices)
+    again = Resolved.of(resolved.record()).applied(trainer())
     assert (again.device, again.precision, again.step, again.layout) == (
         Device.cpu,
         Precision.bf16,
         StepKind.eager,
         Layout.channels_last,
     )
-    assert as_recorded(trainer(), {}) == trainer()
+    assert Resolved().applied(trainer()) == trainer()
+
+
+def test_what_a_checkpoint_keeps_of_auto_is_read_as_it_was():
+    every = Resolved(
+        Device.cuda,
+        Precision.fp16,
+        StepKind.captured,
+        Layout.contiguous,
+        data_path=DataPath.stream,
+        decode=Decoder.cuda,
+        accumulate=4,
+        lr=0.1 + 0.2,
+    )
+    assert Resolved.of(every.record()) == every
+    assert None not in asdict(every).values(), "a new field is in this test"
+    assert all(type(text) is str for text in every.record().values())
+    assert every.eager() == replace(every, step=StepKind.eager)
+    assert Resolved().eager() == Resolved(), "nothing is known of it"
+    with pytest.raises(ValueError, match="fp12"):
+        Resolved.of({"precision": "fp12"})
 
 
 def test_on_another_kind_of_device_it_chooses_anew(machine):
     machine("cuda")
-    choices = place(trainer(step=StepKind.captured), closure=False).choices()
+    resolved = Resolved.placed(place(trainer(step=StepKind.captured), closure=False))
     machine()
-    assert as_recorded(trainer(), choices) == trainer()
+    assert resolved.applied(trainer()) == trainer()
     machine("cuda")
-    assert as_recorded(trainer(device=Device.cpu), choices) == trainer(device=Device.cpu)
+    assert resolved.applied(trainer(device=Device.cpu)) == trainer(device=Device.cpu)
 
 
 def test_batch_statistics_are_synchronized_on_gpus_only(machine):

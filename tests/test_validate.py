@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnnlab.building.dry import on_meta
 from cnnlab.building.trial import check, checked
 from cnnlab.composing.composer import Composer, composer
 from cnnlab.composing.signature import parameters_of
 from cnnlab.composing.values import mismatch
 from cnnlab.errors import CnnlabError, ConfigError, DataError
+from cnnlab.inspect import meta
 
 UserFolder = Callable[[dict[str, str]], Path]
 
@@ -344,7 +344,7 @@ def test_a_config_that_is_a_list(meta_shy: Composer):
 
 
 def test_on_meta_makes_no_weights():
-    assert next(on_meta(lambda: torch.nn.Linear(10**6, 10**6)).parameters()).is_meta
+    assert next(meta.made(lambda: torch.nn.Linear(10**6, 10**6)).parameters()).is_meta
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from cnnlab.augment import Pipeline
 from cnnlab.composing.experiment import Experiment, Node
 from cnnlab.composing.kinds import is_part
 from cnnlab.composing.signature import accepts, locate
+from cnnlab.inspect.untouched import untouched, zeros
 from cnnlab.interventions import Ema, Finetune, Freeze, MaxNorm
 from cnnlab.models.dropout import has_dropout, set_dropout_kind
 from cnnlab.optim.decay import decouple_decay
@@ -172,16 +173,9 @@ def _made_head(node: Node, model: ConvNet, wired: dict[str, Any]) -> Head:
 
 
 def _stage_sizes(model: ConvNet, image: tuple[int, int, int]) -> tuple[tuple[int, int], ...]:
-    """(height, width) of the stages for images (C, H, W), of one of zeros. Modes and random state stay as they are."""
-    parameter = next(model.parameters())
-    zeros = torch.zeros(1, *image, dtype=parameter.dtype, device=parameter.device)
-    training = [module for module in model.modules() if module.training]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            stages = model.eval().features(zeros).stages
-    finally:
-        for module in training:
-            module.training = True
+    """(height, width) of the stages for images (C, H, W)."""
+    with untouched(model), torch.no_grad():
+        stages = model.eval().features(zeros(model, image)).stages
     return tuple((stage.shape[-2], stage.shape[-1]) for stage in stages)
 
 

@@ -37,8 +37,9 @@ from cnnlab.data.pixels import Recipe
 from cnnlab.data.places import cache_folder, known_cache
 from cnnlab.errors import CheckpointError, UsageError
 from cnnlab.init.prior import start_from
-from cnnlab.machine.device import Placement, as_recorded, place, prepare_cpu, set_deterministic
+from cnnlab.machine.device import Placement, place, prepare_cpu, set_deterministic
 from cnnlab.machine.ranks import Ranks
+from cnnlab.machine.resolved import Resolved
 from cnnlab.models.half import NARROW, protect_narrow
 from cnnlab.observe.observer import Observer
 from cnnlab.observe.taps import Taps
@@ -59,10 +60,6 @@ from cnnlab.weights import Trained
 
 _log = logging.getLogger(__name__)
 
-_log = logging.getLogger(__name__)
-
-RATE = "lr"
-"""Under which name a found rate is recorded among a run's choices."""
 MIN_STATISTICS_BATCH = 2
 """Samples that batch statistics need; an epoch's last batch with fewer is left out."""
 
@@ -73,14 +70,14 @@ def build(
     *,
     ranks: Ranks | None = None,
     resumed: bool = False,
-    choices: Mapping[str, str] | None = None,
+    resolved: Resolved | None = None,
 ) -> Run:
     """Makes the run of a checked experiment: loads the data, initializes the network, chooses the step.
 
     Args:
-        resumed: the run goes on from `folder`'s last checkpoint, with the choices recorded in it; without a
-            folder, weights are about to be loaded, and what only prepares fresh ones is left out.
-        choices: those recorded in the checkpoint that they are loaded from.
+        resumed: the run goes on from `folder`'s last checkpoint, with what `auto` became there; without a folder,
+            weights are about to be loaded, and what only prepares fresh ones is left out.
+        resolved: what `auto` became, as the checkpoint says that they are loaded from.
 
     Raises:
         CheckpointError: there is none to go on from, or it is damaged or another run's.
@@ -96,8 +93,8 @@ def build(
     state = None
     if resumed and folder is not None:
         state = ranks.share(_last_checkpoint(folder, experiment.config) if ranks.is_main else None)
-        choices = state["origin"]["choices"] if state is not None else None
-    run = _Builder(experiment, folder, ranks, resumed, choices or {}).run()
+        resolved = None if state is None else Resolved.of(state["origin"]["choices"])
+    run = _Builder(experiment, folder, ranks, resumed, resolved or Resolved()).run()
     if state is not None:
         run.restore(state)
     return run
@@ -123,22 +120,22 @@ class _Builder:
         folder: RunDir | None,
         ranks: Ranks,
         resumed: bool,
-        choices: Mapping[str, str],
+        resolved: Resolved,
     ):
         self.experiment = experiment
         self.folder = folder
         self.ranks = ranks
         self.resumed = resumed
         self.seed = experiment.seed
-        self.choices = choices
-        self.trainer = as_recorded(experiment.trainer, choices)
+        self.resolved = resolved
+        self.trainer = resolved.applied(experiment.trainer)
         self.loading = experiment.loading
         self.traits = Traits.of(experiment.node("optim").target)
         self.stated = experiment.trainer.accumulate
         self.origin: Origin | None = None
         self.notices: list[str] = []
         self.findings = Findings()
-        self.rate: str | None = None
+        self.rate: float | None = None
         """The base rate, where it was found and not typed."""
         self.recipe: Recipe | None = None
         self.counts: Tensor | None = None
@@ -260,19 +257,19 @@ class _Builder:
         """
         if not self.experiment.finds_rate:
             return
-        recorded = self.choices.get(RATE)
+        recorded = self.resolved.lr
         if recorded is None and not self.resumed:
             _log.warning("rate: optim.lr=auto, so a range test of up to %s updates runs first", STEPS)
             run.curve = range_test(run)
-            rate = float(self.ranks.share(run.curve.suggestion()))
-            recorded = repr(rate)
+            recorded = float(self.ranks.share(run.curve.suggestion()))
             self.notices.append(
-                f"rate: optim.lr={rate:.3g}, by the rule `{RULE}` of a range test of {len(run.curve.losses)} updates"
+                f"rate: optim.lr={recorded:.3g}, by the rule `{RULE}` of a range test of {len(run.curve.losses)} "
+                "updates"
             )
         if recorded is not None:  # what is only evaluated has no need of one
             self.rate = recorded
             for group in run.optimizer.param_groups:
-                group["base_lr"] = float(recorded)
+                group["base_lr"] = recorded
             run.last_lr = run.lr()
 
     def fitting(self) -> dict[str, dict[str, Any]]:
@@ -286,9 +283,9 @@ class _Builder:
         def data(loading: Loading) -> Data:
             return make_data(self.experiment, pipeline, loading)
 
-        splits, self.findings = loaded(data, self.loading, self.ranks, self.choices.get("data_path"))
+        splits, self.findings = loaded(data, self.loading, self.ranks, self.resolved.data_path)
         self.notices += self.findings.notices
-        chosen = with_decoder(self.loading, splits["train"], placement.device, self.choices.get("decode"))
+        chosen = with_decoder(self.loading, splits["train"], placement.device, self.resolved.decode)
         self.loading = self.ranks.share(chosen)
         return splits
 
@@ -429,7 +426,7 @@ class _Builder:
         """Out of memory has doubled the micro-batches: told, and recorded for whoever goes on."""
         _log.warning("out of memory: trainer.accumulate=%d from here on%s", accumulate, words)
         if self.origin is not None:
-            self.origin.choices["accumulate"] = str(accumulate)
+            self.origin.resolved = replace(self.origin.resolved, accumulate=accumulate)
         if self.folder is not None:
             self.folder.update(accumulate=accumulate)
 
@@ -439,7 +436,7 @@ class _Builder:
         own = run.folder if run.is_main else None
         recorder = Recorder(own)
         evidence = Evidence(own, len(run.loaders["train"].split), run.device, self.ranks, run.clock)
-        origin = Origin(run.config, self.described(run), self.chosen(run, placement), run.files, run.dir)
+        origin = Origin(run.config, self.described(run), self.became(run, placement), run.files, run.dir)
         run.origin = self.origin = origin
         parts: dict[str, Any] = {
             "origin": origin,
@@ -482,13 +479,15 @@ class _Builder:
             recipe=recorded_recipe(self.recipe),
         )
 
-    def chosen(self, run: Run, placement: Placement) -> dict[str, str]:
+    def became(self, run: Run, placement: Placement) -> Resolved:
         """What a resumed run takes up unasked."""
-        data_path = run.loaders["train"].path.value
-        own = {} if run.step.accumulate == self.stated else {"accumulate": str(run.step.accumulate)}
-        if self.rate is not None:
-            own[RATE] = self.rate
-        return {**placement.choices(), **own, "data_path": data_path, "decode": self.loading.decode.value}
+        return Resolved.placed(
+            placement,
+            data_path=run.loaders["train"].path,
+            decode=self.loading.decode,
+            accumulate=None if run.step.accumulate == self.stated else run.step.accumulate,
+            lr=self.rate,
+        )
 
 
 def _memory_format(layout: Layout) -> torch.memory_format:

@@ -3,39 +3,16 @@ an empty batch, an optimizer's first step on four weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
 from cnnlab.building.assemble import make_penalties
 from cnnlab.composing.experiment import Experiment
+from cnnlab.inspect.meta import reads_values
 from cnnlab.machine.memory import is_out_of_memory
 from cnnlab.optim.traits import Traits
 from cnnlab.protocols import ConvNet, DataSpec
 from cnnlab.train.forward import Penalties
-
-
-def on_meta(make_model: Callable[[], nn.Module]) -> nn.Module:
-    """The network without memory for its weights.
-
-    One whose constructor reads values (`torch.linspace(...).tolist()`) cannot be made so, and is made on the
-    CPU; torch's random state stays. Raises `ValueError` for what is no module.
-    """
-    try:
-        with torch.device("meta"):
-            model = make_model()
-    except (RuntimeError, TypeError) as error:
-        if "meta" not in str(error).lower():
-            raise
-        return on_cpu(make_model)
-    return model
-
-
-def on_cpu(make_model: Callable[[], nn.Module]) -> nn.Module:
-    """The network with its weights; torch's random state stays."""
-    with torch.random.fork_rng(devices=[]):
-        return make_model()
 
 
 def passes(model: nn.Module, spec: DataSpec) -> None:
@@ -62,7 +39,7 @@ def headed(model: nn.Module, spec: DataSpec) -> None:
     try:
         model.train()(torch.empty(2, spec.channels, *spec.size, device="meta"))
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
+        if reads_values(error):
             return
         raise ValueError(
             f"{type(model.head).__name__} cannot read what {type(model).__name__} gives for images of "
@@ -81,7 +58,7 @@ def penalized(experiment: Experiment, model: nn.Module) -> None:
         try:
             Penalties({name: penalty})(weights)
         except Exception as error:  # a third party's formula may raise anything
-            if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
+            if reads_values(error):
                 continue
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(text if text.startswith("`") else f"`penalty.{name}`: {text}") from error

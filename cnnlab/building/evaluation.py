@@ -16,10 +16,11 @@ from cnnlab.data.choice import loaded, with_decoder
 from cnnlab.data.loader import Loader
 from cnnlab.errors import CheckpointError, UsageError, short
 from cnnlab.machine.ranks import Ranks
+from cnnlab.machine.resolved import Resolved
 from cnnlab.protocols import VOID, Batch, Data, DataSpec, Split
 from cnnlab.schema import Loading
+from cnnlab.train.meter import describe_sums
 from cnnlab.train.origin import Origin, described, first
-from cnnlab.train.run import describe_sums
 
 
 @dataclass
@@ -101,7 +102,7 @@ def data_for(network: Opened, experiment: Experiment | None = None) -> OpenedDat
     """
     own = experiment is None
     experiment = network.experiment if experiment is None else experiment
-    node, choices = experiment.node("data"), dict(network.origin["choices"])
+    node, resolved = experiment.node("data"), Resolved.of(network.origin["choices"])
 
     def make(loading: Loading) -> Data:
         return make_data(experiment, network.pipeline, loading)
@@ -114,8 +115,8 @@ def data_for(network: Opened, experiment: Experiment | None = None) -> OpenedDat
     spec = whole.only(network.task.needs)
     _require_images(network, spec)
     renumbered = _renumbering(network.spec, network.spec if own else spec)
-    splits, findings = loaded(make, experiment.loading, Ranks(), choices.get("data_path"))
-    loading = with_decoder(experiment.loading, splits["test"], network.device, choices.get("decode"))
+    splits, findings = loaded(make, experiment.loading, Ranks(), resolved.data_path)
+    loading = with_decoder(experiment.loading, splits["test"], network.device, resolved.decode)
     now = Origin(
         experiment.config,
         described(
@@ -124,7 +125,7 @@ def data_for(network: Opened, experiment: Experiment | None = None) -> OpenedDat
             classes=list(spec.classes),
             mask_classes=list(spec.mask_classes),
         ),
-        choices,
+        resolved,
         findings.files,
         network.folder.path,
     )

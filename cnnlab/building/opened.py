@@ -28,8 +28,9 @@ from cnnlab.composing.trust import TYPED, Trust
 from cnnlab.data.decode import Item, decode_chunk
 from cnnlab.data.pixels import Recipe
 from cnnlab.errors import CheckpointError, DataError
-from cnnlab.machine.device import Placement, as_recorded, place
+from cnnlab.machine.device import Placement, place
 from cnnlab.machine.ranks import Ranks
+from cnnlab.machine.resolved import Resolved
 from cnnlab.models.half import protect_narrow
 from cnnlab.protocols import Batch, DataSpec, Outputs
 from cnnlab.runs.checkpoint import State
@@ -198,8 +199,7 @@ def open_run(
     origin = state["origin"]
     trainer = {"trainer.step": StepKind.eager.value, **({} if device is None else {"trainer.device": device})}
     experiment = experiment.with_values(trainer)
-    choices = {**origin["choices"], "step": StepKind.eager.value} if origin["choices"] else {}
-    placement = place(as_recorded(experiment.trainer, choices), closure=False)
+    placement = place(Resolved.of(origin["choices"]).eager().applied(experiment.trainer), closure=False)
     path = folder.best if which == "best" else folder.last
     data = recorded_data(origin)
     spec, recipe = _spec(experiment, data), _recipe(data)

@@ -9,6 +9,7 @@ from cnnlab.building.opened import weights
 from cnnlab.building.reopen import reopened
 from cnnlab.building.trial import check
 from cnnlab.composing.trust import TYPED, Trust
+from cnnlab.machine.resolved import Resolved
 from cnnlab.runs.folder import RunDir
 from cnnlab.schema import StepKind
 from cnnlab.train.run import Run
@@ -37,11 +38,9 @@ def standing(folder: RunDir, checkpoint: str = "last", *, device: str | None = N
     """
     experiment = reopened(folder, trust)
     which, state = weights(folder, checkpoint, experiment.config)
-    choices = {**state["origin"]["choices"]}
     values = {"trainer.step": StepKind.eager.value, **({} if device is None else {"trainer.device": device})}
-    if "step" in choices:
-        choices["step"] = StepKind.eager.value
-    run = build(check(experiment.with_values(values)), resumed=True, choices=choices)
+    resolved = Resolved.of(state["origin"]["choices"]).eager()
+    run = build(check(experiment.with_values(values)), resumed=True, resolved=resolved)
     changes = run.origin.changes(state["origin"], folder.path)
     parts = ("model", "optimizer", "normalize", "clock", *run.interventions.stateful())
     scaler = ("scaler",) if run.step.scaler is not None and "scaler" in state else ()

@@ -16,7 +16,7 @@ from torch import nn
 
 from cnnlab.building.assemble import make_network, make_optimizer, make_pipeline, spec_for_task, task_class
 from cnnlab.building.blame import Attempts, settings_of
-from cnnlab.building.dry import headed, on_cpu, on_meta, passes, penalized, steps
+from cnnlab.building.dry import headed, passes, penalized, steps
 from cnnlab.building.stepping import halving_refused
 from cnnlab.composing.composer import Composed, Composer, composer
 from cnnlab.composing.experiment import SECTIONS, VALUES, Experiment, Node
@@ -28,6 +28,7 @@ from cnnlab.composing.signature import check_part, check_section, locate
 from cnnlab.composing.trust import Trust
 from cnnlab.composing.values import check_value
 from cnnlab.errors import ConfigError, did_you_mean, short
+from cnnlab.inspect import meta
 from cnnlab.machine.device import place
 from cnnlab.machine.surroundings import torchrun
 from cnnlab.optim.traits import Traits
@@ -311,11 +312,11 @@ class _Trial(Attempts):
         def network() -> nn.Module:
             return make_network(self.experiment, spec, task)
 
-        model = self.attempt("model", lambda: on_meta(network), "model", among=among)
+        model = self.attempt("model", lambda: meta.made(network), "model", among=among)
         if model is None:
             return
         if self.is_own("activation") or self.is_own("norm"):
-            self.attempt("model", lambda: passes(on_cpu(network), spec), "model", among=among)
+            self.attempt("model", lambda: passes(meta.made_on_cpu(network), spec), "model", among=among)
         self.attempt("head", lambda: headed(model, spec), "head")
         self.attempt("penalty", lambda: penalized(self.experiment, model), "penalty")
         if self.sound("init"):

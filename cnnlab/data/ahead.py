@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cnnlab.data.threads import Threads
+from cnnlab.machine.copies import pinned
 from cnnlab.protocols import Batch
 
 Fetched = TypeVar("Fetched")
@@ -86,7 +87,7 @@ class Copier:
         """The batch that `fetch` makes, on its way to the device, and the event of its arrival."""
         # A new thread has device 0 and its default stream, whichever rank this is.
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            batch = {name: _pinned(tensor).to(self.device, non_blocking=True) for name, tensor in fetch().items()}
+            batch = {name: pinned(tensor).to(self.device, non_blocking=True) for name, tensor in fetch().items()}
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
         return batch, arrived
@@ -98,7 +99,3 @@ class Copier:
         for tensor in batch.values():
             tensor.record_stream(stream)
         return batch
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory()

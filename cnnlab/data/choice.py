@@ -16,7 +16,7 @@ from cnnlab.schema import DataPath, Decoder, Loading
 
 
 def loaded(
-    make: Callable[[Loading], Data], loading: Loading, ranks: Ranks, recorded: str | None
+    make: Callable[[Loading], Data], loading: Loading, ranks: Ranks, recorded: DataPath | None
 ) -> tuple[dict[str, Split], Findings]:
     """The splits, and what was found beside them. Rank 0 loads first, so that the others find decoded what it has
     decoded.
@@ -33,8 +33,7 @@ def loaded(
         UsageError: the processes chose differently.
     """
     if loading.path is DataPath.auto and recorded is not None:
-        streamed = recorded == DataPath.stream.value
-        loading = replace(loading, path=DataPath.stream if streamed else DataPath.mapped)
+        loading = replace(loading, path=DataPath.stream if recorded is DataPath.stream else DataPath.mapped)
     data = make(loading)
     splits = ranks.in_turn(data.load)
     chosen = ranks.collect(served(splits["train"]).streams)
@@ -46,7 +45,7 @@ def loaded(
     return splits, getattr(data, "findings", Findings())
 
 
-def with_decoder(loading: Loading, split: Split, device: torch.device, recorded: str | None) -> Loading:
+def with_decoder(loading: Loading, split: Split, device: torch.device, recorded: Decoder | None) -> Loading:
     """The settings with the decoder chosen: a GPU's for a stream, where it has one that works.
 
     Args:
@@ -59,7 +58,7 @@ def with_decoder(loading: Loading, split: Split, device: torch.device, recorded:
     if not served(split).streams:
         return replace(loading, decode=Decoder.cpu)
     if wanted is Decoder.auto and recorded is not None:
-        wanted = Decoder(recorded)
+        wanted = recorded
     if wanted is Decoder.cpu or (wanted is Decoder.auto and device.type != "cuda"):
         return replace(loading, decode=Decoder.cpu)
     from cnnlab.data.gpu_jpeg import works

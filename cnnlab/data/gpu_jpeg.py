@@ -18,6 +18,7 @@ from cnnlab.data.pixels import MAX_PIXELS
 from cnnlab.data.pool import PATIENCE
 from cnnlab.data.threads import Threads
 from cnnlab.errors import DataError
+from cnnlab.machine.copies import pinned
 
 Failures = list[tuple[int, str]]
 _Pixels = tuple[np.ndarray[Any, Any], tuple[int, int]]
@@ -79,7 +80,8 @@ class GpuJpegs:
 
     def _put(self, ready: _Pixels, image: Tensor, size: Tensor) -> None:
         pixels, own = ready
-        image.copy_(_movable(pixels, self.device), non_blocking=True)
+        read = torch.from_numpy(np.ascontiguousarray(pixels))
+        image.copy_(pinned(read) if self.device.type == "cuda" else read, non_blocking=True)
         size.copy_(torch.tensor(own))
 
     def _decode(self, encoded: dict[int, bytes], images: Tensor, sizes: Tensor) -> Failures:
@@ -177,11 +179,6 @@ def _by_pillow(file: bytes, recipe: Recipe) -> _Pixels | str:
         raise
     except Exception as error:  # each of Pillow's parsers raises what it stumbles on
         return reason_of(error)
-
-
-def _movable(pixels: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(pixels))
-    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def is_plain_jpeg(file: bytes, max_pixels: int = MAX_PIXELS) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cnnlab.data.ahead import Copier, ahead
 from cnnlab.data.served import served
 from cnnlab.errors import DataError
+from cnnlab.machine.copies import pinned
 from cnnlab.protocols import VIEW, Batch, Split, to_device
 from cnnlab.schema import DataPath, Loading
 
@@ -137,7 +138,7 @@ class Loader:
         order = self.order(epoch)
         if self.resident and self.device.type == "cuda":
             # One copy an epoch, from pinned memory: from pageable memory a copy waits for the device.
-            order = order.pin_memory().to(self.device, non_blocking=True)
+            order = pinned(order).to(self.device, non_blocking=True)
         whole = list(order.split(self.batch_size))[start : self.steps]
         parts, before = zip(*(self._part(indices) for indices in whole)) if whole else ((), ())
         for batch, indices, foreign in zip(self._fetched(parts, stopping, first), whole, before):

@@ -104,7 +104,7 @@ def measured(model: nn.Module, images: Tensor, objective: Objective) -> Signals:
     """
     if len(images) < 2:
         raise ValueError(f"expected at least two images, received {len(images)}")
-    with rng.restored(images.device), torch.enable_grad(), training_without_noise(model), _keeping_moments(model):
+    with torch.enable_grad(), training_without_noise(model), _keeping_moments(model):
         followed, outputs = _followed(model, images, objective, linear=False)
         if len(followed.sites) < 2:
             followed, outputs = _followed(model, images, objective, linear=True)

@@ -4,15 +4,15 @@ as it was afterwards."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cnnlab.errors import UsageError
+from cnnlab.inspect.untouched import untouched
 from cnnlab.protocols import DataSpec, Outputs, as_outputs
-from cnnlab.rng import restored
 from cnnlab.tasks import Task
 
 
@@ -53,29 +53,10 @@ class Subject:
         Raises `UsageError` for networks that hooks cannot look into.
         """
         _require_open(self.model)
-        modes = {module: module.training for module in self.model.modules()}
-        asked = [p for p in self.model.parameters() if p.requires_grad]
-        buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
-        with ExitStack() as stack:
-            stack.enter_context(restored(self.device))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(self.device.type, enabled=False))  # it reaches into the backward pass
-            stack.callback(_put_back, modes, asked, buffers)
-            self.model.eval()
-            for parameter in asked:
-                parameter.requires_grad_(False)
+        exact = torch.autocast(self.device.type, enabled=False)  # it reaches into the backward pass
+        with untouched(self.model), torch.enable_grad(), exact:
+            self.model.eval().requires_grad_(False)
             yield
-
-
-def _put_back(modes: dict[nn.Module, bool], asked: list[nn.Parameter], buffers: list[tuple[Tensor, Tensor]]) -> None:
-    for module, training in modes.items():
-        module.training = training
-    for parameter in asked:
-        parameter.requires_grad_(True)
-    with torch.no_grad():
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
 
 
 def _require_open(model: nn.Module) -> None:

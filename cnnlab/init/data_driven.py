@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cnnlab.init.base import layers
 from cnnlab.init.schemes import Orthogonal
+from cnnlab.inspect.untouched import untouched
 from cnnlab.torch_private import NormBase
 
 
@@ -63,16 +64,9 @@ def _scaler(done: set[nn.Module]) -> Any:
 
 @contextmanager
 def training_without_noise(model: nn.Module) -> Iterator[None]:
-    """Training mode but for leaf modules that are no norm layers (dropout); restores modes and buffers."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    for module in modes:
-        leaf = not any(True for _ in module.children())
-        module.training = not leaf or isinstance(module, NormBase)
-    try:
+    """Training mode but for leaf modules that are no norm layers (dropout); see `untouched` for what is put back."""
+    with untouched(model):
+        for module in model.modules():
+            leaf = not any(True for _ in module.children())
+            module.training = not leaf or isinstance(module, NormBase)
         yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for buffer, before in buffers:
-            buffer.copy_(before)

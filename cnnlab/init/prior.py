@@ -35,7 +35,7 @@ def start_from(model: nn.Module, prior: Tensor, image_shape: Sequence[int]) -> l
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, tuple[Tensor, float]] = {}
     draws = rng.generator(0, "prior")
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), training_without_noise(model):
+    with torch.enable_grad(), training_without_noise(model):
         leaf = torch.rand(2, *image_shape, generator=draws).requires_grad_()
         outputs = as_outputs(model(leaf + 0))  # a network may begin in place, which a leaf does not allow
         for output in (outputs[name] for name in CLASSIFIED if name in outputs):
@@ -63,22 +63,16 @@ def class_parameters(model: nn.Module, image_shape: Sequence[int], classes: int)
         image_shape: (C, H, W).
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    frozen = [p for p in model.parameters() if not p.requires_grad]
     found: list[str] = []
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]), training_without_noise(model):
-            device = next(iter(model.parameters())).device
-            leaf = torch.zeros(2, *image_shape, device=device).requires_grad_()
-            outputs = as_outputs(model(leaf + 0))
-            for output in (outputs[name] for name in CLASSIFIED if name in outputs):
-                if output.shape[1] == classes:
-                    last = _last_parameters(output, leaf, behind=True)
-                    found += [names[id(p)] for p in last if id(p) in names and p.shape[:1] == (classes,)]
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+    with torch.enable_grad(), training_without_noise(model):
+        model.requires_grad_(True)
+        device = next(iter(model.parameters())).device
+        leaf = torch.zeros(2, *image_shape, device=device).requires_grad_()
+        outputs = as_outputs(model(leaf + 0))
+        for output in (outputs[name] for name in CLASSIFIED if name in outputs):
+            if output.shape[1] == classes:
+                last = _last_parameters(output, leaf, behind=True)
+                found += [names[id(p)] for p in last if id(p) in names and p.shape[:1] == (classes,)]
     return list(dict.fromkeys(found))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cnnlab.inspect.untouched import untouched, zeros
 from cnnlab.torch_private import TorchDispatchMode
 
 
@@ -27,23 +28,9 @@ def forward_flops(model: nn.Module, input_shape: Sequence[int]) -> int:
     Args:
         input_shape: (C, H, W).
     """
-    with fused_attention_off(), _Counter() as counter:
-        pass_zeros(model, input_shape)
+    with fused_attention_off(), _Counter() as counter, untouched(model), torch.no_grad():
+        model.eval()(zeros(model, input_shape))
     return 2 * counter.multiply_adds
-
-
-def pass_zeros(model: nn.Module, input_shape: Sequence[int]) -> None:
-    """One image of zeros (C, H, W) through the network in evaluation, where it is, for who listens. Modes, buffers and
-    the CPU's random state stay as they are."""
-    parameter = next(model.parameters())
-    image = torch.zeros(1, *input_shape, dtype=parameter.dtype, device=parameter.device)
-    training = [module for module in model.modules() if module.training]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model.eval()(image)
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Counter(TorchDispatchMode):

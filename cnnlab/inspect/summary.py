@@ -7,7 +7,6 @@ about 3 forward passes (the backward pass multiplies once for the input's gradie
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from cnnlab.inspect import meta
 from cnnlab.inspect.flops import fused_attention_off, multiply_adds
 from cnnlab.inspect.receptive_field import FieldTracker, tensors_in
 from cnnlab.torch_private import TorchDispatchMode
@@ -132,10 +132,7 @@ def calls(model: nn.Module, input_shape: Sequence[int]) -> list[Layer]:
 
 def _metered(model: nn.Module, shape: tuple[int, int, int]) -> tuple[_Meter, _Meter]:
     """What a training pass and an evaluation do, an image."""
-    try:
-        training, evaluated = _run(_on_meta(model), shape, "meta")
-    except (RuntimeError, TypeError):
-        training, evaluated = _run(_on_cpu(model), shape, "cpu")
+    training, evaluated = meta.run(model, lambda copied, device: _run(copied, shape, device))
     called = {layer.name for layer in evaluated.layers}
     for layer in training.layers:
         layer.training_only = layer.name not in called
@@ -146,30 +143,7 @@ def _metered(model: nn.Module, shape: tuple[int, int, int]) -> tuple[_Meter, _Me
     return training, evaluated
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy without weights: each parameter and buffer is replaced before it would be copied."""
-    replaced: dict[int, Any] = {}
-    for parameter in model.parameters():
-        empty = torch.empty_like(parameter, device="meta")
-        replaced[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        replaced[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, replaced)
-
-
-def _on_cpu(model: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(model)
-    tensors = [*copied.parameters(), *copied.buffers()]
-    if not any(tensor.is_meta for tensor in tensors):
-        return copied.cpu()
-    copied.to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in [*copied.parameters(), *copied.buffers()]:
-            tensor.zero_()
-    return copied
-
-
-def _run(model: nn.Module, shape: tuple[int, int, int], device: str) -> tuple[_Meter, _Meter]:
+def _run(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> tuple[_Meter, _Meter]:
     """A forward pass in training and one in evaluation."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     training, evaluated = _Meter(model), _Meter(model)

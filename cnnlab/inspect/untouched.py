@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -52,3 +52,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
             for p, wanted, gradient in asked:
                 p.requires_grad_(wanted)
                 p.grad = gradient
+
+
+def zeros(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
+    """One image of zeros, of shape (C, H, W), as the network takes it and where it is."""
+    parameter = next(model.parameters())
+    return torch.zeros(1, *input_shape, dtype=parameter.dtype, device=parameter.device)

@@ -7,9 +7,8 @@ import gc
 import os
 import shutil
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -34,37 +33,6 @@ class Placement:
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.precision]
-
-    def choices(self) -> dict[str, str]:
-        """What a checkpoint records, for `as_recorded`."""
-        return {
-            "device": self.device.type,
-            "precision": self.precision.value,
-            "step": self.step.value,
-            "layout": self.layout.value,
-        }
-
-
-def as_recorded(trainer: Trainer, choices: Mapping[str, str]) -> Trainer:
-    """The settings with what `auto` chose when the run began, so that it goes on alike on another machine.
-
-    A run that goes on on another kind of device chooses anew.
-    """
-    if not choices:
-        return trainer
-    if "accumulate" in choices:  # it was doubled on the way
-        trainer = replace(trainer, accumulate=int(choices["accumulate"]))
-    recorded = Device(choices["device"])
-    if trainer.device is Device.auto and available(recorded):
-        trainer = replace(trainer, device=recorded)
-    if trainer.device is not recorded:
-        return trainer
-    return replace(
-        trainer,
-        precision=Precision(choices["precision"]),
-        step=StepKind(choices["step"]),
-        layout=Layout(choices["layout"]),
-    )
 
 
 def available(device: Device) -> bool:

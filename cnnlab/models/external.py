@@ -6,10 +6,9 @@ their structure is known: the last map of each resolution.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from cnnlab.blocks import ActivationFactory, DropRate, NormFactory
 from cnnlab.errors import did_you_mean
+from cnnlab.inspect import meta
 from cnnlab.protocols import ConvNet, Features
 
 
@@ -120,8 +120,8 @@ def _construct(build: Callable[[], nn.Module], name: str, image_size: tuple[int,
     try:
         try:
             return build()
-        except (NotImplementedError, RuntimeError):
-            if device.type != "meta":
+        except (TypeError, RuntimeError) as error:
+            if device.type != "meta" or not meta.reads_values(error):
                 raise
             with torch.device("cpu"):
                 return build().to(device)
@@ -137,9 +137,17 @@ def _unfit(name: str, image_size: tuple[int, int], error: Exception) -> ValueErr
     )
 
 
-def _on_meta(network: nn.Module) -> nn.Module:
-    """A copy without memory, in training mode, in which auxiliary classifiers need their size too."""
-    return copy.deepcopy(network).to("meta").train()
+def _tried(network: nn.Module, in_channels: int, image_size: tuple[int, int], trunk: Sequence[str]) -> list[Tensor]:
+    """The maps of the layers `trunk`, in training, in which auxiliary classifiers need their size too; made by a copy.
+    Raises what the network does of images that it cannot take."""
+
+    def work(copied: nn.Module, device: torch.device) -> list[Tensor]:
+        images = torch.zeros(2, in_channels, *image_size, device=device)
+        copied.train()(images)
+        return _maps([copied.get_submodule(layer) for layer in trunk], images)
+
+    with torch.random.fork_rng(devices=[]):
+        return meta.run(network, work)
 
 
 _BOTTLENECKS = re.compile(r"(wide_)?resnet(50|101|152)(_2)?|resnext.*")
@@ -211,11 +219,8 @@ class Torchvision(_External):
 
     def _find_stages(self, name: str, in_channels: int, image_size: tuple[int, int]) -> None:
         """Runs shapes through a copy: does the network take the images, and what are its stages?"""
-        network = _on_meta(self.network)
-        images = torch.empty(2, in_channels, *image_size, device="meta")
         try:
-            network(images)
-            maps = _maps([network.get_submodule(layer) for layer in self._trunk], images)
+            maps = _tried(self.network, in_channels, image_size, self._trunk)
         except (RuntimeError, ValueError, AssertionError) as error:
             raise _unfit(name, image_size, error) from error
         self._positions = _last_of_each_resolution(maps, image_size)
@@ -310,7 +315,7 @@ class Timm(_External):
         options |= {key: value for key, value in chosen.items() if value is not None}
         self.network = _construct(partial(timm.create_model, name, **options), name, image_size)
         try:
-            _on_meta(self.network)(torch.empty(2, in_channels, *image_size, device="meta"))
+            _tried(self.network, in_channels, image_size, ())
         except (RuntimeError, ValueError, AssertionError) as error:
             raise _unfit(name, image_size, error) from error
         self.classifier_modules = _timm_classifiers(self.network)

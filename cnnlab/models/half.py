@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnnlab.inspect.flops import pass_zeros
+from cnnlab.inspect.untouched import untouched, zeros
 
 NARROW = "oneDNN gets wrong in half precision (maps narrower than the stride)"
 
@@ -50,7 +50,8 @@ def protect_narrow(model: nn.Module, input_shape: Sequence[int]) -> list[str]:
         if module.stride[1] > 1 and module.kernel_size[1] > 1
     ]
     if watched:
-        pass_zeros(model, input_shape)
+        with untouched(model), torch.no_grad():
+            model.eval()(zeros(model, input_shape))
     for handle in watched:
         handle.remove()
     for module in narrow.values():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cnnlab.machine.copies import Arriving
 from cnnlab.observe.overhead import Aside, Overhead, mark_for
 from cnnlab.observe.taps import Taps
 from cnnlab.observe.view import View
@@ -157,7 +158,7 @@ class Observer:
         self._max_records = max_records
         self._records = 0
         self._figures = 0
-        self._pending: tuple[int, dict[str, torch.Size], Tensor, Any] | None = None
+        self._pending: tuple[int, dict[str, torch.Size], Arriving] | None = None
         self._keep_to_bounds(0, 0)
 
     def drop_unsupported(self, run: Any) -> list[str]:
@@ -220,29 +221,21 @@ class Observer:
         self._records += 1
         self._figures += packed.numel()
         self._keep_to_bounds(step, packed.numel())
-        event = None
-        if packed.device.type == "cuda":
-            host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            host.copy_(packed, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            packed = host
-        self._pending = (step, shapes, packed, event)
+        self._pending = (step, shapes, Arriving({"figures": packed}))
 
     def _arrived(self) -> bool:
         """Whether figures are there that can be handed over without waiting."""
-        return self._pending is not None and (self._pending[3] is None or self._pending[3].query())
+        return self._pending is not None and self._pending[2].ready()
 
     def drain(self) -> None:
         """Hands over the figures of the last sampled step, waiting for their copy if it is still under way."""
         if self._pending is None:
             return
-        step, shapes, packed, event = self._pending
+        step, shapes, figures = self._pending
         self._pending = None
         if self.receive is None:
             return
-        if event is not None:
-            event.synchronize()
+        packed = figures.wait()["figures"]
         with self.overhead.charging():
             self.receive(self._record(step, shapes, packed))
 
@@ -251,7 +244,7 @@ class Observer:
         if self.taps is not None:
             record["layers"] = list(self.taps.names)
         record["tensors"] = list(self.tensors)
-        parts = packed.cpu().split([shape.numel() for shape in shapes.values()])
+        parts = packed.split([shape.numel() for shape in shapes.values()])
         for (tag, shape), part in zip(shapes.items(), parts, strict=True):
             record[tag] = part.view(shape).tolist()
         return record

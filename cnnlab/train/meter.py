@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from cnnlab import measure
 from cnnlab.errors import DivergedError
+from cnnlab.machine.copies import Arriving
 from cnnlab.protocols import StepResult
-from cnnlab.train.state import Arriving
+from cnnlab.tasks import Task
 
 if TYPE_CHECKING:
     from cnnlab.train.run import Run
@@ -78,3 +79,17 @@ def diverged(run: Run, split: str = "train") -> DivergedError:
 
 def _finite(run: Run) -> bool:
     return bool(measure.total_norm(run.step.parameters).isfinite())
+
+
+def describe_sums(task: Task, sums: dict[str, Any]) -> dict[str, float]:
+    """A record's figures from summed measures: `loss`, `data_loss` and `penalty`, each followed by its parts, and the
+    task's metrics."""
+    count = sums.pop("count").item()
+    data_loss = (sums.pop("data_loss") / count).item()
+    parts, terms = (
+        {name: (sums.pop(name) / count).item() for name in list(sums) if name.startswith(prefix)}
+        for prefix in ("data_loss/", "penalty/")
+    )
+    penalty = (sums.pop("penalty") / count).item() if "penalty" in sums else 0.0
+    figures = {"loss": data_loss + penalty, "data_loss": data_loss, **parts, "penalty": penalty, **terms}
+    return {**figures, **task.metrics(sums)}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cnnlab import measure, rng
+from cnnlab.inspect.untouched import modes_kept
 from cnnlab.machine.ranks import Ranks
 from cnnlab.protocols import Batch, StepResult
 from cnnlab.torch_private import NormBase, foreach_add_
@@ -244,19 +245,15 @@ class Objective:
         if self.mode is None:
             yield
             return
-        before = [(module, module.training) for module in self.model.modules()]
-        try:
+        with modes_kept(self.model):
             if self.mode == Mode.eval:
                 self.model.eval()
             else:
                 self.interventions.train(self.model, self.epoch)
-            for module, _ in before if self.mode == Mode.frozen else ():
+            for module in self.model.modules() if self.mode == Mode.frozen else ():
                 if isinstance(module, NormBase) and module.track_running_stats:
                     module.eval()
             yield
-        finally:
-            for module, training in before:
-                module.training = training
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cnnlab.errors import CheckpointError, short
+from cnnlab.machine.resolved import Resolved
 from cnnlab.runs import checkpoint, data_files
 from cnnlab.runs.data_files import Files
 from cnnlab.runs.folder import EARLIER_HASH, PLACES, RunDir, config_hash
@@ -38,7 +39,7 @@ class Origin:
     Args:
         config: the run's; its hash must be equal where the checkpoint is loaded.
         data: what is known of the data (see `described`); its fingerprints and class names must be equal.
-        choices: device, precision, step and layout. A resumed run is built with them (`device.as_recorded`).
+        resolved: what `auto` became; a resumed run is built with it.
         files: of each split, as they are now.
         folder: where the run keeps what they were.
     """
@@ -47,20 +48,20 @@ class Origin:
         self,
         config: Mapping[str, Any],
         data: Mapping[str, Any],
-        choices: Mapping[str, str],
+        resolved: Resolved,
         files: Files,
         folder: Path | None = None,
     ):
         self.config = config
         self.data = dict(data)
-        self.choices = dict(choices)
+        self.resolved = resolved
         self.files = files
         self.folder = folder
 
     def state_dict(self) -> dict[str, Any]:
         fingerprints = " ".join(f"{name}:{value}" for name, value in self.data["fingerprints"].items())
         identity = {"config": config_identity(self.config), "data": fingerprints}
-        return {"identity": identity, "choices": self.choices, "data": self.data}
+        return {"identity": identity, "choices": self.resolved.record(), "data": self.data}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes nothing over. Raises `ValueError` for the origin of another run's checkpoint."""
@@ -168,6 +169,7 @@ def load_own(folder: RunDir, which: str, config: Mapping[str, Any]) -> dict[str,
     try:
         require_config(state["origin"], config)
         recorded_data(state["origin"])
+        Resolved.of(state["origin"]["choices"])
         require_selection(state["selection"])
         Clock().load_state_dict(state["clock"])
     except KeyError as error:

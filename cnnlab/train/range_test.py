@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnnlab import rng
 from cnnlab.composing.rates import HIGHEST, LOWEST, RULE, RULES, STEPS, require_rule
 from cnnlab.errors import DivergedError, UsageError
+from cnnlab.inspect.untouched import kept, untouched
 from cnnlab.observe.observer import Observer
 from cnnlab.protocols import Listener, StepResult
 from cnnlab.runs.checkpoint import State
@@ -284,27 +284,18 @@ def _eager(step: EagerStep) -> EagerStep:
 def unchanged(run: Run) -> Iterator[None]:
     """Puts back what updates change, after the block: in place, so that nothing has to be found anew."""
     model, optimizer = run.model, run.optimizer
-    tensors = [*model.parameters(), *model.buffers()]
-    kept = _Kept([tensors, optimizer.state, optimizer.param_groups])
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]  # which a captured step writes in place
+    optimized = _Kept([optimizer.state, optimizer.param_groups])
     stateful: dict[str, Any] = {**run.interventions.stateful(), "scaler": run.step.scaler, "taps": run.observer.taps}
     parts = [(part, deepcopy(part.state_dict())) for part in stateful.values() if hasattr(part, "state_dict")]
-    modes = [(module, module.training) for module in model.modules()]
-    asked = [(p, p.requires_grad, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
-    with rng.restored(run.device):
+    with untouched(model), kept([*model.parameters(), *gradients]):
         try:
             yield
         finally:
             with torch.no_grad():
-                kept.restore()
+                optimized.restore()
             for part, state in parts:
                 part.load_state_dict(state)
-            for module, training in modes:
-                module.training = training
-            for parameter, trains, gradient, values in asked:
-                parameter.requires_grad_(trains)
-                parameter.grad = gradient
-                if gradient is not None and values is not None:
-                    gradient.copy_(values)
 
 
 class _Kept:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import signal
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,26 +14,24 @@ from torch import nn
 from cnnlab.composing.experiment import Experiment
 from cnnlab.data.ahead import NotAwaited
 from cnnlab.data.loader import Loader
-from cnnlab.errors import CheckpointError, DivergedError, InterruptedRun, UsageError
-from cnnlab.machine.interrupts import answered_by, raises, watcher
+from cnnlab.errors import CheckpointError, UsageError
 from cnnlab.machine.ranks import Ranks
 from cnnlab.observe.observer import Observer
 from cnnlab.protocols import Batch, DataSpec, Listener, Schedule, StepResult
 from cnnlab.runs.checkpoint import State
 from cnnlab.runs.data_files import Files
-from cnnlab.runs.folder import RunDir, in_words
+from cnnlab.runs.folder import RunDir
 from cnnlab.schema import Precision, Trainer
 from cnnlab.tasks import Task
 from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.forward import Forward
 from cnnlab.train.interventions import Interventions
-from cnnlab.train.meter import Meter, require_finite, require_finite_weights
+from cnnlab.train.meter import Meter, describe_sums, require_finite, require_finite_weights
 from cnnlab.train.objective import Mode, Objective
 from cnnlab.train.selection import Selection
+from cnnlab.train.session import record_status, session
 from cnnlab.train.state import Clock, Totals
 from cnnlab.train.steps.eager import EagerStep
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -304,114 +300,10 @@ class Run:
 
     # ---- the session around the loop ----
 
-    @contextmanager
-    def session(self) -> Iterator[None]:
-        """Signals are heard, the status is kept, and the listeners learn how it ended, whatever happens."""
-        with nullcontext() if self.folder is None or not self.is_main else self.folder.claimed(), self._told():
-            yield
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        self.clock.wall.start()
-        self._record_status("running")
-        error: BaseException | None = None
-        try:
-            with self._signals():
-                self.tell("on_start")
-                self.checkpointer.begin(self)
-                yield
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            self.clock.wall.stop()
-            self.clock.training.stop()
-            self._finish(error)
-
-    def _finish(self, error: BaseException | None) -> None:
-        """Says how the run ended, to its folder and to the listeners; nothing that fails here hides what ended it.
-
-        Raises `DiskError` if a completed run cannot be recorded as such.
-        """
-        status, reason = _status_of(error)
-        if status == "failed" and self.folder is not None and self.is_main and in_words(error) is None:
-            self.folder.write_traceback(error)
-        refused: OSError | None = None
-        try:
-            self._record_status(status, reason)
-        except OSError as caught:
-            refused = caught
-        ends = [lambda listener=listener: listener.on_end(self, error or refused) for listener in self.listeners]
-        for end in [self.observer.drain, *ends]:
-            try:
-                end()
-            except OSError as caught:
-                if error is None and refused is None:
-                    _log.warning("%s", caught)
-        if refused is not None and error is None:
-            with suppress(OSError):  # shorter, it may still fit
-                self._record_status("failed", str(refused))
-            raise refused
+    def session(self) -> AbstractContextManager[None]:
+        """See `cnnlab.train.session`."""
+        return session(self)
 
     def record_progress(self) -> None:
         """Tells `run.json` how far the run is."""
-        self._record_status("running")
-
-    def _record_status(self, status: str, reason: str | None = None) -> None:
-        if self.folder is None or not self.is_main:
-            return
-        clock = self.clock
-        self.folder.update(
-            status=status,
-            reason="early stopping" if status == "completed" and self.stopped_early else reason,
-            steps=clock.step,
-            epochs=clock.epoch,
-            seconds=round(clock.wall.seconds, 3),
-            images_per_second=clock.images_per_second,
-            metrics=self.metrics,
-            best=self.selection.as_record(),
-            statistics=self.observer.describe(),
-        )
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGINT, SIGTERM or SIGHUP asks the run to stop at the next step; a second Ctrl-C stops at once, and
-        so does the first one while there is nothing to save."""
-        began = self.clock.step
-
-        def ask(number: int, frame: Any) -> None:
-            if (self.interrupted_by and number == signal.SIGINT) or not answers():
-                raises(number, frame)
-            self.interrupted_by = number
-
-        def answers() -> bool:
-            """Before its first update a session has nothing to save, and that one may compile for minutes; after the
-            last checkpoint neither. With other processes, all stop at the same step."""
-            return self.ranks.world > 1 or (self.clock.step > began and not self.saved)
-
-        with watcher.answered(answers), answered_by(ask):
-            yield
-
-
-def _status_of(error: BaseException | None) -> tuple[str, str | None]:
-    if error is None:
-        return "completed", None
-    if isinstance(error, InterruptedRun | KeyboardInterrupt):
-        return "interrupted", str(error) or "stopped at once; the last checkpoint stands"
-    if isinstance(error, DivergedError):
-        return "diverged", str(error)
-    return "failed", in_words(error) or f"{type(error).__name__}: {error}"
-
-
-def describe_sums(task: Task, sums: dict[str, Any]) -> dict[str, float]:
-    """A record's figures from summed measures: `loss`, `data_loss` and `penalty`, each followed by its parts, and the
-    task's metrics."""
-    count = sums.pop("count").item()
-    data_loss = (sums.pop("data_loss") / count).item()
-    parts, terms = (
-        {name: (sums.pop(name) / count).item() for name in list(sums) if name.startswith(prefix)}
-        for prefix in ("data_loss/", "penalty/")
-    )
-    penalty = (sums.pop("penalty") / count).item() if "penalty" in sums else 0.0
-    figures = {"loss": data_loss + penalty, "data_loss": data_loss, **parts, "penalty": penalty, **terms}
-    return {**figures, **task.metrics(sums)}
+        record_status(self, "running")

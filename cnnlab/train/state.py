@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cnnlab.errors import CheckpointError
+from cnnlab.machine.copies import Arriving
 from cnnlab.machine.ranks import Ranks
 
 
@@ -92,33 +93,6 @@ def _seconds(name: str, value: Any) -> float:
     if type(value) not in (float, int) or not 0 <= value < math.inf:
         raise ValueError(f"expected {name} to be seconds, received {value!r}")
     return float(value)
-
-
-class Arriving:
-    """Tensors on their way from the device to the CPU."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._tensors = {}
-        for name, tensor in tensors.items():
-            if tensor.is_cuda:
-                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                self._tensors[name] = host.copy_(tensor, non_blocking=True)
-                self._event = self._event or torch.cuda.Event()
-            else:
-                self._tensors[name] = tensor.cpu()
-        if self._event is not None:
-            self._event.record()
-
-    def ready(self) -> bool:
-        """Whether they are there."""
-        return self._event is None or self._event.query()
-
-    def wait(self) -> dict[str, Tensor]:
-        """The tensors on the CPU."""
-        if self._event is not None:
-            self._event.synchronize()
-        return dict(self._tensors)
 
 
 class Totals:

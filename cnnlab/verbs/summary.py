@@ -62,12 +62,12 @@ def _describe(experiment: Experiment) -> dict[str, Any]:
     import torch
 
     from cnnlab.building.assemble import make_network, make_optimizer, make_task, spec_for_task, task_class
-    from cnnlab.building.dry import on_meta
+    from cnnlab.inspect import meta
     from cnnlab.inspect.summary import summarize
 
     spec = spec_for_task(experiment, experiment.node("data").make().spec())
     task = make_task(experiment, spec, torch.ones(len(task_class(experiment).class_names(spec))))
-    model = on_meta(lambda: make_network(experiment, spec, task))
+    model = meta.made(lambda: make_network(experiment, spec, task))
     optimizer = make_optimizer(experiment, model)
     groups = [
         {

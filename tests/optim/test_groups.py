@@ -9,7 +9,7 @@ import torch
 from lab_runs import make_run
 from torch import nn
 
-from cnnlab.building.dry import on_meta
+from cnnlab.inspect import meta
 from cnnlab.inspect.layers import head_parameters, layers, named_layers
 from cnnlab.optim import freeze_parameters, parameter_groups
 
@@ -197,7 +197,7 @@ def test_one_list_that_holds_the_depth_is_opened_wherever_it_lies(name):
     import torchvision
 
     wrapper = nn.Module()
-    wrapper.network = on_meta(lambda: torchvision.models.get_model(name, weights=None))
+    wrapper.network = meta.made(lambda: torchvision.models.get_model(name, weights=None))
     path, items = TORCHVISION[name]
     found = named_layers(wrapper)
     inside = [title for title, _ in found if title.startswith(f"network.{path}.")]

@@ -17,6 +17,7 @@ from torch.nn import functional
 from cnnlab import rng
 from cnnlab.building.builder import build
 from cnnlab.errors import CheckpointError, DivergedError
+from cnnlab.machine.copies import Arriving
 from cnnlab.protocols import Listener
 from cnnlab.runs import checkpoint
 from cnnlab.runs.folder import RunDir
@@ -24,7 +25,6 @@ from cnnlab.sinks.jsonl import read_records
 from cnnlab.train import fit, loop
 from cnnlab.train.recorder import sample_losses
 from cnnlab.train.selection import Selection
-from cnnlab.train.state import Arriving
 from cnnlab.verbs.eval import evaluate_run
 
 
