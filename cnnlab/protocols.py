@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from cnnlab.schema import PositiveInt
+
 if TYPE_CHECKING:
     from cnnlab.observe.view import View
 
@@ -253,32 +255,64 @@ class Init(Protocol):
     def __call__(self, model: nn.Module, seed: int) -> None: ...
 
 
-class Schedule(Protocol):
-    """The learning rate as a multiple of the base rate."""
+class Schedule:
+    """The learning rate as a multiple of the base rate. Subclasses implement `factor`; all else has a default."""
 
     def factor(self, step: int, total: int) -> float:
         """For update `step` (from 0) of `total`."""
-        ...
+        raise NotImplementedError(f"{type(self).__name__} implements factor")
+
+    def resolve(self, steps_per_epoch: int, total_steps: int, batch_size: int) -> None:
+        """Tells what an epoch and a sample are worth in steps; called before the first `factor`, and by a run that goes
+        on with more epochs again.
+
+        Args:
+            total_steps: what `factor` will get as `total`.
+        """
+
+    def observe(self, value: float, better: Literal["max", "min"]) -> None:
+        """Takes the monitored metric of one evaluation."""
+
+    def notices(self, total: int) -> list[str]:
+        """What a person should know of it in a run of `total` steps; `resolve` comes first."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: nothing, unless the schedule remembers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()`. Raises `ValueError` for what it has not given."""
 
 
 Need = Literal["activations", "activation_gradients", "gradients", "updates"]
 
 
-class Probe(Protocol):
-    """One measurement on a running network. The observer unions the needs of what is due and pays once."""
+class Probe:
+    """One measurement on a running network. The observer unions the needs of what is due and pays once. Subclasses
+    implement `read`; all else has a default.
 
-    name: str
-    every: int | None
-    """Steps between readings; `None` follows `stats.every`."""
-    needs: frozenset[str]
+    Args:
+        every: steps between readings; `None` follows `stats.every`.
+    """
+
+    needs: frozenset[Need] = frozenset()
+
+    def __init__(self, every: PositiveInt | None = None):
+        self.every = every
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
 
     def supports(self, run: Any) -> str | None:
         """Why this run cannot be measured so, or `None`. Asked once, at the start."""
-        ...
+        return None
 
     def read(self, view: View) -> dict[str, Tensor]:
-        """Tag to tensor (a scalar or one value a layer), on the device; must not change the run."""
-        ...
+        """Tag to tensor, on the device; must not change the run. Tags that start with `activation` hold one value a
+        tapped layer, the others of length `len(view.tensors)` one a weight tensor; a scalar is a scalar."""
+        raise NotImplementedError(f"{self.name} implements read")
 
 
 @dataclass

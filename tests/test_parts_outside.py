@@ -18,7 +18,7 @@ from cnnlab.runs import checkpoint
 Cli = Callable[..., Answer]
 
 OUTSIDE = Path(__file__).parent / "outside"
-GROUPS = ("model", "optim", "loss", "init", "augment", "task")
+GROUPS = ("model", "optim", "schedule", "loss", "init", "augment", "task")
 ALL = (
     *(f"{group}=outside" for group in GROUPS),
     "probe=[outside,gradients]",
@@ -107,6 +107,7 @@ def test_a_class_in_the_current_folder(cli: Cli):
         (["model=outsied"], "did you mean `outside`"),
         (["optim=outside", "optim.lr=abc"], "expected a number > 0, received 'abc'"),
         (["optim=outside", "optim.momentum=1"], "expected a number >= 0 and < 1, received 1"),
+        (["schedule=outside", "schedule.low=2"], "expected a number >= 0 and <= 1, received 2"),
         (["loss=outside", "loss.epsilon=-1"], "expected a number >= 0, received -1"),
         (["loss=outside", "loss.epsilom=1"], "did you mean `epsilon`"),
         (["init=outside", "init.inputs=1.5"], "expected an integer >= 1, received 1.5"),
@@ -139,7 +140,7 @@ def test_every_knob_is_listed():
 @pytest.mark.parametrize(
     ("group", "code", "words"),
     [
-        ("schedule", "class P:\n  pass", "mine.P has no `factor`; see cnnlab.protocols.Schedule"),
+        ("schedule", "class P:\n  pass", "expected a cnnlab.protocols.Schedule, received P"),
         ("init", "class P:\n  pass", "mine.P has no `__call__`; see cnnlab.protocols.Init"),
         ("loss", "class P:\n  pass", "mine.P has no `__call__`; see cnnlab.protocols.Loss"),
         ("data", "class P:\n  def spec(self): ...", "mine.P has no `load`; see cnnlab.protocols.Data"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,9 +25,10 @@ from cnnlab.building.assemble import (
     spec_for_task,
 )
 from cnnlab.building.facts import facts, unseen_classes, weighed_classes
-from cnnlab.building.opened import recorded_recipe
+from cnnlab.building.feeding import make_loaders
 from cnnlab.building.pretrained import Transferred, trained_before, transfer
 from cnnlab.building.stepping import StepMaker, halving_refused
+from cnnlab.building.wiring import data_of, make_observer, wire
 from cnnlab.composing.experiment import Experiment
 from cnnlab.composing.rates import RULE, STEPS
 from cnnlab.data.choice import loaded, with_decoder
@@ -41,27 +42,22 @@ from cnnlab.machine.device import Placement, place, prepare_cpu, set_determinist
 from cnnlab.machine.ranks import Ranks
 from cnnlab.machine.resolved import Resolved
 from cnnlab.models.half import NARROW, protect_narrow
-from cnnlab.observe.observer import Observer
 from cnnlab.observe.taps import Taps
 from cnnlab.optim.traits import Traits, accelerated
-from cnnlab.protocols import Batch, Data, DataSpec, Split
+from cnnlab.protocols import Data, DataSpec, Schedule, Split
 from cnnlab.runs.folder import RunDir
 from cnnlab.schema import Layout, Loading, StepKind
 from cnnlab.tasks import Task
-from cnnlab.torch_private import BatchNorm
 from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.forward import Forward
-from cnnlab.train.origin import Origin, chosen, described, load_own
+from cnnlab.train.origin import Origin, chosen, load_own
 from cnnlab.train.range_test import range_test
-from cnnlab.train.recorder import Evidence, Progress, Recorder
 from cnnlab.train.run import Run
 from cnnlab.train.selection import Selection
+from cnnlab.train.steps.eager import EagerStep
 from cnnlab.weights import Trained
 
 _log = logging.getLogger(__name__)
-
-MIN_STATISTICS_BATCH = 2
-"""Samples that batch statistics need; an epoch's last batch with fewer is left out."""
 
 
 def build(
@@ -147,39 +143,26 @@ class _Builder:
         spec = spec_for_task(self.experiment, data.spec())
         self.recipe = getattr(data, "seen", None)
         trained = None if self.resumed else self.ranks.in_turn(lambda: trained_before(self.experiment))
-        pipeline = make_pipeline(self.experiment, spec)
-        splits = self.splits(placement, pipeline)
-        # In turn: the others find in the cache what took rank 0 long.
-        settings, made = self.fitting(), partial(cache_folder, None)
-        self.ranks.in_turn(lambda: fitted.fit(pipeline, splits["train"], settings, known_cache(), made=made))
-        labels = splits["train"].labels
-        counts = self.counts = class_counts(self.experiment, spec, splits["train"])
-        task = make_task(self.experiment, spec, counts)
-        task.to(placement.device)
-        self.notices += unseen_classes(task.class_names(spec), task.class_counts(spec, labels))
-        if counts is not None and task.class_counts(spec, labels) is None:
-            self.notices += weighed_classes(task.class_names(spec), counts, len(splits["train"]))
+        pipeline, splits = self.data(spec, placement)
+        task = self.task(spec, splits["train"], placement)
         model, init = self.network(spec, task, placement)
-        loaders = self.loaders(splits, pipeline, task, placement, model)
-        self.calibrate(model, init, loaders["train"])
+        loaders, notices = make_loaders(
+            splits, pipeline, task, model, self.trainer, self.loading, placement, self.ranks, self.seed
+        )
+        self.notices += notices
+        train = loaders["train"]
+        self.calibrate(model, init, train)
         self.start_from(trained, model, task, spec)
         self.ranks.share_([*model.parameters(), *model.buffers()])
-        total_steps = self.trainer.epochs * loaders["train"].steps
-        if self.trainer.max_steps is not None:
-            total_steps = min(total_steps, self.trainer.max_steps)
+        whole = self.trainer.epochs * train.steps
+        total_steps = whole if self.trainer.max_steps is None else min(whole, self.trainer.max_steps)
         optimizer = self.optimizer(model, placement)
         interventions = make_interventions(self.experiment)
         interventions.attach(model, self.seed)
-        schedule = self.experiment.node("schedule").make()
-        if hasattr(schedule, "resolve"):
-            schedule.resolve(loaders["train"].steps, total_steps, self.trainer.batch_size)
-        if hasattr(schedule, "notices"):
-            self.notices += schedule.notices(total_steps)
-        observer = self.observer(model, placement, total_steps)
-        forward = Forward(model, task, placement.device, placement.dtype)
-
+        schedule = self.schedule(train.steps, total_steps)
+        observer = make_observer(self.experiment, model, placement, self.ranks, total_steps)
         maker = StepMaker(
-            forward,
+            Forward(model, task, placement.device, placement.dtype),
             optimizer,
             self.traits,
             placement,
@@ -188,12 +171,9 @@ class _Builder:
             interventions,
             self.ranks,
             self.seed,
-            loaders["train"],
+            train,
         )
-        step, notice = maker.settle(total_steps, observer.taps, self.cut)
-        self.notices += [] if notice is None else [notice]
-        if self.trainer.step is StepKind.auto and step.name in StepKind.__members__:
-            placement = replace(placement, step=StepKind(step.name))  # what a resumed run takes unasked
+        step, placement = self.step(maker, total_steps, observer.taps)
         run = Run(
             experiment=self.experiment,
             trainer=self.trainer,
@@ -221,7 +201,9 @@ class _Builder:
             weights=None if self.transferred is None else self.transferred.as_record(),
         )
         self.find_rate(run)
-        self.wire(run, pipeline, placement)
+        counts = None if self.counts is None else self.counts.tolist()
+        wire(run, pipeline, self.became(run, placement), data_of(run, counts, self.recipe))
+        self.origin = run.origin
         run.facts = facts(run, placement, pipeline, self.traits)
         self.notices += observer.drop_unsupported(run)
         run.notices = [*placement.notices, *self.notices]
@@ -272,6 +254,26 @@ class _Builder:
                 group["base_lr"] = recorded
             run.last_lr = run.lr()
 
+    def data(self, spec: DataSpec, placement: Placement) -> tuple[Pipeline, dict[str, Split]]:
+        """The splits, and the pipeline with what it learns of them."""
+        pipeline = make_pipeline(self.experiment, spec)
+        splits = self.splits(placement, pipeline)
+        # In turn: the others find in the cache what took rank 0 long.
+        settings, made = self.fitting(), partial(cache_folder, None)
+        self.ranks.in_turn(lambda: fitted.fit(pipeline, splits["train"], settings, known_cache(), made=made))
+        return pipeline, splits
+
+    def task(self, spec: DataSpec, train: Split, placement: Placement) -> Task:
+        """What is learned, with what its loss must know of the training set."""
+        self.counts = class_counts(self.experiment, spec, train)
+        task = make_task(self.experiment, spec, self.counts)
+        task.to(placement.device)
+        names, counted = task.class_names(spec), task.class_counts(spec, train.labels)
+        self.notices += unseen_classes(names, counted)
+        if self.counts is not None and counted is None:
+            self.notices += weighed_classes(names, self.counts, len(train))
+        return task
+
     def fitting(self) -> dict[str, dict[str, Any]]:
         """The settings of the parts that look at the training set, as `fitted.fit` knows them."""
         nodes = [*self.experiment.nodes("augment").values(), self.experiment.node("normalize")]
@@ -288,66 +290,6 @@ class _Builder:
         chosen = with_decoder(self.loading, splits["train"], placement.device, self.resolved.decode)
         self.loading = self.ranks.share(chosen)
         return splits
-
-    def loaders(
-        self,
-        splits: Mapping[str, Split],
-        pipeline: Pipeline,
-        task: Task,
-        placement: Placement,
-        model: nn.Module,
-    ) -> dict[str, Loader]:
-        layout = _memory_format(placement.layout)
-
-        def transform(train: bool) -> Callable[[Batch, int], Batch]:
-            def apply(batch: Batch, epoch: int) -> Batch:
-                batch = task.prepare(pipeline(batch, epoch=epoch, train=train))
-                return {**batch, "image": batch["image"].contiguous(memory_format=layout)}
-
-            return apply
-
-        common: dict[str, Any] = {
-            "seed": self.seed,
-            "rank": self.ranks.rank,
-            "world": self.ranks.world,
-            "device": placement.device,
-            "loading": self.loading,
-            "targets": task.needs,
-        }
-        trainer = self.trainer
-        drop_last = trainer.drop_last
-        batch_size = min(trainer.batch_size, len(splits["train"]))
-        pieces = self.ranks.world * trainer.accumulate
-        if batch_size < pieces:
-            raise UsageError(
-                f"expected a batch of at least {pieces} samples, one for each of {self.ranks.world} processes and "
-                f"{trainer.accumulate} micro-batches, received {batch_size}; type a larger trainer.batch_size"
-            )
-        rest = len(splits["train"]) % batch_size
-        batch_statistics = any(isinstance(m, BatchNorm) for m in model.modules())
-        if not drop_last and batch_statistics and 0 < rest < MIN_STATISTICS_BATCH * pieces:
-            drop_last = True
-            self.notices.append(
-                f"data: an epoch's last batch would have {rest} sample{'s' * (rest > 1)}, too few for batch "
-                "statistics; it is left out"
-            )
-        evaluation = trainer.eval_batch_size or max(trainer.batch_size, 256)
-        loaders = {
-            name: Loader(split, min(evaluation, len(split)), shuffle=False, transform=transform(False), **common)
-            for name, split in splits.items()
-            if name != "train"
-        }
-        train = splits["train"]
-        loaders["train"] = Loader(
-            train,
-            batch_size,
-            shuffle=True,
-            drop_last=drop_last,
-            transform=transform(True),
-            neighbours=pipeline.neighbours,
-            **common,
-        )
-        return loaders
 
     def network(self, spec: DataSpec, task: Task, placement: Placement) -> tuple[nn.Module, Any]:
         """The network with its initial weights, and what gave it them."""
@@ -396,31 +338,19 @@ class _Builder:
         fast = accelerated(node.target, node.settings, placement.device, captured=captured)
         return make_optimizer(self.experiment, model, **fast)
 
-    def observer(self, model: nn.Module, placement: Placement, total_steps: int) -> Observer:
-        stats = self.experiment.stats
-        nodes = self.experiment.nodes("probe") if stats.enabled else {}
-        probes = [node.make() for node in nodes.values()]
-        needs = frozenset[str]().union(*(probe.needs for probe in probes))
-        taps = None
-        if needs & {"activations", "activation_gradients"}:
-            taps = Taps(
-                model,
-                stats.samples,
-                placement.device,
-                gradients="activation_gradients" in needs,
-                always=placement.step is not StepKind.eager,
-                ranks=self.ranks,
-            )
-        return Observer(
-            model,
-            probes,
-            taps,
-            every=stats.every,
-            total_steps=total_steps,
-            max_records=stats.max_records,
-            max_overhead=stats.max_overhead,
-            device=placement.device,
-        )
+    def schedule(self, steps_per_epoch: int, total_steps: int) -> Schedule:
+        schedule: Schedule = self.experiment.node("schedule").make()
+        schedule.resolve(steps_per_epoch, total_steps, self.trainer.batch_size)
+        self.notices += schedule.notices(total_steps)
+        return schedule
+
+    def step(self, maker: StepMaker, total_steps: int, taps: Taps | None) -> tuple[EagerStep, Placement]:
+        """The step, and where it runs, with the kind that was settled on: a resumed run takes it unasked."""
+        step, notice = maker.settle(total_steps, taps, self.cut)
+        self.notices += [] if notice is None else [notice]
+        if self.trainer.step is StepKind.auto and step.name in StepKind.__members__:
+            return step, replace(maker.placement, step=StepKind(step.name))
+        return step, maker.placement
 
     def cut(self, accumulate: int, words: str) -> None:
         """Out of memory has doubled the micro-batches: told, and recorded for whoever goes on."""
@@ -429,55 +359,6 @@ class _Builder:
             self.origin.resolved = replace(self.origin.resolved, accumulate=accumulate)
         if self.folder is not None:
             self.folder.update(accumulate=accumulate)
-
-    # ---- state and listeners ----
-
-    def wire(self, run: Run, pipeline: Pipeline, placement: Placement) -> None:
-        own = run.folder if run.is_main else None
-        recorder = Recorder(own)
-        evidence = Evidence(own, len(run.loaders["train"].split), run.device, self.ranks, run.clock)
-        origin = Origin(run.config, self.described(run), self.became(run, placement), run.files, run.dir)
-        run.origin = self.origin = origin
-        parts: dict[str, Any] = {
-            "origin": origin,
-            "model": run.model,
-            "optimizer": run.optimizer,
-            "schedule": run.schedule,
-            "scaler": run.step.scaler,
-            **run.interventions.stateful(),
-            "clock": run.clock,
-            "totals": run.totals,
-            "selection": run.selection,
-            "taps": run.observer.taps,
-            "observer": run.observer,
-            "normalize": pipeline,
-            "records": recorder,
-            "evidence": evidence,
-        }
-        for name, part in parts.items():
-            if part is not None and hasattr(part, "state_dict"):
-                run.state.register(name, part)
-        run.listeners = [recorder, evidence, Progress()]
-
-        def receive(record: dict[str, Any]) -> None:
-            run.tell("on_stats", {**run.place(record["step"]), **record})
-
-        run.observer.receive = receive if run.is_main else None
-
-    def described(self, run: Run) -> dict[str, Any]:
-        """What a checkpoint keeps of the data, for whoever opens the network again."""
-        spec, splits = run.spec, {name: loader.split for name, loader in run.loaders.items()}
-        return described(
-            {name: split.fingerprint for name, split in splits.items()},
-            {name: len(split) for name, split in splits.items()},
-            channels=spec.channels,
-            size=list(spec.size),
-            classes=list(spec.classes),
-            mask_classes=list(spec.mask_classes),
-            targets=sorted(spec.targets),
-            class_counts=None if self.counts is None else self.counts.tolist(),
-            recipe=recorded_recipe(self.recipe),
-        )
 
     def became(self, run: Run, placement: Placement) -> Resolved:
         """What a resumed run takes up unasked."""
@@ -488,7 +369,3 @@ class _Builder:
             accumulate=None if run.step.accumulate == self.stated else run.step.accumulate,
             lr=self.rate,
         )
-
-
-def _memory_format(layout: Layout) -> torch.memory_format:
-    return torch.channels_last if layout is Layout.channels_last else torch.contiguous_format

@@ -9,17 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from cnnlab.data.formats import require_file
 from cnnlab.data.found import Findings, file_number, first_names
 from cnnlab.data.layout import SPLIT_NAMES
 from cnnlab.data.lists import Folder, kept, leave_out, tell_shared
 from cnnlab.data.objects import Box, Boxed, Taken, labels_of, largest
-from cnnlab.data.splits import Fraction, require_fractions
 from cnnlab.errors import DataError
-from cnnlab.protocols import DataSpec, Split
-from cnnlab.schema import PositiveInt
+from cnnlab.protocols import Split
 from cnnlab.usertext import read_text
 
 _LAYOUT = (
@@ -36,43 +34,15 @@ class CocoBoxes(Boxed):
 
     A box is [x, y, width, height] in pixels counted from 0, as COCO's are. What of it lies outside the image is cut
     off, and such boxes are counted. Regions of many objects (`iscrowd`) are none, and images without an object are not
-    used; both are told, and how many images have several objects.
+    used; both are told, and how many images have several objects. Where nobody says, the classes are the categories
+    that occur, by their numbers.
 
     Args:
-        root: the folder.
         annotations: the files, relative to `root`, `{split}` standing for what the split is called there; `None` finds
             those that are named for a split, in `root`, in `root/annotations` or in the split's own folder.
-        size: side of the images.
-        fit: `letterbox` keeps the aspect ratio and fills with black; `stretch` does not.
-        classes: the categories in the order of the labels; `None` takes those that occur, by their numbers.
-        val_as_test: whether val's file is the test split, as COCO's own is used (nobody has the annotations of its test
-            images); the checkpoint is then selected on a part of train.
-        val, test: fractions of the training images for a split without a file, by class.
-        on_error: whether an unreadable image, one that is not there, or one whose objects cannot be used ends the run
-            or is left out.
     """
 
-    root: str
     annotations: str | None = None
-    size: PositiveInt = 128
-    fit: Literal["letterbox", "stretch"] = "letterbox"
-    classes: tuple[str, ...] | None = None
-    val_as_test: bool = False
-    val: Fraction = 0.1
-    test: Fraction = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_fractions(self.val, self.test)
-        self._root = Path(self.root).expanduser()
-        self._recipe = self.recipe(3, self.size, self.size, self.fit)
-        self._told = Findings()
-        self._unusable: dict[str, str] = {}
-
-    def spec(self) -> DataSpec:
-        """Reads the annotations, where they alone name the classes, but no image. Raises `DataError`."""
-        size = (self._recipe.height, self._recipe.width)
-        return DataSpec(3, size, self._classes, targets=frozenset({"label", "box"}))
 
     def load(self) -> dict[str, Split]:
         found = self._objects

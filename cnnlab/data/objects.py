@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor
 from cnnlab.data.cache import decoded
 from cnnlab.data.decode import Recipe, letterbox
 from cnnlab.data.found import Findings, first_lines
-from cnnlab.data.options import Decoding, LabelledCut
+from cnnlab.data.options import ObjectOptions
 from cnnlab.data.sources import Listing
 from cnnlab.data.splits import assemble, digest
 from cnnlab.data.whole import as_seen
 from cnnlab.errors import DataError
-from cnnlab.protocols import Split
+from cnnlab.protocols import DataSpec, Split
 
 Box = tuple[float, float, float, float]
 """(x1, y1, x2, y2), in pixels of the annotated image, counted from 0 at its corner."""
@@ -133,8 +134,24 @@ class _Tally:
 
 
 @dataclass(eq=False)
-class Boxed(Decoding, LabelledCut):
-    """Base of the sets with a class and a box an image."""
+class Boxed(ObjectOptions):
+    """What the sets with a class and a box an image share."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._recipe = self.recipe(3, self.size, self.size, self.fit)
+        self._told = Findings()
+        self._unusable: dict[str, str] = {}
+
+    @cached_property
+    def _classes(self) -> tuple[str, ...]:
+        """Their names in the order of the labels. Raises `DataError` for annotations that cannot be used."""
+        raise NotImplementedError(f"{type(self).__name__} names its classes")
+
+    def spec(self) -> DataSpec:
+        """Reads the annotations, where they alone name the classes, but no image. Raises `DataError`."""
+        size = (self._recipe.height, self._recipe.width)
+        return DataSpec(3, size, self._classes, targets=frozenset({"label", "box"}))
 
     def boxed(
         self,

@@ -3,6 +3,7 @@
 # No postponed annotations: the heirs' constructors show them in other modules, where their names mean nothing.
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from cnnlab.data.found import Findings
 from cnnlab.data.pixels import MAX_PIXELS, Recipe, checked_range
-from cnnlab.data.splits import Imbalance, Limit, partitioned, require_samples
+from cnnlab.data.splits import Fraction, Imbalance, Limit, partitioned, require_fractions, require_samples
 from cnnlab.data.whole import only_used, usual_side, whole
 from cnnlab.schema import Loading, NonNegativeInt, PositiveInt
 
@@ -155,6 +156,36 @@ class Decoding(Reading):
         """What `decoded` is told."""
         patience = self._loading.patience
         return {"on_error": self.on_error, "cache": self.cache, "workers": self.workers, "patience": patience}
+
+
+@dataclass(eq=False)
+class ObjectOptions(Decoding, LabelledCut):
+    """Of sets with a class and a box an image, those of its largest object.
+
+    Args:
+        root: the folder.
+        size: side of the images.
+        fit: `letterbox` keeps the aspect ratio and fills with black; `stretch` does not.
+        classes: their names in the order of the labels; `None` takes those that occur.
+        val_as_test: whether the list of val is the test split, as VOC's and COCO's own is used (nobody has the
+            annotations of their test images); the checkpoint is then selected on a part of train.
+        val, test: fractions of the training images for a split without a list of its own, by class.
+        on_error: whether an image that cannot be read, is not there, or whose annotation cannot be used ends the run
+            or is left out.
+    """
+
+    root: str
+    size: PositiveInt = 128
+    fit: Literal["letterbox", "stretch"] = "letterbox"
+    classes: tuple[str, ...] | None = None
+    val_as_test: bool = False
+    val: Fraction = 0.1
+    test: Fraction = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_fractions(self.val, self.test)
+        self._root = Path(self.root).expanduser()
 
 
 def shared(own: Reading | Cut, kind: type[Reading] | type[Cut]) -> dict[str, Any]:

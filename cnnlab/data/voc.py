@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers.expat import ExpatError, ParserCreate
 
@@ -13,10 +12,8 @@ from cnnlab.data.formats import require_file
 from cnnlab.data.found import Findings
 from cnnlab.data.lists import Folder, kept, leave_out, listed, tell_shared
 from cnnlab.data.objects import Box, Boxed, Taken, labels_of, largest
-from cnnlab.data.splits import Fraction, require_fractions
 from cnnlab.errors import DataError
-from cnnlab.protocols import DataSpec, Split
-from cnnlab.schema import PositiveInt
+from cnnlab.protocols import Split
 
 _LAYOUT = "ROOT/JPEGImages/<id>.jpg, ROOT/Annotations/<id>.xml, ROOT/ImageSets/Main/{train,val,test}.txt"
 
@@ -35,38 +32,8 @@ class VocBoxes(Boxed):
     boxes are counted. Of several objects, the one with the largest box inside the image is taken; how many images have
     several is told. Where the annotation states another size of the image, in the same proportions, its box is scaled.
 
-    Args:
-        root: the folder.
-        size: side of the images.
-        fit: `letterbox` keeps the aspect ratio and fills with black; `stretch` does not.
-        classes: their names in the order of the labels; `None` takes those that occur, by name.
-        val_as_test: whether `val.txt` lists the test split, as VOC's own is used (nobody has the annotations of
-            its test images); the checkpoint is then selected on a part of train.
-        val, test: fractions of the training images for a split without a list in ImageSets/Main, by class.
-        on_error: whether an unreadable image or annotation, or a listed image without one of them, ends the run or is
-            left out.
+    The lists are those of ImageSets/Main. Where nobody says, the classes are those that occur, by name.
     """
-
-    root: str
-    size: PositiveInt = 128
-    fit: Literal["letterbox", "stretch"] = "letterbox"
-    classes: tuple[str, ...] | None = None
-    val_as_test: bool = False
-    val: Fraction = 0.1
-    test: Fraction = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_fractions(self.val, self.test)
-        self._root = Path(self.root).expanduser()
-        self._recipe = self.recipe(3, self.size, self.size, self.fit)
-        self._told = Findings()
-        self._unusable: dict[str, str] = {}
-
-    def spec(self) -> DataSpec:
-        """Reads the annotations, where they alone name the classes, but no image. Raises `DataError`."""
-        size = (self._recipe.height, self._recipe.width)
-        return DataSpec(3, size, self._classes, targets=frozenset({"label", "box"}))
 
     def load(self) -> dict[str, Split]:
         folder = Folder.of(self._root, "JPEGImages")

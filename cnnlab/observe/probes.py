@@ -1,4 +1,5 @@
-"""The laboratory's own probes. A user's probe is a class like these, named by a YAML in a `probe/` folder."""
+"""The laboratory's own probes. A user's probe is a class like these, named by a YAML
+in a `probe/` folder."""
 
 from __future__ import annotations
 
@@ -9,31 +10,8 @@ from torch import Tensor
 
 from cnnlab import measure
 from cnnlab.observe.view import View
-from cnnlab.protocols import Need
+from cnnlab.protocols import Probe
 from cnnlab.schema import PositiveInt
-
-
-class Probe:
-    """Base: a cadence, a name, needs. Subclasses implement `read`.
-
-    Tags that start with `activation` hold one value a tapped layer, the others of length `len(view.tensors)` one
-    a weight tensor; a scalar is a scalar.
-    """
-
-    needs: frozenset[Need] = frozenset()
-
-    def __init__(self, every: PositiveInt | None = None):
-        self.every = every
-
-    @property
-    def name(self) -> str:
-        return type(self).__name__
-
-    def supports(self, run: Any) -> str | None:
-        return None
-
-    def read(self, view: View) -> dict[str, Tensor]:
-        raise NotImplementedError(f"{self.name} implements read")
 
 
 class Activations(Probe):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
+from cnnlab.protocols import Schedule
 from cnnlab.schema import Duration, DurationText, NonNegative, NonNegativeInt, Positive, Probability, Range
 
 Decay = Annotated[float, Range(above=0, high=1)]
 
 
-class Schedule:
+class Warmed(Schedule):
     """Linear warm-up, followed by the curve that a subclass states.
 
     Args:
@@ -33,11 +34,6 @@ class Schedule:
         self._batch_size: int | None = None
 
     def resolve(self, steps_per_epoch: int, total_steps: int, batch_size: int) -> None:
-        """Tells what an epoch and an example are worth in steps; called before the first `factor`.
-
-        `total_steps` is what `factor` will get as `total`. A run that is resumed with more epochs calls it
-        again.
-        """
         if steps_per_epoch < 1 or total_steps < 1 or batch_size < 1:
             raise ValueError(
                 "expected at least one step, one step per epoch and one sample a batch, received "
@@ -47,7 +43,6 @@ class Schedule:
         self._batch_size = batch_size
 
     def factor(self, step: int, total: int) -> float:
-        """The multiple of the base rate for update `step` (from 0) of `total`."""
         warmup = self._warmup_steps(total)
         if step < warmup:
             target = self._curve(0, max(total - warmup, 1), step, total)
@@ -80,22 +75,15 @@ class Schedule:
             steps_per_epoch=self._steps_per_epoch or 1, total_steps=total, batch_size=self._batch_size or 1
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: nothing, unless the schedule remembers."""
-        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict()`."""
-
-
-class Constant(Schedule):
+class Constant(Warmed):
     """The base rate throughout."""
 
     def _curve(self, step: int, length: int, absolute: int, total: int) -> float:
         return 1.0
 
 
-class Step(Schedule):
+class Step(Warmed):
     """Multiplies the rate by `gamma` at each milestone (He et al. 2016, section 3.4 and 4.2).
 
     Args:
@@ -149,7 +137,7 @@ def _milestone(value: str | float) -> Duration:
     return Duration(100 * value, "%")
 
 
-class Exponential(Schedule):
+class Exponential(Warmed):
     """Multiplies the rate by `gamma` once every `every`: γ^(t/every).
 
     Args:
@@ -192,7 +180,7 @@ class Exponential(Schedule):
         return found
 
 
-class Cosine(Schedule):
+class Cosine(Warmed):
     """final + (1 - final)(1 + cos(πt/T))/2 (Loshchilov & Hutter 2017, "SGDR", equation 5, one period).
 
     Args:
@@ -213,7 +201,7 @@ class Cosine(Schedule):
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * step / length)) / 2
 
 
-class Polynomial(Schedule):
+class Polynomial(Warmed):
     """final + (1 - final)(1 - t/T)^power (Chen et al. 2018, "DeepLab", section 4.1).
 
     Args:
@@ -237,7 +225,7 @@ class Polynomial(Schedule):
         return self.final + (1 - self.final) * (1 - step / length) ** self.power
 
 
-class OneCycle(Schedule):
+class OneCycle(Warmed):
     """Up to the base rate, then down far below where it began (Smith 2018, "A disciplined approach",
     section 4).
 
@@ -277,7 +265,7 @@ class OneCycle(Schedule):
         return end + (begin - end) * (1 + math.cos(math.pi * share)) / 2
 
 
-class Plateau(Schedule):
+class Plateau(Warmed):
     """Multiplies the rate by `decay` when the monitored metric stops getting better.
 
     Args:

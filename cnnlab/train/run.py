@@ -253,8 +253,7 @@ class Run:
         if not figures:
             return False
         value = figures[f"val/{self.selection.metric}"]
-        if hasattr(self.schedule, "observe"):
-            self.schedule.observe(value, self.selection.direction)
+        self.schedule.observe(value, self.selection.direction)
         return self.selection.offer(value, **self.place())
 
     def complete_state(self) -> None:

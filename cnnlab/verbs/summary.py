@@ -94,8 +94,7 @@ def _rates(experiment: Experiment, base: float) -> dict[str, list[float]]:
     schedule = experiment.node("schedule").make()
     epochs, steps = experiment.trainer.epochs, 1000
     total = epochs * steps
-    if hasattr(schedule, "resolve"):
-        schedule.resolve(steps, total, experiment.trainer.batch_size)
+    schedule.resolve(steps, total, experiment.trainer.batch_size)
     at = [round(i * (total - 1) / (POINTS - 1)) for i in range(POINTS)]
     return {"epoch": [step / steps for step in at], "lr": [base * schedule.factor(step, total) for step in at]}
 

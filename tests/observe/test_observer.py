@@ -11,7 +11,7 @@ from torch import nn
 
 from cnnlab.observe import observer as module
 from cnnlab.observe.observer import IDLE, Observer
-from cnnlab.observe.probes import Probe
+from cnnlab.protocols import Probe
 from cnnlab.sinks.jsonl import read_records
 from cnnlab.train import train_epoch
 
