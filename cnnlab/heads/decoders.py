@@ -74,9 +74,18 @@ def _unpool(x: Tensor, indices: Tensor, size: Size) -> Tensor:
     return empty.scatter_add(2, indices.flatten(2), x.flatten(2)).unflatten(2, size)
 
 
-class _Pyramid(Head):
+class Pyramid(Head):
     """Enlarges maps up to each earlier stage's size, with a convolution after each step and, with `skips`, a sum with
-    the stage's own map (the top-down path of Lin et al. 2017, Feature Pyramid Networks)."""
+    the stage's own map (the top-down path of Lin et al. 2017, Feature Pyramid Networks).
+
+    Args:
+        stage_channels: of the backbone's stages.
+        image_size: (height, width) of the images, which the mask gets.
+        mask_classes: how many a pixel may have.
+        norm, activation: factories of the layers after each 3x3 convolution; `None` is batch norm, and ReLU.
+        width: channels of the decoder.
+        skips: whether the earlier stages' maps are added; without, the mask is made of the last one alone.
+    """
 
     gives = ("mask",)
 
@@ -85,10 +94,10 @@ class _Pyramid(Head):
         stage_channels: tuple[int, ...],
         image_size: tuple[int, int],
         mask_classes: int,
-        norm: NormFactory | None,
-        activation: ActivationFactory | None,
-        width: int,
-        skips: bool,
+        norm: NormFactory | None = None,
+        activation: ActivationFactory | None = None,
+        width: PositiveInt = 64,
+        skips: bool = True,
     ):
         super().__init__()
         self.size = image_size
@@ -115,45 +124,23 @@ class _Pyramid(Head):
         return {"mask": self.enlarge(self.classifier(x), self.size, -1)}
 
 
-class NearestDecoder(_Pyramid):
-    """Repeats values up to each earlier stage's size, with a convolution after each step and a sum with the stage's own
-    map (the top-down path of Lin et al. 2017, Feature Pyramid Networks).
-
-    Args:
-        stage_channels: of the backbone's stages.
-        image_size: (height, width) of the images, which the mask gets.
-        mask_classes: how many a pixel may have.
-        norm, activation: factories of the layers after each 3x3 convolution; `None` is batch norm, and ReLU.
-        width: channels of the decoder.
-        skips: whether the earlier stages' maps are added; without, the mask is made of the last one alone.
-    """
-
-    def __init__(
-        self,
-        stage_channels: tuple[int, ...],
-        image_size: tuple[int, int],
-        mask_classes: int,
-        norm: NormFactory | None = None,
-        activation: ActivationFactory | None = None,
-        width: PositiveInt = 64,
-        skips: bool = True,
-    ):
-        super().__init__(stage_channels, image_size, mask_classes, norm, activation, width, skips)
+class NearestDecoder(Pyramid):
+    """Repeats values (see `Pyramid`)."""
 
     def enlarge(self, x: Tensor, size: Size, stage: int) -> Tensor:
         return repeated(x, size)
 
 
-class BilinearDecoder(NearestDecoder):
-    """`NearestDecoder` with values that are interpolated between their neighbours instead of repeated."""
+class BilinearDecoder(Pyramid):
+    """Interpolates values between their neighbours (see `Pyramid`)."""
 
     def enlarge(self, x: Tensor, size: Size, stage: int) -> Tensor:
         return interpolated(x, size)
 
 
-class TransposedDecoder(_Pyramid):
-    """`NearestDecoder` with transposed convolutions in the place of repetition: an upsampling that is learned (Long et
-    al. 2015, "Fully Convolutional Networks", sections 3.3 and 4.2).
+class TransposedDecoder(Pyramid):
+    """Transposed convolutions, an upsampling that is learned (Long et al. 2015, "Fully Convolutional Networks",
+    sections 3.3 and 4.2; see `Pyramid`).
 
     Args:
         stage_sizes: (height, width) of the backbone's stages.
@@ -161,7 +148,7 @@ class TransposedDecoder(_Pyramid):
             checkerboard that training must even out; see `Doubling`.
         start: `bilinear` starts them as an interpolation, whatever the experiment's `init`; `random` as that says.
 
-    The others are those of `NearestDecoder`.
+    The others are those of `Pyramid`.
     """
 
     def __init__(

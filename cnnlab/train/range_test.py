@@ -19,7 +19,7 @@ from cnnlab.composing.rates import HIGHEST, LOWEST, RULE, RULES, STEPS, require_
 from cnnlab.errors import DivergedError, UsageError
 from cnnlab.inspect.untouched import kept, untouched
 from cnnlab.observe.observer import Observer
-from cnnlab.protocols import Listener, StepResult
+from cnnlab.protocols import Listener, Schedule, StepResult
 from cnnlab.runs.checkpoint import State
 from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.loop import updates
@@ -194,7 +194,7 @@ def range_test(
     return RangeTest(curve.rates, curve.losses, steps, curve.non_finite)
 
 
-class _Curve(Listener):
+class _Curve(Listener, Schedule):
     """The schedule of the test and its memory."""
 
     def __init__(

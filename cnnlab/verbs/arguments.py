@@ -14,6 +14,7 @@ from cnnlab.composing.composer import CONFIG_NAME, Composer
 from cnnlab.composing.experiment import Experiment
 from cnnlab.composing.hydra_private import get_args_parser
 from cnnlab.errors import UsageError, did_you_mean
+from cnnlab.schema import Device
 from cnnlab.terminal import one_line, say
 from cnnlab.verbs.words import explain
 
@@ -68,6 +69,15 @@ class Arguments:
     def show(self) -> bool:
         """Whether the answer is Hydra's: `--cfg`, `--info`, `--hydra-help`."""
         return self.cfg is not None or self.info is not None or self.hydra_help
+
+
+def opening_options(parser: Parser, *, device: bool = True) -> None:
+    """Adds what the verbs take that open a run folder: which checkpoint, where, and whose code may run."""
+    parser.add_argument("--checkpoint", choices=["best", "last"], default="best")
+    if device:
+        parser.add_argument("--device", choices=[kind.value for kind in Device], help="as trainer.device")
+    parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="where your own parts are")
+    parser.add_argument("--trust", **TRUST)
 
 
 def override_parser(verb: str = "train", description: str = "", examples: str = "") -> Parser:

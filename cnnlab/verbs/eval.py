@@ -14,9 +14,8 @@ from cnnlab.composing.trust import TYPED, Trust
 from cnnlab.errors import CheckpointError, UsageError
 from cnnlab.machine.surroundings import shown_path
 from cnnlab.runs.folder import RunDir, jsonable, write_atomically
-from cnnlab.schema import Device
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.arguments import TRUST, Parser
+from cnnlab.verbs.arguments import Parser, opening_options
 
 if TYPE_CHECKING:
     from cnnlab.assess.samples import Samples
@@ -94,10 +93,7 @@ def _parser() -> Parser:
     parser.add_argument("--samples", type=int, metavar="N", help="of the split, for --robustness (2000)")
     parser.add_argument("--figures", action="store_true", help="draw confusion, calibration, IoU and robustness")
     parser.add_argument("--out", metavar="DIR", help="where pictures go (RUN/figures)")
-    parser.add_argument("--checkpoint", choices=["best", "last"], default="best")
-    parser.add_argument("--device", choices=[device.value for device in Device], help="as trainer.device")
-    parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="where your own parts are")
-    parser.add_argument("--trust", **TRUST)
+    opening_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 

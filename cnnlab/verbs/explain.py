@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from cnnlab.composing.trust import Trust
 from cnnlab.errors import DataError, UsageError
 from cnnlab.runs.folder import RunDir, jsonable, write_atomically
-from cnnlab.schema import Device
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.arguments import TRUST, Parser
+from cnnlab.verbs.arguments import Parser, opening_options
 from cnnlab.verbs.eval import with_data
 
 if TYPE_CHECKING:
@@ -89,10 +88,7 @@ def _parser() -> Parser:
     parser.add_argument("--split", choices=["train", "val", "test"], default="test")
     parser.add_argument("--count", type=int, default=8, help="images of the data, from all over the split")
     parser.add_argument("--out", metavar="DIR", help="where the pictures go")
-    parser.add_argument("--checkpoint", choices=["best", "last"], default="best")
-    parser.add_argument("--device", choices=[device.value for device in Device], help="as trainer.device")
-    parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="where your own parts are")
-    parser.add_argument("--trust", **TRUST)
+    opening_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 

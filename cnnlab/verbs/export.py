@@ -11,7 +11,7 @@ from cnnlab.composing.trust import Trust
 from cnnlab.errors import CheckpointError, DataError, UsageError
 from cnnlab.runs.folder import jsonable, write_atomically
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.arguments import TRUST, Parser
+from cnnlab.verbs.arguments import Parser, opening_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,9 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         "--format", action="append", choices=["state_dict", "torch", "onnx"], help="(all); may be given again"
     )
     parser.add_argument("--out", metavar="DIR", help="where to write, instead of RUN/export")
-    parser.add_argument("--checkpoint", choices=["best", "last"], default="best")
-    parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="where your own parts are")
-    parser.add_argument("--trust", **TRUST)
+    opening_options(parser, device=False)
     parser.add_argument("--json", action="store_true", help="export.json on stdout, too")
     args = parser.parse_all(arguments)
     from cnnlab.building.export import ELSEWHERE, FORMATS, export, require_packages

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from cnnlab.composing.trust import Trust
 from cnnlab.errors import DataError, UsageError
-from cnnlab.schema import Device
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.arguments import TRUST, Parser
+from cnnlab.verbs.arguments import Parser, opening_options
 
 if TYPE_CHECKING:
     from cnnlab.building.prediction import Predicted
@@ -90,10 +89,7 @@ def _parser() -> Parser:
     shown.add_argument("--json", action="store_true", help="a JSON document an image, each on a line")
     parser.add_argument("--out", metavar="DIR", help="write masks (palette PNG) and overlays to this new folder")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once, instead of what fits well")
-    parser.add_argument("--checkpoint", choices=["best", "last"], default="best")
-    parser.add_argument("--device", choices=[device.value for device in Device], help="as trainer.device")
-    parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="where your own parts are")
-    parser.add_argument("--trust", **TRUST)
+    opening_options(parser)
     return parser
 
 
