@@ -41,6 +41,45 @@ def altered(path: Path) -> None:
     path.write_bytes(content)
 
 
+def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """A checkpoint of another content, whose checksum is right."""
+    state = checkpoint.load(path)
+    change(state)
+    checkpoint.save(state, path)
+
+
+def test_the_best_checkpoint_is_looked_at_when_a_resume_begins(own: Path):
+    folder, before = RunDir(own), (own / "metrics.jsonl").read_bytes()
+    changed(folder.best, lambda state: state["model"].popitem())
+    with pytest.raises(CheckpointError, match=r"best\.pt: its model does not fit"):
+        resume_run(own)
+    assert (own / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_record_that_is_gone_is_told_by_a_resume(own: Path, cli: Callable[..., Any]):
+    (own / "run.json").unlink()
+    answer = cli("train", f"resume={own}")
+    assert answer.code == 0 and "run.json is gone or empty" in answer.out
+
+
+@pytest.mark.parametrize("damage", ["taken away", "emptied", "another document"])
+def test_a_record_that_is_damaged_under_a_run_is_made_whole(tmp_path: Path, damage: str):
+    folder = RunDir(tmp_path)
+    with folder.claimed():
+        folder.update(status="running", seed=3)
+        if damage == "taken away":
+            folder.run_json.unlink()
+        else:
+            folder.run_json.write_text("" if damage == "emptied" else "[]")
+        folder.update(steps=5)
+    assert folder.read() == {"schema_version": 2, "status": "killed", "seed": 3, "steps": 5} | {
+        "reason": folder.read()["reason"]
+    }
+    folder.run_json.write_text("[]")
+    with pytest.raises(CheckpointError, match=r"run\.json"), folder.claimed():
+        folder.update(steps=6)
+
+
 RECORDS = ("metrics.jsonl", "stats.jsonl", "evidence/sample_loss.f16")
 
 

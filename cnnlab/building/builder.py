@@ -50,7 +50,7 @@ from cnnlab.schema import Layout, Loading, StepKind
 from cnnlab.tasks import Task
 from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.forward import Forward
-from cnnlab.train.origin import Origin, chosen, load_own
+from cnnlab.train.origin import Origin, chosen, is_chosen, load_own
 from cnnlab.train.range_test import range_test
 from cnnlab.train.run import Run
 from cnnlab.train.selection import Selection
@@ -86,27 +86,36 @@ def build(
             f"expected a checked experiment, as cnnlab.compose([...]) gives it, received {type(experiment).__name__}"
         )
     ranks = ranks or Ranks()
-    state = None
+    state = best = None
     if resumed and folder is not None:
-        state = ranks.share(_last_checkpoint(folder, experiment.config) if ranks.is_main else None)
+        last, best = _checkpoints(folder, experiment.config) if ranks.is_main else (None, None)
+        state = ranks.share(last)
         resolved = None if state is None else Resolved.of(state["origin"]["choices"])
     run = _Builder(experiment, folder, ranks, resumed, resolved or Resolved()).run()
+    if best is not None:  # now, and not after the training that ends with its evaluation
+        run.checkpointer.require(run, best)
     if state is not None:
         run.restore(state)
     return run
 
 
-def _last_checkpoint(folder: RunDir, config: Mapping[str, Any]) -> dict[str, Any]:
+def _checkpoints(folder: RunDir, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The last checkpoint, and the best one, where the run is to end with it.
+
+    Raises `CheckpointError` where one is missing, damaged, another run's, or of another evaluation.
+    """
     if not folder.last.exists():
         raise CheckpointError(
             f"{folder.path} has no checkpoint to go on from (it ended before the first one, or ran with "
             f"trainer.checkpoint=false); start it again without resume=: {folder.begin_again()}"
         )
     state = load_own(folder, "last", config)
-    ahead = folder.best.exists() and load_own(folder, "best", config)["clock"]["step"] > state["clock"]["step"]
-    if not ahead:  # of a version that wrote the best one first: this run will come to it
-        chosen(folder, config, state["selection"], state)
-    return state
+    best = load_own(folder, "best", config) if folder.best.exists() else None
+    if best is not None and best["clock"]["step"] > state["clock"]["step"]:
+        return state, None  # of a version that wrote the best one first: this run will come to it
+    if best is not None and is_chosen(best, state["selection"]):
+        return state, best
+    return state, chosen(folder, config, state["selection"], state, best)
 
 
 class _Builder:

@@ -71,6 +71,7 @@ def _started(experiment: Experiment, folder: RunDir, ranks: Any, going_on: bool,
             run.notices.insert(
                 0, f"run: its process was killed; it goes on from its checkpoint of step {run.clock.step}"
             )
+        run.notices[:0] = folder.lost()
         folder.write_config(experiment.config, experiment.overrides)
         folder.error.unlink(missing_ok=True)
     console = attach(run, folder, sys.stderr if json_output else sys.stdout)

@@ -240,7 +240,7 @@ def open_run(
         forward=HalvingForward(model, task, placement.device, placement.dtype),
         placement=placement,
         penalties=make_penalties(experiment),
-        notices=[*placement.notices, *_lost(folder)],
+        notices=[*placement.notices, *folder.lost()],
     )
 
 
@@ -257,11 +257,6 @@ def weights(folder: RunDir, wanted: str, config: Mapping[str, Any]) -> tuple[str
     last = load_own(folder, "last", config)
     best = chosen(folder, config, last["selection"], last) if wanted == "best" else None
     return ("last", last) if best is None else ("best", best)
-
-
-def _lost(folder: RunDir) -> list[str]:
-    """What is told of a folder whose record is gone: the network is whole, and what is known of its training is not."""
-    return [] if folder.read() else [f"{folder.path}/run.json is gone or empty: what it told of the run is lost"]
 
 
 def _spec(experiment: Experiment, data: Mapping[str, Any]) -> DataSpec:

@@ -183,6 +183,8 @@ class RunDir:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._claimed = False
+        self._known: dict[str, Any] | None = None
+        """`run.json` as this process wrote it last, while it has the claim and so nobody else writes there."""
 
     @property
     def run_json(self) -> Path:
@@ -332,6 +334,13 @@ class RunDir:
             return {**record, "status": "killed", "reason": reason}
         return record
 
+    def lost(self) -> list[str]:
+        """What is told of a folder that has a checkpoint, and whose record is gone: the network is whole, and what was
+        known of its training is not. Raises `CheckpointError` where it is damaged."""
+        if "schema_version" in self._stored():
+            return []
+        return [f"{self.run_json} is gone or empty: what it told of the run is lost"]
+
     def status(self) -> str | None:
         """What became of the run; `None` where there is none yet."""
         status: str | None = self.read().get("status")
@@ -368,9 +377,13 @@ class RunDir:
     def update(self, **facts: Any) -> None:
         """Merges facts into `run.json`, atomically; on a full disk in the blocks that it has.
 
+        Who has the claim wrote it: a file that was damaged or taken away meanwhile is made whole.
+
         Raises `DiskError` when neither goes.
         """
-        document = {"schema_version": SCHEMA_VERSION, **self._stored(), **facts}
+        before = self._stored() if self._known is None else self._known
+        document = {"schema_version": SCHEMA_VERSION, **before, **facts}
+        self._known = document if self._claimed else None
         try:
             write_json(self.run_json, document)
         except DiskError as error:
@@ -426,6 +439,7 @@ class RunDir:
                 raise self._unwritable(error) from error
             self._claimed = True
             holding.callback(setattr, self, "_claimed", False)
+            holding.callback(setattr, self, "_known", None)
             self._remove_torn()
             yield
 

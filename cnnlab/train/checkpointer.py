@@ -85,6 +85,10 @@ class Checkpointer:
         self.save(run, best=best)
         self._stop_for(run, run.ranks.any(run.interrupted_by))
 
+    def require(self, run: Run, best: Mapping[str, Any]) -> None:
+        """Raises `CheckpointError` where the best checkpoint does not hold what `take_best` is to take from it."""
+        run.state.require(best, None if run.folder is None else run.folder.best, only=_evaluated(run))
+
     def take_best(self, run: Run) -> None:
         """Gives the network the weights that val chose, with which the test split is evaluated."""
         run.saved = True

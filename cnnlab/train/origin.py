@@ -188,10 +188,17 @@ def is_chosen(state: Mapping[str, Any], selection: Mapping[str, Any]) -> bool:
 
 
 def chosen(
-    folder: RunDir, config: Mapping[str, Any], selection: Mapping[str, Any], last: Mapping[str, Any] | None
+    folder: RunDir,
+    config: Mapping[str, Any],
+    selection: Mapping[str, Any],
+    last: Mapping[str, Any] | None,
+    best: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """The weights that `selection` chose: those of `best.pt`, or of `last`, where they are the same (a run that was
     killed between the two files); `None` where nothing was chosen yet.
+
+    Args:
+        best: those of `best.pt`, where they have been loaded (`load_own`).
 
     Raises `CheckpointError` where they are gone, or others in their place.
     """
@@ -201,9 +208,9 @@ def chosen(
         return dict(last)
     wanted = f"this run's best weights are those of epoch {selection['epoch']}"
     remedy = f"put that one back, or look at the last ones: cnnlab eval {folder.path} --checkpoint last"
-    if not folder.best.exists():
+    if best is None and not folder.best.exists():
         raise CheckpointError(f"{folder.best} is missing, and {wanted}; {remedy}")
-    state = load_own(folder, "best", config)
+    state = load_own(folder, "best", config) if best is None else best
     if not is_chosen(state, selection):
         raise CheckpointError(f"{folder.best} is of epoch {state['selection']['epoch']}, and {wanted}; {remedy}")
     return state
