@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
             raise Killed
 
     run.settle = killed
-    monkeypatch.setattr(run, "_finish", lambda error: None)
+    monkeypatch.setattr("cnnlab.train.session._finish", lambda run, error: None)
     with pytest.raises(Killed):
         fit(run)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -158,7 +159,7 @@ def test_a_kill_during_an_evaluation_is_no_different(
             raise Killed
         return evaluate(run, name)
 
-    monkeypatch.setattr(run, "_finish", lambda error: None)
+    monkeypatch.setattr("cnnlab.train.session._finish", lambda run, error: None)
     monkeypatch.setattr(loop, "evaluate", killed)
     with pytest.raises(Killed):
         fit(run)
@@ -177,7 +178,34 @@ def test_a_checkpoint_at_every_step_changes_nothing(tmp_path: Path, whole):
     assert files_of(tmp_path) == files
 
 
-def test_an_interrupt_during_an_evaluation_is_heard_after_it(tmp_path: Path):
+@pytest.mark.parametrize("options", [(), ("trainer.max_steps=6",)], ids=["at an epoch's end", "inside an epoch"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_during_an_evaluation_is_heard_in_it(tmp_path: Path, number: int, options: tuple[str, ...]):
+    """The evaluation is made again by the session that goes on, and nothing differs."""
+    options = (*EVERYTHING, *OPTIMIZERS["sgd"], "trainer.eval_batch_size=8", *options)
+    unbroken = fitted(*options, folder=tmp_path / "unbroken")
+    run = make_run(*options, folder=tmp_path / "own")
+    asked, batches = run.total_steps, run.loaders["val"].batches
+
+    def interrupting(*arguments: Any, **more: Any) -> Any:
+        for count, batch in enumerate(batches(*arguments, **more)):
+            if count == 1 and run.clock.step == asked:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    run.loaders["val"].batches = interrupting
+    with pytest.raises(InterruptedRun, match=f"at step {asked} of {asked}; saved"):
+        fit(run)
+    assert not run.complete()
+    assert RunDir(tmp_path / "own").read()["status"] == "interrupted"
+    assert checkpoint.load(tmp_path / "own" / "checkpoints" / "last.pt")["clock"]["closed"] is False
+    run = resume_run(tmp_path / "own")
+    fit(run)
+    assert differences(all_state(run), all_state(unbroken)) == []
+    assert files_of(tmp_path / "own") == files_of(tmp_path / "unbroken")
+
+
+def test_an_interrupt_after_an_evaluation_is_heard_behind_it(tmp_path: Path):
     run = make_run(folder=tmp_path)
 
     class AtRecord(Listener):

@@ -72,7 +72,7 @@ def measure(run: Run, loader: Loader) -> dict[str, Tensor]:
     totals = Totals(run.ranks, run.device)
     with run.evaluating():
         run.share_buffers()
-        for batch, _ in loader.batches(0):
+        for batch in run.evaluated_batches(loader):
             if len(batch["index"]):
                 totals.add(run.forward(batch)[1])
         return run.with_penalty(totals.take())

@@ -151,9 +151,8 @@ class Run:
         """The rest of this epoch from where the clock stands, with each batch's size over all ranks; the
         learning rate of the coming update is set on the way."""
         self.clock.training.start()
-        stopping = None if self.ranks.world > 1 else lambda: self.interrupted_by
         try:
-            for batch, count in self.loaders["train"].batches(self.clock.epoch, self.clock.batch, stopping):
+            for batch, count in self.loaders["train"].batches(self.clock.epoch, self.clock.batch, self._stopping):
                 if self.finished():
                     break
                 self._set_lr()
@@ -162,6 +161,20 @@ class Run:
             self.checkpointer.stop(self)
         self.clock.training.stop()
         self.observer.pause()
+
+    def evaluated_batches(self, loader: Loader) -> Iterator[Batch]:
+        """The batches of a split that is measured, inside of `evaluating`.
+
+        Raises `NotAwaited` where the run was asked to stop meanwhile.
+        """
+        for batch, _ in loader.batches(0, stopping=self._stopping):
+            if self._stopping():
+                raise NotAwaited
+            yield batch
+
+    def _stopping(self) -> bool:
+        """Whether it would rather save than wait for a batch. With other processes, all stop at the same step."""
+        return bool(self.interrupted_by) and self.ranks.world == 1
 
     def _set_lr(self) -> None:
         factor = self.schedule.factor(self.clock.step, self.total_steps)
@@ -223,11 +236,19 @@ class Run:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """The network as it is evaluated, for the block."""
+        """The network as it is evaluated, for the block.
+
+        Raises `InterruptedRun` where the run was asked to stop meanwhile: saved as before the evaluation, which is made
+        again when it goes on.
+        """
         self.model.eval()
         try:
             with torch.no_grad(), self.averaged():
                 yield
+        except NotAwaited:
+            self.train_mode()
+            self.clock.reopen(self.steps_per_epoch)
+            self.checkpointer.stop(self)
         finally:
             self.train_mode()
 

@@ -69,6 +69,14 @@ class Clock:
             self.epoch += 1
             self.batch = 0
 
+    def reopen(self, steps_per_epoch: int) -> None:
+        """Takes `close` back: what follows the last update is still to be done."""
+        if self.closed and self.step:
+            self.closed = False
+            if self.batch == 0:
+                self.epoch -= 1
+                self.batch = steps_per_epoch
+
     @property
     def images_per_second(self) -> float | None:
         seconds = self.training.seconds
