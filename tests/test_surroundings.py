@@ -137,6 +137,31 @@ def test_a_full_disk_is_one_message_and_a_true_status(tmp_path: Path, monkeypatc
     assert not (tmp_path / "error.txt").exists()
 
 
+@pytest.mark.parametrize("name", [".hydra", "run.json", "metrics.jsonl", "stats.jsonl", ""])
+def test_what_vanishes_is_made_again_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str):
+    folder = tmp_path / "run"
+    fitted("model=cnn", "model.widths=[4]", folder=tmp_path / "whole")
+    experiment = cnnlab.compose([*SHORT, "model=cnn", "model.widths=[4]", f"hydra.run.dir={folder}"])
+
+    def take_away():
+        gone = folder / name
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+
+    def attached(run, *arguments):
+        run.listeners.insert(0, AtStep(5, take_away))
+        return attach(run, *arguments)
+
+    with caplog.at_level(logging.WARNING), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cnnlab.building.launch.attach", attached)
+        launch(experiment)
+    found, whole = RunDir(folder).read(), RunDir(tmp_path / "whole").read()
+    assert found["status"] == "completed" and found["metrics"] == whole["metrics"]
+    assert found["classes"] and found["seed"] == 0, "what was known before is known still"
+    assert RunDir(folder).config() and not RunDir(folder).alive()
+    told = [message for message in caplog.messages if str(folder / name) in message]
+    assert told and ("vanished and was made again" in told[0] or "was cut or taken away" in told[0])
+
+
 @pytest.mark.parametrize("name", ["evidence", "checkpoints"])
 def test_a_folder_that_vanishes_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str):
     run = make_run("stats=off", folder=tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -14,7 +15,7 @@ import subprocess
 import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from cnnlab.machine.memory import is_out_of_memory, out_of_memory
 from cnnlab.runs import stored
 from cnnlab.runs.disk import ensure, overwrite, writing
 from cnnlab.runs.lock import claim, held
+
+_log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
 """Of a run folder. 1 counted the updates of a statistics record from 0 and the epochs of a training record from 0, and
@@ -183,6 +186,9 @@ class RunDir:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._claimed = False
+        self._holding: ExitStack | None = None
+        self._asked: tuple[Mapping[str, Any], Sequence[str]] | None = None
+        """What this process wrote to `.hydra`."""
         self._known: dict[str, Any] | None = None
         """`run.json` as this process wrote it last, while it has the claim and so nobody else writes there."""
 
@@ -270,8 +276,20 @@ class RunDir:
                 path.unlink(missing_ok=True)
 
     def write_config(self, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+        self._asked = config, overrides
         write_yaml(self._hydra / "config.yaml", dict(config))
         write_yaml(self._hydra / "overrides.yaml", list(overrides))
+
+    def _write_again(self) -> None:
+        """What vanished while this process writes here: `.hydra` is made again, with its lock; it is told."""
+        if self._known is not None and not self.run_json.exists():
+            _log.warning("%s vanished and was made again", self.run_json)
+        if self._asked is None or self._holding is None or self.config_file.exists():
+            return
+        _log.warning("%s vanished and was made again", self._hydra)
+        self.write_config(*self._asked)
+        with suppress(OSError, UsageError):
+            self._holding.enter_context(self._claim())
 
     @property
     def config_file(self) -> Path:
@@ -383,8 +401,9 @@ class RunDir:
         """
         before = self._stored() if self._known is None else self._known
         document = {"schema_version": SCHEMA_VERSION, **before, **facts}
-        self._known = document if self._claimed else None
         try:
+            self._write_again()
+            self._known = document if self._claimed else None
             write_json(self.run_json, document)
         except DiskError as error:
             try:
@@ -434,14 +453,19 @@ class RunDir:
         self._make()
         with ExitStack() as holding:
             try:
-                holding.enter_context(claim(self._hydra / "lock", f"{self.path}: another process is writing this run"))
+                holding.enter_context(self._claim())
             except OSError as error:
                 raise self._unwritable(error) from error
-            self._claimed = True
-            holding.callback(setattr, self, "_claimed", False)
-            holding.callback(setattr, self, "_known", None)
+            self._claimed, self._holding = True, holding
+            holding.callback(self._let_go)
             self._remove_torn()
             yield
+
+    def _claim(self) -> AbstractContextManager[None]:
+        return claim(self._hydra / "lock", f"{self.path}: another process is writing this run")
+
+    def _let_go(self) -> None:
+        self._claimed, self._holding, self._known = False, None, None
 
     def _make(self) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import zlib
@@ -13,6 +14,7 @@ from typing import Any
 from cnnlab.runs import stored
 from cnnlab.runs.disk import append_to, writing
 
+_log = logging.getLogger(__name__)
 _KINDS: dict[str, stored.Kind] = {
     "step": stored.COUNT,
     "epoch": stored.COUNT,
@@ -44,6 +46,8 @@ class JsonlSink:
         self._digits = digits
         self._summed = -1, 0
         """A size of the file, and its checksum."""
+        self._left = 0
+        """The file's size after the last line."""
         stored.require_file(self.path)
         with writing(self.path):
             append_to(self.path).close()
@@ -54,6 +58,9 @@ class JsonlSink:
         with writing(self.path), append_to(self.path) as file:
             size, (known, checksum) = file.tell(), self._summed
             file.write(line)
+        if size < self._left:
+            _log.warning("%s was cut or taken away while the run went on; the records that it held are lost", self.path)
+        self._left = size + len(line)
         if size == known:
             self._summed = size + len(line), zlib.crc32(line, checksum)
 
@@ -87,6 +94,7 @@ class JsonlSink:
         if keep != self.size():
             os.truncate(self.path, keep)
             self._summed = -1, 0
+        self._left = keep
 
     def _plain(self, value: Any) -> Any:
         if isinstance(value, float):
