@@ -46,7 +46,11 @@ ROOM = 24 << 20
 BLOCK = 4096
 SHUTDOWN = 0x8004587D
 """The ioctl by which a file system answers with errors from then on (FS_IOC_SHUTDOWN of Linux's ext4)."""
-REMEDY = re.compile(r"free space|type |make (it|the folder) writable|raise the limit|look at the disk|go on with|put that one back")
+REMEDY = re.compile(
+    r"free space|type |make (it|the folder) writable|raise the limit|look at the disk|go on with|put that one back"
+)
+    r"free space|type |make (it|the folder) writable|raise the limit|look at the disk|go on with|put that one back"
+)
 
 
 # ---- disks ----

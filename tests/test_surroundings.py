@@ -11,14 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cli_runs import Answer
-from lab_runs import Interrupt, fitted, make_run
+from lab_runs import Interrupt, composed, fitted, make_run
 
 import cnnlab
 from cnnlab.__main__ import leave_current_folder
+from cnnlab.building.launch import attach, launch
 from cnnlab.errors import DiskError, InterruptedRun
 from cnnlab.machine.interrupts import descendants
 from cnnlab.machine.surroundings import Place, left_over, torchrun
@@ -141,15 +143,16 @@ def test_a_full_disk_is_one_message_and_a_true_status(tmp_path: Path, monkeypatc
 def test_what_vanishes_is_made_again_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str):
     folder = tmp_path / "run"
     fitted("model=cnn", "model.widths=[4]", folder=tmp_path / "whole")
-    experiment = cnnlab.compose([*SHORT, "model=cnn", "model.widths=[4]", f"hydra.run.dir={folder}"])
+    experiment = replace(composed("model=cnn", "model.widths=[4]"), run_dir=folder)
 
     def take_away():
         gone = folder / name
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
 
     def attached(run, *arguments):
+        console = attach(run, *arguments)
         run.listeners.insert(0, AtStep(5, take_away))
-        return attach(run, *arguments)
+        return console
 
     with caplog.at_level(logging.WARNING), pytest.MonkeyPatch.context() as patch:
         patch.setattr("cnnlab.building.launch.attach", attached)
