@@ -49,8 +49,6 @@ SHUTDOWN = 0x8004587D
 REMEDY = re.compile(
     r"free space|type |make (it|the folder) writable|raise the limit|look at the disk|go on with|put that one back"
 )
-    r"free space|type |make (it|the folder) writable|raise the limit|look at the disk|go on with|put that one back"
-)
 
 
 # ---- disks ----
