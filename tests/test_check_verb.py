@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cnnlab.data.splits import TensorSplit
+from cnnlab.diagnose.check_findings import Subject, Verdict
 from cnnlab.diagnose.check_loss import finite_differences, gradients_arrive, samples_stay_apart
 from cnnlab.diagnose.checks import check_run
 from cnnlab.diagnose.copies import copies
-from cnnlab.diagnose.findings import Subject, Verdict
 from cnnlab.train import fit
 from cnnlab.train.run import Run
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from cli_runs import Answer
 
-from cnnlab.diagnose import figure
+from cnnlab.sinks import figures
 from cnnlab.verbs.probe import labels
 
 Cli = Callable[..., Answer]
@@ -80,7 +80,7 @@ def test_a_run_folder_as_it_began(cli: Cli):
 
 
 def test_without_matplotlib_there_is_all_but_the_figure(cli: Cli, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(figure, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures, "can_draw", lambda: False)
     answer = cli("probe", *SMALL)
     assert answer.code == 0 and "fine" in answer.out
     assert "pip install 'cnnlab[figures]'" in answer.err

@@ -7,8 +7,8 @@ import time
 import torch
 
 from cnnlab.data.loader import Loader
+from cnnlab.diagnose.check_findings import Finding, Subject, Verdict, named, ranged
 from cnnlab.diagnose.copies import Copies, copies
-from cnnlab.diagnose.findings import Finding, Subject, Verdict, named, ranged
 from cnnlab.inspect.summary import memory, summarize
 from cnnlab.machine.memory import available
 from cnnlab.observe.observer import IDLE

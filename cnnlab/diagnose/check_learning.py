@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnnlab.diagnose.findings import Finding, Subject, Verdict
+from cnnlab.diagnose.check_findings import Finding, Subject, Verdict
 from cnnlab.protocols import Batch
 from cnnlab.train.objective import Mode
 from cnnlab.train.range_test import RangeTest, range_test

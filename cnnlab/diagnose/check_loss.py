@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cnnlab import measure, rng
-from cnnlab.diagnose.findings import Finding, Subject, Verdict, named
+from cnnlab.diagnose.check_findings import Finding, Subject, Verdict, named
 from cnnlab.protocols import Batch, as_outputs
 from cnnlab.torch_private import BatchNorm
 from cnnlab.train.objective import Mode

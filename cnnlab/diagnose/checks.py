@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from cnnlab.diagnose.check_data import inputs, room, speed, splits_apart, targets
+from cnnlab.diagnose.check_findings import Check, Finding, Subject, Verdict
 from cnnlab.diagnose.check_learning import learns_by_heart, rate_in_range
 from cnnlab.diagnose.check_loss import (
     finite_differences,
@@ -18,7 +19,6 @@ from cnnlab.diagnose.check_loss import (
     penalties,
     samples_stay_apart,
 )
-from cnnlab.diagnose.findings import Check, Finding, Subject, Verdict
 from cnnlab.train.range_test import unchanged
 from cnnlab.train.run import Run
 

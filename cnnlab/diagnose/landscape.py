@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cnnlab import measure
 from cnnlab.diagnose import noise
+from cnnlab.diagnose.landscape_verdicts import Verdict, verdicts
 from cnnlab.diagnose.spectrum import Density, Eigenpairs, Told, density, extremes, hessian_of, quiet, unflat
 from cnnlab.diagnose.surface import Line, filter_normalized, length, line, surface
-from cnnlab.diagnose.verdicts import Verdict, verdicts
 from cnnlab.protocols import Batch
 from cnnlab.torch_private import NormBase
 from cnnlab.train.objective import Mode, Objective

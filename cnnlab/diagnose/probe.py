@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from cnnlab import rng
 from cnnlab.building.builder import build
 from cnnlab.composing.experiment import Experiment, Node
+from cnnlab.diagnose.probe_faults import Fault, faults
 from cnnlab.diagnose.signal import Layer, Signals, measured
-from cnnlab.diagnose.verdict import Finding, findings
 from cnnlab.init import Default
 from cnnlab.protocols import Batch
 from cnnlab.train.run import Run
@@ -59,7 +59,7 @@ def probe(experiment: Experiment, *, images: int, tell: Tell = lambda what: None
     batch = _first(run, images)
     tell(f"following {len(batch['index'])} images")
     signals = _signals(run.model, run, batch)
-    found = findings(signals, run.model)
+    found = faults(signals, run.model)
     document = {
         "model": type(run.model).__name__,
         "init": experiment.node("init").name.rpartition(".")[2],
@@ -104,7 +104,7 @@ def _mended_by(experiment: Experiment, run: Run, batch: Batch, before: Signals, 
         typed, config = INITS[name]
         tell(f"trying {typed}")
         with _initialized(run.model, Node("init", config), experiment.seed, batch) as model:
-            if not findings(_signals(model, run, batch), model):
+            if not faults(_signals(model, run, batch), model):
                 return typed
     norm = experiment.node("norm")
     if norm or not experiment.node("model").takes("norm"):
@@ -115,7 +115,7 @@ def _mended_by(experiment: Experiment, run: Run, batch: Batch, before: Signals, 
             other = _built(experiment, len(batch["index"]), {"norm": NORM[1], **values})
         except ValueError:
             return None
-        if not findings(_signals(other.model, other, batch), other.model):
+        if not faults(_signals(other.model, other, batch), other.model):
             return typed
     return None
 
@@ -158,7 +158,7 @@ def _row(layer: Layer) -> dict[str, Any]:
     }
 
 
-def because(model: nn.Module, experiment: Experiment, found: Sequence[Finding]) -> str | None:
+def because(model: nn.Module, experiment: Experiment, found: Sequence[Fault]) -> str | None:
     """What is known of the init that was found wanting."""
     kinds = {finding.kind for finding in found}
     if "fades" not in kinds:

@@ -17,7 +17,7 @@ from cnnlab.composing.experiment import Experiment
 from cnnlab.composing.overrides import is_for_hydra
 from cnnlab.errors import UsageError, short
 from cnnlab.machine.surroundings import torchrun
-from cnnlab.runs.folder import RunDir, jsonable, write_atomically
+from cnnlab.runs.folder import RunDir, jsonable
 from cnnlab.terminal import one_line, say
 from cnnlab.verbs.arguments import Arguments, answer, checked_experiment, override_parser, parse
 from cnnlab.verbs.sweep import checked_cells
@@ -92,9 +92,10 @@ def main(arguments: Sequence[str]) -> int:
     else:
         _show(found)
     if figure is not None:  # what was measured is told before a disk can refuse its picture
-        from cnnlab.diagnose.figure import drawn
+        from cnnlab.diagnose.probe_figure import drawn
+        from cnnlab.sinks.figures import save
 
-        write_atomically(figure, drawn(found, [subject.label for subject in subjects]), "type another --figure")
+        save(drawn(found, [subject.label for subject in subjects]), figure)
         if not args.json:
             say(f"figure: {one_line(str(figure))}")
     return 0
@@ -164,16 +165,17 @@ def _figure_path(subjects: Sequence[Subject], args: Arguments) -> Path | None:
 
     Raises `UsageError` where it was asked for, and matplotlib is not there.
     """
-    from cnnlab.diagnose.figure import REMEDY, available, require
+    from cnnlab.sinks.figures import WITHOUT, can_draw
 
     if args.own.no_figure:
         return None
-    if args.own.figure is not None:
-        require()
-        return Path(args.own.figure)
-    if not available():
-        say(f"no figure: matplotlib is not installed; {REMEDY}", err=True)
+    if not can_draw():
+        if args.own.figure is not None:
+            raise UsageError(f"--figure: {WITHOUT}, or --no-figure")
+        say(WITHOUT, err=True)
         return None
+    if args.own.figure is not None:
+        return Path(args.own.figure)
     first = subjects[0]
     if len(subjects) == 1 and first.run is not None:
         return first.run.path / "figures" / "probe.png"

@@ -14,10 +14,10 @@ from torch.func import functional_call, grad, jacrev
 from cnnlab import measure, rng
 from cnnlab.diagnose import noise
 from cnnlab.diagnose.landscape import Settings, angle, landscape, objective_for, sharpness
+from cnnlab.diagnose.landscape_verdicts import verdicts
 from cnnlab.diagnose.noise import ratio_interval, variances
 from cnnlab.diagnose.spectrum import density, extremes, flat, hessian_of, unflat
 from cnnlab.diagnose.surface import filter_normalized, line, surface
-from cnnlab.diagnose.verdicts import verdicts
 from cnnlab.losses import CrossEntropy
 from cnnlab.protocols import Batch, DataSpec, Outputs
 from cnnlab.tasks import Task

@@ -1,24 +1,19 @@
-"""Signals by depth as one figure: a colour a config, solid what was measured, dashed what theory says.
-
-Needs matplotlib, the extra `figures`.
-"""
+"""Signals by depth as one figure: a colour a config, solid what was measured, dashed what theory says."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnnlab.errors import UsageError
+from cnnlab.sinks.figures import COLOURS, blank
 from cnnlab.terminal import one_line
 
-REMEDY = "pip install 'cnnlab[figures]'"
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
-"""Told apart by the colour-blind (Okabe & Ito 2008)."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _LONGEST = 46
 _PANELS: tuple[tuple[str, str, bool], ...] = (
     ("pre_std", "pre-activations: standard deviation", True),
@@ -30,30 +25,16 @@ _PANELS: tuple[tuple[str, str, bool], ...] = (
 )
 
 
-def available() -> bool:
-    """Whether a figure can be drawn here."""
-    return find_spec("matplotlib") is not None
-
-
-def require() -> None:
-    """Raises `UsageError` without matplotlib."""
-    if not available():
-        raise UsageError(f"expected matplotlib to draw a figure, there is none here; type {REMEDY}, or --no-figure")
-
-
-def drawn(configs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> bytes:
-    """A PNG of the documents of `cnnlab.diagnose.probe.probe`, side by side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def drawn(configs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Figure:
+    """The documents of `cnnlab.diagnose.probe.probe`, side by side."""
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(17, 7.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    *axes, values_of, words = figure.subplots(2, 4).flatten()
+    figure, panels = blank(17, 7.6, 2, 4)
+    *axes, values_of, words = panels.flatten()
     handles = []
     for number, (config, label) in enumerate(zip(configs, labels, strict=True)):
-        colour = _COLOURS[number % len(_COLOURS)]
-        marker = "osD^v"[number // len(_COLOURS) % 5]
+        colour = COLOURS[number % len(COLOURS)]
+        marker = "osD^v"[number // len(COLOURS) % 5]
         look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1.3}
         handles.append(Line2D([], [], label=_shown(label), **look))
         for axis, (key, _, log) in zip(axes, _PANELS, strict=False):
@@ -67,7 +48,7 @@ def drawn(configs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> bytes:
         axis = axes[[panel[0] for panel in _PANELS].index(key)]
         value = config["layers"][where][key]
         if _is_drawn(value, True):
-            colour = _COLOURS[number % len(_COLOURS)]
+            colour = COLOURS[number % len(COLOURS)]
             axis.plot([where + 1], [value], marker="x", markersize=11, markeredgewidth=2.5, color=colour)
     exact = all(config["jacobian"]["exact"] for config in configs)
     title = "singular values of the input-output Jacobian" + ("" if exact else "\n(in random directions of the output)")
@@ -77,9 +58,7 @@ def drawn(configs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> bytes:
     words.axis("off")
     size = "small" if len(handles) <= 20 else "xx-small"
     words.legend(handles=[*handles, dashed, cross], loc="upper left", frameon=False, fontsize=size)
-    written = io.BytesIO()
-    figure.savefig(written, format="png", metadata={"Software": None})
-    return written.getvalue()
+    return figure
 
 
 def _curves(axis: Any, layers: Sequence[Mapping[str, Any]], key: str, log: bool, look: Mapping[str, Any]) -> None:

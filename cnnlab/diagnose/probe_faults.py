@@ -22,7 +22,7 @@ GRADIENT_GROWN = 1e5
 
 
 @dataclass(frozen=True)
-class Finding:
+class Fault:
     """`kind` is `fades`, `grows`, `gradient fades`, `gradient grows`, `alike` or `not finite`; `layer` where it is
     first seen, in the direction in which it runs; `factor` how it changes a layer."""
 
@@ -32,7 +32,7 @@ class Finding:
     factor: float | None = None
 
 
-def findings(signals: Signals, model: nn.Module | None = None) -> list[Finding]:
+def faults(signals: Signals, model: nn.Module | None = None) -> list[Fault]:
     """All that is wrong; empty for a network that can begin to learn.
 
     Args:
@@ -43,16 +43,16 @@ def findings(signals: Signals, model: nn.Module | None = None) -> list[Finding]:
         return []
     infinite = next((layer for layer in layers if not math.isfinite(layer.measured.std)), None)
     if infinite is not None:
-        return [Finding("not finite", infinite.name, f"values are no longer finite from {infinite.name} on")]
+        return [Fault("not finite", infinite.name, f"values are no longer finite from {infinite.name} on")]
     found = [finding for finding in (_forwards(layers), _backwards(layers)) if finding is not None]
     alike = None if model is None else _alike(model)
     if alike is not None:
         text = f"all units of {alike} have the same weights, so that they stay the same"
-        found.append(Finding("alike", alike, text))
+        found.append(Fault("alike", alike, text))
     return found
 
 
-def _forwards(layers: Sequence[Layer]) -> Finding | None:
+def _forwards(layers: Sequence[Layer]) -> Fault | None:
     """A signal is lost, or too large, where it stays so to the end: gates and the like beside the way do not count."""
     known = [layer for layer in layers if math.isfinite(layer.measured.signal)]
     if not known:
@@ -63,16 +63,16 @@ def _forwards(layers: Sequence[Layer]) -> Finding | None:
         factor = _factor(first, last, len(known))
         text = f"the signal dies at {known[place].name} (layer {place + 1} of {len(known)}): "
         text += "no two images can be told apart there" if first == 0 or last == 0 else _share(first, last, factor)
-        return Finding("fades", known[place].name, text, factor)
+        return Fault("fades", known[place].name, text, factor)
     if last > GROWN * first:
         place = _since([layer.measured.signal > GROWN * first for layer in known])
         factor = _factor(first, last, len(known))
         text = f"the signal explodes: from {known[place].name} on it is {GROWN:g} times the first layer's and more"
-        return Finding("grows", known[place].name, f"{text} (by {factor:.3g} a layer)", factor)
+        return Fault("grows", known[place].name, f"{text} (by {factor:.3g} a layer)", factor)
     return None
 
 
-def _backwards(layers: Sequence[Layer]) -> Finding | None:
+def _backwards(layers: Sequence[Layer]) -> Fault | None:
     known = [layer for layer in layers if math.isfinite(layer.measured.gradient)][::-1]
     if not known or known[0].measured.gradient == 0:
         return None
@@ -82,11 +82,11 @@ def _backwards(layers: Sequence[Layer]) -> Finding | None:
     if last < FADED * first:
         layer = known[_since([g < FADED * first for g in gradients])].name
         text = f"the gradient vanishes: on its way back from the last layer, {FADED:g} of it is left at {layer}, "
-        return Finding("gradient fades", layer, f"{text}{last / first:.1e} at {known[-1].name}", factor)
+        return Fault("gradient fades", layer, f"{text}{last / first:.1e} at {known[-1].name}", factor)
     if last > GRADIENT_GROWN * first:
         layer = known[_since([g > GRADIENT_GROWN * first for g in gradients])].name
         text = f"the gradient explodes: on its way back it is {GRADIENT_GROWN:g} times the last layer's at {layer}"
-        return Finding("gradient grows", layer, f"{text} (by {factor:.3g} a layer)", factor)
+        return Fault("gradient grows", layer, f"{text} (by {factor:.3g} a layer)", factor)
     return None
 
 

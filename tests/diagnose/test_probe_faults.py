@@ -7,14 +7,14 @@ import torch
 from nets import plain, signals
 from torch import nn
 
-from cnnlab.diagnose.verdict import findings
+from cnnlab.diagnose.probe_faults import faults
 from cnnlab.init import Constant, Default, He, LeCun, Normal, Orthogonal, Xavier, Zeros
 from cnnlab.models.resnet import CifarResNet
 
 
 def kinds(model: nn.Module, init: He) -> list[str]:
     init(model, 0)
-    return [finding.kind for finding in findings(signals(model), model)]
+    return [finding.kind for finding in faults(signals(model), model)]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_the_layer_is_the_one_that_theory_names():
             module.padding_mode = "circular"
             module._reversed_padding_repeated_twice = [1, 1, 1, 1]
     Xavier()(model, 0)
-    (forward, _) = findings(signals(model), model)
+    (forward, _) = faults(signals(model), model)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
     assert names.index(forward.layer) + 1 == pytest.approx(20, abs=3)
     assert forward.factor == pytest.approx(0.5**0.5, rel=0.1)
@@ -71,7 +71,7 @@ def test_a_classifier_of_zeros_is_no_fault():
     He()(model, 0)
     assert isinstance(model[-1], nn.Linear)
     nn.init.zeros_(model[-1].weight)
-    assert findings(signals(model), model) == []
+    assert faults(signals(model), model) == []
 
 
 def test_what_is_not_finite_is_named():
@@ -80,7 +80,7 @@ def test_what_is_not_finite_is_named():
     assert isinstance(model[2], nn.Conv2d)
     with torch.no_grad():
         model[2].weight[0, 0, 0, 0] = torch.inf
-    (found,) = findings(signals(model), model)
+    (found,) = faults(signals(model), model)
     assert (found.kind, found.layer) == ("not finite", "3")
 
 
