@@ -395,6 +395,9 @@ class Listener:
         """After an epoch and its evaluation, whose metrics are `figures` (empty when none was due), and what followed
         from them: the selection, the plateau's rate, whether the run goes on."""
 
+    def on_pictures(self, run: Any, pictures: Mapping[str, Tensor], step: int) -> None:
+        """Pictures (3, H, W) uint8 by name (`explain/val 3`) that another listener has drawn of update `step`."""
+
     def on_save(self, run: Any) -> None:
         """On every rank, before rank 0 writes a checkpoint: bring together what is spread over the ranks. All records
         and statistics up to here have been told."""

@@ -24,6 +24,7 @@ ALL = (
     "probe=[outside,gradients]",
     "intervention=outside",
     "penalty=outside",
+    "listener=outside",
 )
 FEW_STEPS = (
     "data.limit=64",
@@ -36,7 +37,7 @@ FEW_STEPS = (
 
 
 def test_one_file_and_one_yaml_each():
-    for group in (*GROUPS, "probe", "intervention", "penalty"):
+    for group in (*GROUPS, "probe", "intervention", "penalty", "listener"):
         assert (OUTSIDE / f"outside_{group}.py").is_file()
         assert (OUTSIDE / group / "outside.yaml").is_file()
 
@@ -53,6 +54,7 @@ def test_all_of_them_train_together(cli: Cli):
     assert statistics[0]["weight/near_zero"][0] == 0
     assert "gradient/norm" in statistics[0]
     assert "invert" in answer.out
+    assert b"updates/bar" in next(Path("here/tensorboard").glob("*")).read_bytes()
     state = checkpoint.load(Path("here/checkpoints/last.pt"))
     assert state["intervention.outside"]["updates"] == record["steps"] > 0
 

@@ -16,7 +16,9 @@ from cnnlab.machine.ranks import Ranks
 from cnnlab.machine.resolved import Resolved
 from cnnlab.observe.observer import Observer
 from cnnlab.observe.taps import Taps
+from cnnlab.protocols import Listener
 from cnnlab.schema import StepKind
+from cnnlab.sinks.usual import Unfailing
 from cnnlab.train.origin import Origin, described
 from cnnlab.train.recorder import Evidence, Progress, Recorder
 from cnnlab.train.run import Run
@@ -82,12 +84,17 @@ def wire(run: Run, pipeline: Pipeline, resolved: Resolved, data: dict[str, Any])
     for name, part in parts.items():
         if part is not None and hasattr(part, "state_dict"):
             run.state.register(name, part)
-    run.listeners = [recorder, evidence, Progress()]
+    run.listeners = [recorder, evidence, Progress(), *(named_listeners(run.experiment) if run.is_main else ())]
 
     def receive(record: dict[str, Any]) -> None:
         run.tell("on_stats", {**run.place(record["step"]), **record})
 
     run.observer.receive = receive if run.is_main else None
+
+
+def named_listeners(experiment: Experiment) -> list[Listener]:
+    """Those that the experiment names; one that fails ends no run."""
+    return [Unfailing(node.make(), f"`{node.where}`") for node in experiment.nodes("listener").values()]
 
 
 def data_of(run: Run, class_counts: list[float] | None, recipe: Recipe | None) -> dict[str, Any]:

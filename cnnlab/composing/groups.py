@@ -79,5 +79,6 @@ GROUPS: Mapping[str, Group] = {
     "augment": Group(("cnnlab.augment.Geometric", "cnnlab.augment.Colour", "cnnlab.augment.Barrier"), named=True),
     "penalty": Group(("cnnlab.protocols.Penalty",), named=True, later=True),
     "intervention": Group(("cnnlab.protocols.Intervention",), named=True, later=True),
+    "listener": Group(("cnnlab.protocols.Listener",), named=True, later=True),
     "probe": Group(("cnnlab.protocols.Probe",), named=True),
 }

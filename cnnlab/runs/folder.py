@@ -97,6 +97,7 @@ _TORN = re.compile(r"\..+\.\d+\.tmp")
 UNSAID: tuple[tuple[str, Any], ...] = (
     ("head._target_", None),
     ("penalty", {}),
+    ("listener", {}),
     ("weights._target_", None),
     ("finetune._target_", None),
 )

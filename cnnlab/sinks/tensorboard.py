@@ -38,6 +38,7 @@ class TensorBoard(Listener):
     | `depth/activation_std`, ... | each as a picture: rows are all layers, columns the sampled steps |
     | `weight_histogram/{tensor}`, ... | histograms, where a record has them |
     | `samples/{name}` | sample pictures, as the network gets them |
+    | `explain/{name}`, ... | what other listeners draw |
 
     Args:
         folder: where the event files go (`<run>/tensorboard`).
@@ -108,6 +109,9 @@ class TensorBoard(Listener):
         if self._taken >= self._next_picture and not run.finished():  # the run's end draws the last one
             self._draw(record["step"])
 
+    def on_pictures(self, run: Any, pictures: Mapping[str, Tensor], step: int) -> None:
+        self._show(pictures, step)
+
     def on_end(self, run: Any, error: BaseException | None) -> None:
         from cnnlab.sinks.events import hparams_session_end
 
@@ -121,13 +125,16 @@ class TensorBoard(Listener):
     def pictures(self, pictures: Mapping[str, Tensor], step: int = 0) -> None:
         """Pictures (3, H, W) uint8 by name, to `samples/{name}`; small ones are enlarged by whole
         multiples."""
+        self._show({f"samples/{name}": picture for name, picture in pictures.items()}, step)
+
+    def _show(self, pictures: Mapping[str, Tensor], step: int) -> None:
         from cnnlab.sinks import events
         from cnnlab.sinks.picture import enlarged, png
 
         values = []
         for name, picture in pictures.items():
             pixels = enlarged(picture.detach().cpu().permute(1, 2, 0).numpy())
-            values.append(events.image(f"samples/{name}", png(pixels), pixels.shape[0], pixels.shape[1]))
+            values.append(events.image(name, png(pixels), pixels.shape[0], pixels.shape[1]))
         self._add(step, values)
 
     def _add(self, step: int, values: list[Any]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, TextIO
+
+from torch import Tensor
 
 from cnnlab.protocols import Listener
 from cnnlab.runs.folder import RunDir
@@ -16,10 +19,15 @@ _log = logging.getLogger(__name__)
 
 class Unfailing(Listener):
     """Passes on what happens to a listener that only shows it, and goes on without it if it fails: no fault of a
-    display, and nothing that a terminal answers, is a reason to end a training."""
+    display, and nothing that a terminal answers, is a reason to end a training.
 
-    def __init__(self, inner: Listener):
+    Args:
+        what: it is, for the message.
+    """
+
+    def __init__(self, inner: Listener, what: str = "the display"):
         self._inner: Listener | None = inner
+        self._what = what
 
     def _pass_on(self, event: str, *arguments: Any) -> None:
         if self._inner is None:
@@ -28,7 +36,10 @@ class Unfailing(Listener):
             getattr(self._inner, event)(*arguments)
         except Exception as error:
             self._inner = None
-            _log.warning("the display failed (%s: %s); the run goes on without it", type(error).__name__, error)
+            _log.warning("%s failed (%s: %s); the run goes on without it", self._what, type(error).__name__, error)
+
+    def restored(self) -> list[str]:
+        return [] if self._inner is None else self._inner.restored()
 
     def on_start(self, run: Any) -> None:
         self._pass_on("on_start", run)
@@ -44,6 +55,15 @@ class Unfailing(Listener):
 
     def on_epoch(self, run: Any, figures: dict[str, float]) -> None:
         self._pass_on("on_epoch", run, figures)
+
+    def on_pictures(self, run: Any, pictures: Mapping[str, Tensor], step: int) -> None:
+        self._pass_on("on_pictures", run, pictures, step)
+
+    def on_save(self, run: Any) -> None:
+        self._pass_on("on_save", run)
+
+    def on_trained(self, run: Any) -> None:
+        self._pass_on("on_trained", run)
 
     def on_end(self, run: Any, error: BaseException | None) -> None:
         self._pass_on("on_end", run, error)
