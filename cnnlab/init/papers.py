@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cnnlab.composing.make import make
 from cnnlab.init.base import Initializer, Layer, layers
 from cnnlab.init.schemes import Default, He, Normal, draw
 from cnnlab.schema import Positive
@@ -73,8 +73,8 @@ class PaperSpeedNet(Default):
 
 
 class Own(Initializer):
-    """What a network's authors used: the model's `own_init`, a mapping with `_target_` (a class of
-    `cnnlab.init`) and its arguments; `He(mode="fan_out")` where a model states none.
+    """What a network's authors used: the model's `own_init`, a node with `_target_` (an `Initializer`) and its
+    arguments; `He(mode="fan_out")` where a model states none.
 
     Args:
         zero_residual: overrides the model's own choice; `None` leaves it.
@@ -87,11 +87,11 @@ class Own(Initializer):
     def resolve(self, model: nn.Module) -> Initializer:
         """The initialization that `model` asks for."""
         stated: dict[str, Any] = dict(getattr(model, "own_init", None) or {"_target_": "cnnlab.init.He"})
-        module, _, name = stated.pop("_target_").rpartition(".")
         if self.override is not None:
             stated["zero_residual"] = self.override
-        init = getattr(import_module(module or "cnnlab.init"), name)(**stated)
+        init: Initializer = make(stated)
         if init.needs_batch:
+            name = type(init).__name__
             raise ValueError(f"expected an initialization without data as own_init, received {name}; type init=lsuv")
         return init
 
