@@ -14,7 +14,7 @@ from cnnlab.tasks import Task
 
 
 class Samples:
-    """Listens to an evaluation (`Opened.measure`); nothing is brought from the device before it is asked for."""
+    """Listens to an evaluation (`Opened.summed`); nothing is brought from the device before it is asked for."""
 
     def __init__(self, task: Task) -> None:
         self._task = task

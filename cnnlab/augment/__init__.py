@@ -1,5 +1,6 @@
 """Between the data and the network: augmentation and input normalization of whole batches, on the device."""
 
+from cnnlab.augment.base import Barrier, Colour, Draws, Fill, Geometric, Part, Placed
 from cnnlab.augment.erasing import Cutout, GaussianNoise
 from cnnlab.augment.geometric import (
     AlternatingFlip,
@@ -23,7 +24,6 @@ from cnnlab.augment.normalize import (
     Standardize,
     ZcaWhitening,
 )
-from cnnlab.augment.parts import Barrier, Colour, Draws, Fill, Geometric, Part, Placed
 from cnnlab.augment.photometric import Brightness, ColourShift, Contrast, Hue, PcaNoise, Saturation
 from cnnlab.augment.pipeline import Pipeline
 from cnnlab.augment.trivial import TrivialAugment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cnnlab.augment.parts import Barrier, Draws, standard_normal
+from cnnlab.augment.base import Barrier, Draws, standard_normal
 from cnnlab.protocols import Batch
 from cnnlab.schema import NonNegative, PositiveInt, Probability
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from cnnlab.augment.base import Part
 from cnnlab.augment.moments import MAX_IMAGES
 from cnnlab.augment.normalize import Normalize
-from cnnlab.augment.parts import Part
 from cnnlab.augment.pipeline import Pipeline
 from cnnlab.protocols import Split
 from cnnlab.runs.folder import write_atomically

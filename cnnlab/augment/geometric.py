@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from cnnlab.augment.parts import Draws, Fill, Geometric, check_fill
+from cnnlab.augment.base import Draws, Fill, Geometric, check_fill
 from cnnlab.augment.warp import affine
 from cnnlab.schema import NonNegative, NonNegativeInt, Positive, Probability, Range
 

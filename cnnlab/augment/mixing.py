@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cnnlab.augment.base import Barrier, Draws, Placed
 from cnnlab.augment.erasing import rectangle
-from cnnlab.augment.parts import Barrier, Draws, Placed
 from cnnlab.protocols import Batch, DataSpec
 from cnnlab.schema import Positive, Probability
 

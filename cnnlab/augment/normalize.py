@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from cnnlab.augment.base import Placed, as_float
 from cnnlab.augment.moments import channel_moments, image_moments
-from cnnlab.augment.parts import Placed, as_float
 from cnnlab.protocols import DataSpec, Split
 from cnnlab.schema import NonNegative, Positive
 

@@ -14,8 +14,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from cnnlab.augment.base import Barrier, Colour, Draws, Placed, standard_normal
 from cnnlab.augment.moments import channel_moments
-from cnnlab.augment.parts import Barrier, Colour, Draws, Placed, standard_normal
 from cnnlab.protocols import Batch, DataSpec, Split
 from cnnlab.schema import NonNegative, Range
 

@@ -13,7 +13,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from cnnlab.augment.parts import Fill, as_float
+from cnnlab.augment.base import Fill, as_float
 from cnnlab.augment.warp import affine, compose, inside, resample
 from cnnlab.protocols import VIEW, Batch, Split
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from cnnlab import rng
+from cnnlab.augment.base import Barrier, Colour, Draws, Fill, Geometric, Part, as_float
 from cnnlab.augment.normalize import Normalize
-from cnnlab.augment.parts import Barrier, Colour, Draws, Fill, Geometric, Part, as_float
 from cnnlab.augment.photometric import apply_matrix, compose_colour
 from cnnlab.augment.photos import Seen, extent, from_photos, readings
 from cnnlab.augment.warp import compose, copy_pixels, resample

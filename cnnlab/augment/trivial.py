@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnnlab.augment.parts import Barrier, Draws, Fill, check_fill
+from cnnlab.augment.base import Barrier, Draws, Fill, check_fill
 from cnnlab.augment.photometric import apply_matrix, brightness_matrix, contrast_matrix, saturation_matrix
 from cnnlab.augment.warp import affine, resample
 from cnnlab.protocols import Batch

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnnlab.augment.parts import Fill
+from cnnlab.augment.base import Fill
 from cnnlab.protocols import VOID, Batch
 
 _PADDING = {"zeros": "zeros", "edge": "border", "reflect": "reflection"}

@@ -63,7 +63,7 @@ def evaluate(network: Opened, split: str, data: OpenedData, each: Each | None = 
     Args:
         each: see `Opened.measure`.
     """
-    sums = network.measure(loader_of(network, split, data).batches(0), each)
+    sums = network.summed(loader_of(network, split, data).batches(0), each)
     classes = network.task.by_class(sums)
     figures = {f"{split}/{metric}": value for metric, value in describe_sums(network.task, dict(sums)).items()}
     return Found(data.changes, figures, classes, sums)

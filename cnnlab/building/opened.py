@@ -136,7 +136,7 @@ class Opened:
         batch = self.task.prepare(self.pipeline(batch, epoch=epoch, train=False))
         return {**batch, "image": batch["image"].contiguous(memory_format=_layout(self.placement))}
 
-    def measure(self, batches: Iterator[tuple[Batch, int]], each: Each | None = None) -> dict[str, Tensor]:
+    def summed(self, batches: Iterator[tuple[Batch, int]], each: Each | None = None) -> dict[str, Tensor]:
         """The task's measures summed over batches as `transform` gives them, on the CPU, with the penalty of the
         weights.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnlab.blocks import ActivationFactory, DropRate, NormFactory
-from cnnlab.heads.parts import Doubling, Size, doublings, interpolated, refine, repeated
+from cnnlab.heads.upsampling import Doubling, Size, doublings, interpolated, refine, repeated
 from cnnlab.protocols import Features, Head
 from cnnlab.schema import PositiveInt
 

@@ -10,14 +10,9 @@ HEAD = "head"
 """The name of the last layer, which is the whole head."""
 
 
-def layers(model: nn.Module) -> list[list[str]]:
-    """Names of the parameters of each layer, from the input on, as `layer_decay` counts them; see `named_layers`."""
-    return [names for _, names in named_layers(model)]
-
-
 def named_layers(model: nn.Module) -> list[tuple[str, list[str]]]:
-    """Name and parameters of each layer, from the input on, in the order of registration, which the lab's,
-    torchvision's and timm's networks share with the forward pass.
+    """Name and parameters of each layer, from the input on, as `layer_decay` counts them: in the order of registration,
+    which the lab's, torchvision's and timm's networks share with the forward pass.
 
     - Where one list (`Sequential`, `ModuleList`) holds the network's depth, each of its items is a layer: the blocks of
       SpeedNet, of a ViT's encoder or of MobileNet, the stages of EfficientNet or ConvNeXt. It may lie deeper, in a

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnlab.blocks import ActivationFactory, DropRate, NormFactory
-from cnnlab.models.norm import local_response
-from cnnlab.models.parts import (
+from cnnlab.models.blocks import (
     FeatureModule,
     Pool,
     Poolings,
@@ -23,6 +22,7 @@ from cnnlab.models.parts import (
     scaled,
     stem_note,
 )
+from cnnlab.models.norm import local_response
 from cnnlab.protocols import Features
 from cnnlab.schema import Positive
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from cnnlab.blocks import ActivationFactory, DropRate, NormFactory, conv_norm
+from cnnlab.models.blocks import Pool, Poolings, downsampler, require_size, require_spatial
 from cnnlab.models.norm import batch
-from cnnlab.models.parts import Pool, Poolings, downsampler, require_size, require_spatial
 from cnnlab.protocols import ConvNet, Features
 from cnnlab.schema import PositiveInt
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnnlab.blocks import ActivationFactory, DropRate, NormFactory, conv_norm
-from cnnlab.models.norm import batch
-from cnnlab.models.parts import (
+from cnnlab.models.blocks import (
     Pool,
     Poolings,
     Stem,
@@ -23,6 +22,7 @@ from cnnlab.models.parts import (
     scaled,
     stem_note,
 )
+from cnnlab.models.norm import batch
 from cnnlab.protocols import ConvNet, Features
 from cnnlab.schema import Positive
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cnnlab.blocks import ActivationFactory, DropRate, NormFactory
+from cnnlab.models.blocks import require_spatial
 from cnnlab.models.norm import no_norm
-from cnnlab.models.parts import require_spatial
 from cnnlab.protocols import ConvNet, Features
 from cnnlab.schema import PositiveInt
 

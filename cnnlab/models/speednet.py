@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cnnlab.blocks import ActivationFactory, NormFactory, conv_norm
+from cnnlab.models.blocks import Poolings, require_size, require_spatial
 from cnnlab.models.norm import batch
-from cnnlab.models.parts import Poolings, require_size, require_spatial
 from cnnlab.protocols import ConvNet, Features
 from cnnlab.schema import Positive, PositiveInt
 

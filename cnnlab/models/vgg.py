@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnlab.blocks import ActivationFactory, DropRate, NormFactory
-from cnnlab.models.norm import no_norm
-from cnnlab.models.parts import (
+from cnnlab.models.blocks import (
     FeatureModule,
     Pool,
     Poolings,
@@ -21,6 +20,7 @@ from cnnlab.models.parts import (
     scaled,
     stem_note,
 )
+from cnnlab.models.norm import no_norm
 from cnnlab.protocols import Features
 from cnnlab.schema import Positive
 

@@ -61,12 +61,12 @@ def close_epoch(run: Run) -> None:
 
 def evaluate(run: Run, name: str) -> dict[str, float]:
     """The metrics of the split `name` over all ranks, as `val/accuracy`; the network as it is evaluated."""
-    figures = run.describe(measure(run, run.loaders[name]))
+    figures = run.describe(summed(run, run.loaders[name]))
     run.record({**run.place(), "split": name, **figures})
     return {f"{name}/{metric}": value for metric, value in figures.items()}
 
 
-def measure(run: Run, loader: Loader) -> dict[str, Tensor]:
+def summed(run: Run, loader: Loader) -> dict[str, Tensor]:
     """The task's measures, summed over a split and over all ranks, and the penalty of the weights; the network as it is
     evaluated."""
     totals = Totals(run.ranks, run.device)

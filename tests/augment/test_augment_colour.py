@@ -20,7 +20,7 @@ from cnnlab.augment import (
     Pipeline,
     Saturation,
 )
-from cnnlab.augment.parts import standard_normal
+from cnnlab.augment.base import standard_normal
 from cnnlab.augment.photometric import apply_matrix, turn_hue
 
 

@@ -27,7 +27,7 @@ from cnnlab.augment import (
     TrivialAugment,
     VerticalFlip,
 )
-from cnnlab.augment.parts import Geometric
+from cnnlab.augment.base import Geometric
 from cnnlab.augment.warp import affine, compose, copy_pixels, invert, resample
 from cnnlab.protocols import VOID, Batch
 

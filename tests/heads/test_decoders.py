@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from cnnlab.heads import BilinearDecoder, FullyConvolutional, NearestDecoder, TransposedDecoder, UNetDecoder
 from cnnlab.heads.decoders import _unpool
-from cnnlab.heads.parts import Doubling, doublings
+from cnnlab.heads.upsampling import Doubling, doublings
 from cnnlab.init import He
 from cnnlab.inspect.layers import head_parameters
 from cnnlab.models.alexnet import AlexNet

@@ -4,8 +4,8 @@ import torchvision
 from models_helpers import CIFAR, DIGITS, assert_same_network, count, drawn, images
 from torch import nn
 
+from cnnlab.models.blocks import StochasticDepth
 from cnnlab.models.norm import group, instance, no_norm
-from cnnlab.models.parts import StochasticDepth
 from cnnlab.models.resnet import CifarResNet, ResNet
 
 

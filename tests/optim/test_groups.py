@@ -10,8 +10,12 @@ from lab_runs import make_run
 from torch import nn
 
 from cnnlab.inspect import meta
-from cnnlab.inspect.layers import head_parameters, layers, named_layers
+from cnnlab.inspect.layers import head_parameters, named_layers
 from cnnlab.optim import freeze_parameters, parameter_groups
+
+
+def parameters_of_layers(model: torch.nn.Module) -> list[list[str]]:
+    return [names for _, names in named_layers(model)]
 
 
 class Block(nn.Module):
@@ -47,7 +51,7 @@ def names_of(model, group):
 
 
 def test_layers_of_a_residual_net_are_its_stem_and_stages():
-    found = layers(Residual())
+    found = parameters_of_layers(Residual())
     assert [names[0] for names in found] == [
         "conv1.weight", "layer1.0.conv.weight", "layer10.0.conv.weight", "fc.weight",
     ]  # fmt: skip
@@ -56,7 +60,7 @@ def test_layers_of_a_residual_net_are_its_stem_and_stages():
 
 
 def test_layers_of_a_plain_net_are_its_convolutions_and_the_head():
-    found = layers(plain())
+    found = parameters_of_layers(plain())
     assert found == [
         ["features.0.weight", "features.0.bias", "features.1.weight", "features.1.bias"],
         ["features.3.weight", "features.3.bias"],
@@ -67,9 +71,11 @@ def test_layers_of_a_plain_net_are_its_convolutions_and_the_head():
 def test_layers_of_another_librarys_network_are_those_inside_the_wrapper():
     wrapper = nn.Module()
     wrapper.network = Residual()
-    assert layers(wrapper) == [[f"network.{name}" for name in names] for names in layers(Residual())]
+    assert parameters_of_layers(wrapper) == [
+        [f"network.{name}" for name in names] for names in parameters_of_layers(Residual())
+    ]
     wrapper.head = nn.Conv2d(4, 2, 1)
-    assert [names[0] for names in layers(wrapper)][-2:] == ["network.fc.weight", "head.weight"]
+    assert [names[0] for names in parameters_of_layers(wrapper)][-2:] == ["network.fc.weight", "head.weight"]
 
 
 @pytest.mark.parametrize("make", [Residual, plain])
@@ -224,4 +230,4 @@ def test_what_has_no_layer_of_its_own_belongs_to_its_neighbour():
         + ["encoder.norm.weight", "encoder.norm.bias"],
         ["reduce.0.weight", "reduce.0.bias", "reduce.1.weight", "reduce.1.bias"],
     ]
-    assert len(layers(nn.Linear(2, 2))) == 1
+    assert len(parameters_of_layers(nn.Linear(2, 2))) == 1

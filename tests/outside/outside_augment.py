@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cnnlab.augment.parts import Colour, Draws
+from cnnlab.augment import Colour, Draws
 from cnnlab.schema import Probability
 
 

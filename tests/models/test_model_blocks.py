@@ -4,7 +4,7 @@ from models_helpers import images
 from torch import nn
 
 from cnnlab.models import norm as norms
-from cnnlab.models.parts import StochasticDepth, downsampler
+from cnnlab.models.blocks import StochasticDepth, downsampler
 
 
 def test_local_response_is_the_papers_formula():
