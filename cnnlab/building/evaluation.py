@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,9 @@ class OpenedData:
     """How it differs from the run's, in words; empty where it is the same."""
     loading: Loading
     renumbered: Callable[[Batch], Batch]
+    source: Data
+    whole: DataSpec
+    """Of the data, with the targets that the network has no use for."""
     files: dict[str, list[str]] = field(default_factory=dict)
     """Of splits that lie in files, each sample's."""
 
@@ -69,8 +72,12 @@ def evaluate(network: Opened, split: str, data: OpenedData, each: Each | None = 
     return Found(data.changes, figures, classes, sums)
 
 
-def loader_of(network: Opened, split: str, data: OpenedData) -> Loader:
-    """The batches of a split as the network is evaluated on them, in the split's order."""
+def loader_of(network: Opened, split: str, data: OpenedData, also: Collection[str] = ()) -> Loader:
+    """The batches of a split as the network is evaluated on them, in the split's order.
+
+    Args:
+        also: targets beside those that the task needs.
+    """
 
     def transform(batch: Batch, epoch: int) -> Batch:
         return network.transform(data.renumbered(batch), epoch)
@@ -83,7 +90,7 @@ def loader_of(network: Opened, split: str, data: OpenedData) -> Loader:
         shuffle=False,
         device=network.device,
         loading=data.loading,
-        targets=network.task.needs,
+        targets=tuple(dict.fromkeys((*network.task.needs, *also))),
         transform=transform,
     )
 
@@ -108,7 +115,8 @@ def data_for(network: Opened, experiment: Experiment | None = None) -> OpenedDat
         return make_data(experiment, network.pipeline, loading)
 
     try:
-        whole = node.make().spec()
+        source = node.make()
+        whole = source.spec()
     except ValueError as error:
         raise UsageError(f"`data`: {error}") from error
     _require_targets(network, whole)
@@ -132,7 +140,7 @@ def data_for(network: Opened, experiment: Experiment | None = None) -> OpenedDat
     network.notices += findings.notices
     changes = now.changes(network.origin, network.folder.path)
     files = {name: list(lengths) for name, lengths in findings.files.items()}
-    return OpenedData(spec, splits, changes, loading, renumbered, files)
+    return OpenedData(spec, splits, changes, loading, renumbered, source, whole, files)
 
 
 def _require_targets(network: Opened, spec: DataSpec) -> None:

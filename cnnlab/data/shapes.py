@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,26 +101,26 @@ class Shapes(LabelledCut):
             settings = (*settings, self.objects, self.shortcut, self.shortcut_test)
         splits: dict[str, Split] = {}
         for name, count in (("train", self.train), ("val", self.val), ("test", self.test)):
-            index = torch.arange(count)
-            if name == "train":
-                index = thinned(
-                    index,
-                    index % len(CLASSES),
-                    len(CLASSES),
-                    limit=self.limit,
-                    imbalance=self.imbalance,
-                    seed=self.split_seed,
-                )
+            index = self._used(name, count)
             made = [self._scenes(name, piece) for piece in index.split(_CHUNK)]
             images, masks, boxes = (torch.cat(tensors) for tensors in zip(*made))
             targets = {"label": index % len(CLASSES), "mask": masks, "box": boxes}
             splits[name] = TensorSplit(images, targets, digest("shapes", *settings, name, index))
         return splits
 
+    def _used(self, split: str, count: int) -> Tensor:
+        """(n,): which of the scenes are the samples of a split."""
+        index = torch.arange(count)
+        if split != "train":
+            return index
+        cut: Any = {"limit": self.limit, "imbalance": self.imbalance, "seed": self.split_seed}
+        return thinned(index, index % len(CLASSES), len(CLASSES), **cut)
+
     def taken_apart(self, split: str, index: Tensor) -> TakenApart:
-        """The scenes at `index` (n,) of a split, rendered again without each of their parts: `mark`, `shape` (the one
+        """The samples at `index` (n,) of a split, rendered again without each of their parts: `mark`, `shape` (the one
         that gives the class), `object1` and so on, and the bars `bar0` and so on."""
-        found = [self._taken_apart(split, piece) for piece in index.split(_CHUNK)]
+        scenes = self._used(split, getattr(self, split))[index]
+        found = [self._taken_apart(split, piece) for piece in scenes.split(_CHUNK)]
         images, visible = (torch.cat(tensors) for tensors in zip(*((each.images, each.visible) for each in found)))
         return TakenApart(found[0].names, images, visible)
 

@@ -30,6 +30,8 @@ class Map:
     layer: str | None = None
     coarse: bool = False
     """Whether it was enlarged from a layer's maps."""
+    grid: tuple[int, int] | None = None
+    """(h, w) of those maps."""
 
     @property
     def title(self) -> str:

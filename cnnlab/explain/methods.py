@@ -29,6 +29,8 @@ class Method:
     layered: bool = False
     rectified: bool = False
     """Whether what is below 0 is cut off at the end."""
+    passes: int = 1
+    """Forward and backward passes that a map takes, about."""
     says: str = ""
 
 
@@ -73,13 +75,15 @@ def _guided_gradcam(subject: Subject, images: Tensor, score: Score, layer: str) 
 
 METHODS: dict[str, Method] = {
     "saliency": Method(_saliency, says="the gradient's magnitude"),
-    "smoothgrad": Method(_smoothgrad, says="the mean gradient under noise"),
-    "integrated_gradients": Method(_integrated, signed=True, says="from the mean image; Captum"),
-    "occlusion": Method(_occlusion, signed=True, says="what hiding a patch takes away; Captum"),
+    "smoothgrad": Method(_smoothgrad, passes=gradients.SAMPLES, says="the mean gradient under noise"),
+    "integrated_gradients": Method(_integrated, signed=True, passes=library.STEPS, says="from the mean image; Captum"),
+    "occlusion": Method(
+        _occlusion, signed=True, passes=(2 * library.PATCH) ** 2, says="what hiding a patch takes away; Captum"
+    ),
     "gradcam": Method(_gradcam, layered=True, rectified=True, says="maps weighed by their mean gradient"),
     "gradcam++": Method(_gradcam_plus_plus, layered=True, rectified=True, says="maps weighed place by place"),
     "guided": Method(_guided, says="guided backpropagation; passes edges on, whatever the class"),
-    "guided_gradcam": Method(_guided_gradcam, layered=True, says="guided backpropagation times Grad-CAM"),
+    "guided_gradcam": Method(_guided_gradcam, layered=True, passes=2, says="guided backpropagation times Grad-CAM"),
 }
 USUAL = ("saliency", "smoothgrad", "gradcam", "gradcam++")
 
@@ -109,23 +113,29 @@ def explain(
     require_known(methods)
     with subject.undisturbed():
         images = images.to(next((p.dtype for p in subject.model.parameters()), images.dtype))
-        if any(METHODS[name].layered for name in methods) and not layers:
-            layers = usual_layers(subject, images[:1])
-        found = []
-        for name in methods:
-            for layer in layers if METHODS[name].layered else ("",):
-                found.append(_map(subject, images, score, name, layer))
-    return found
+        return [map_of(subject, images, score, *each) for each in wanted(subject, images, methods, layers)]
 
 
-def _map(subject: Subject, images: Tensor, score: Score, name: str, layer: str) -> Map:
+def wanted(
+    subject: Subject, images: Tensor, methods: Sequence[str], layers: Sequence[str] = ()
+) -> list[tuple[str, str]]:
+    """Each map that is asked for: its method and its layer, which is empty where the method looks at none."""
+    if any(METHODS[name].layered for name in methods) and not layers:
+        layers = usual_layers(subject, images[:1])
+    return [(name, layer) for name in methods for layer in (layers if METHODS[name].layered else ("",))]
+
+
+def map_of(subject: Subject, images: Tensor, score: Score, name: str, layer: str = "") -> Map:
+    """The maps of one method, inside `Subject.undisturbed`."""
     method = METHODS[name]
     parts = [slice(first, first + AT_ONCE) for first in range(0, len(images), AT_ONCE)]
     raw = torch.cat([cpu(method.compute(subject, images[part], score.part(part), layer)) for part in parts])
     values = raw.clamp_min(0) if method.rectified else raw
-    if values.shape[1:] != images.shape[2:]:
+    height, width = values.shape[1:]
+    if (height, width) != _size(images):
         values = over_image(values, _size(images))
-    return Map(name, values, method.signed, evidence(raw), layer or None, method.rectified)
+    grid = (height, width) if method.rectified else None
+    return Map(name, values, method.signed, evidence(raw), layer or None, method.rectified, grid)
 
 
 def _size(images: Tensor) -> tuple[int, int]:

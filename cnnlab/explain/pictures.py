@@ -24,6 +24,7 @@ LEGEND = (
     "yellow: the map's maximum; dark, or the bare image: 0",
     "red speaks for the target, blue against it; full colour: the largest magnitude (of pixels: its 99.5 %)",
 )
+TRUST = "trust: score, floor (the same of maps that know nothing); NOT above: not shown at 95 % on the images measured"
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Row:
     maps: list[tuple[Map, int]]
     """Each with the image's place in it."""
     verdicts: list[str] = field(default_factory=list)
-    """Below each map, where there is something to say."""
+    """Below each map, where there is something to say, a line each."""
 
     def said(self) -> str:
         likely = "" if self.probability is None else f", p {self.probability:.3f}"
@@ -61,7 +62,8 @@ def page(image: Tensor, rows: Sequence[Row], about: Sequence[str]) -> Tensor:
         most = max(map(len, captions))
         lines.append(captioned(torch.stack(cells), [[*words, *[""] * (most + 1 - len(words))] for words in captions]))
     picture = torch.cat([grid(line, len(line), gap=4) for line in lines], 1)
-    return above(picture, _written(LEGEND, picture.shape[2]))
+    legend = (*LEGEND, *([TRUST] if any(any(row.verdicts) for row in rows) else []))
+    return above(picture, _written(legend, picture.shape[2]))
 
 
 def _written(lines: Sequence[str], width: int) -> Tensor:
@@ -72,7 +74,7 @@ def _caption(row: Row, found: Map, at: int, verdict: str) -> list[str]:
     values = found.values[at]
     missing = found.evidence[at]
     scale = f"{missing}: no evidence" if missing else f"max {_largest(values):.2g}"
-    return [found.method, *([found.layer] if found.layer else []), row.said(), scale, *([verdict] if verdict else [])]
+    return [found.method, *([found.layer] if found.layer else []), row.said(), scale, *verdict.splitlines()]
 
 
 def _largest(values: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -71,13 +71,17 @@ class Arguments:
         return self.cfg is not None or self.info is not None or self.hydra_help
 
 
-def opening_options(parser: Parser, *, device: bool = True) -> None:
-    """Adds what the verbs take that open a run folder: which checkpoint, where, and whose code may run."""
+def opening_options(parser: Parser, *, device: bool = True, trust: Mapping[str, Any] | None = None) -> None:
+    """Adds what the verbs take that open a run folder: which checkpoint, where, and whose code may run.
+
+    Args:
+        trust: settings of the flag `--trust`, where it means more than that.
+    """
     parser.add_argument("--checkpoint", choices=["best", "last"], default="best")
     if device:
         parser.add_argument("--device", choices=[kind.value for kind in Device], help="as trainer.device")
     parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="where your own parts are")
-    parser.add_argument("--trust", **TRUST)
+    parser.add_argument("--trust", **{**TRUST, **(trust or {})})
 
 
 def override_parser(verb: str = "train", description: str = "", examples: str = "") -> Parser:

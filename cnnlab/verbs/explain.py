@@ -11,10 +11,12 @@ from cnnlab.composing.trust import Trust
 from cnnlab.errors import DataError, UsageError
 from cnnlab.runs.folder import RunDir, jsonable, write_atomically
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.arguments import Parser, opening_options
+from cnnlab.verbs.arguments import TRUST, Parser, opening_options
 from cnnlab.verbs.eval import with_data
+from cnnlab.verbs.explain_trust import LEAST, measure, show
 
 if TYPE_CHECKING:
+    from cnnlab.building.evaluation import OpenedData
     from cnnlab.building.opened import Opened
     from cnnlab.explain import Subject
     from cnnlab.explain.examples import Examples
@@ -26,6 +28,7 @@ EXAMPLES = """examples:
   cnnlab explain RUN --layers stages.1,stages.2 --count 20
   cnnlab explain RUN --targets box:x1                                 of a localization; else a class
   cnnlab explain RUN data.root=/new/place                             the run's data, where it has moved; or other data
+  cnnlab explain RUN --trust                                          and how far each method can be trusted, in minutes
 """
 FOLDER = "explain"
 ELSEWHERE = "type another --out"
@@ -35,8 +38,10 @@ def main(arguments: Sequence[str]) -> int:
     args = _parser().parse_all(arguments)
     if args.count < 1:
         raise UsageError(f"--count {args.count}: expected 1 or more")
+    named, measured = _trust(args)
     folder = RunDir(args.run)
     files, typed = _split(args.images)
+    from cnnlab.building.beside import batch_of, examples_of
     from cnnlab.building.opened import open_run
     from cnnlab.explain import USUAL, Subject
     from cnnlab.explain.examples import explained
@@ -44,27 +49,41 @@ def main(arguments: Sequence[str]) -> int:
 
     methods = list(METHODS) if args.methods == "all" else _names(args.methods) or list(USUAL)
     require_known(methods)
-    trust = Trust.of(args.trust, args.config_dir)
+    trust = Trust.of(named, args.config_dir)
     network = open_run(folder, args.checkpoint, device=args.device, trust=trust)
     subject = Subject(network.model, network.task, network.spec)
-    examples, bad = _of_files(network, files) if files else (_of_data(network, args.split, args.count, typed, trust), 0)
+    bad, data = 0, None if files else _data(network, typed, trust)
+    if data is None:
+        examples, bad = _of_files(network, files)
+    else:
+        examples = examples_of(batch_of(network, args.split, data, args.count), args.split)
     for notice in _notices(network, subject):
         say(notice, err=True)
     out = Path(args.out) if args.out else folder.path / FOLDER
     from cnnlab.sinks.picture import png
 
-    layers, targets = _names(args.layers), _names(args.targets)
+    layers, targets = _names(args.layers), _names(args.targets) or ["predicted"]
+    report = None
+    if measured:
+        on = examples if data is None else (args.split, data, args.trust_images)
+        report = measure(network, subject, on, targets[0], methods, layers, args.region)
+    verdicts = None if report is None else report.verdicts()
     records = []
-    for number, each in enumerate(explained(subject, examples, targets, methods, layers, region=args.region)):
+    found = explained(subject, examples, targets, methods, layers, region=args.region, verdicts=verdicts)
+    for number, each in enumerate(found):
         path = out / f"{number:03d}-{_plain(each.name)}.png"
         write_atomically(path, png(each.picture.permute(1, 2, 0).numpy()), ELSEWHERE)
         records.append({"image": each.name, "picture": path.name, "maps": each.records})
         if not args.json:
             _tell(path, each.records)
     about = {"checkpoint": network.checkpoint, "step": network.step, "images": records}
+    if report is not None:
+        about["trust"] = report.document()
     document = json.dumps(jsonable(about), indent=1)
     if args.json:
         say(document)
+    elif report is not None:
+        show(report)
     write_atomically(out / "maps.json", document.encode(), ELSEWHERE)
     if bad:
         raise DataError(f"{bad} of {len(files)} images could not be read, and are left out")
@@ -88,9 +107,27 @@ def _parser() -> Parser:
     parser.add_argument("--split", choices=["train", "val", "test"], default="test")
     parser.add_argument("--count", type=int, default=8, help="images of the data, from all over the split")
     parser.add_argument("--out", metavar="DIR", help="where the pictures go")
-    opening_options(parser)
+    measured = "without NAME: measures how far each method can be trusted; with it: " + TRUST["help"]
+    opening_options(parser, trust={"nargs": "?", "const": "", "help": measured})
+    parser.add_argument("--trust-images", type=int, default=24, metavar="N", help="of the data, to measure trust on")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
+
+
+def _trust(args: Any) -> tuple[list[str], bool]:
+    """What `--trust NAME` vouches for, and whether `--trust` by itself was given.
+
+    Raises `UsageError` for a NAME that is a file or an override, which the flag took for its own.
+    """
+    named = [name for name in args.trust if name]
+    for name in named:
+        if "=" in name or Path(name).exists():
+            raise UsageError(
+                f"--trust {name}: expected the name of a package or module; to measure trust, type --trust last"
+            )
+    if args.trust_images < LEAST:
+        raise UsageError(f"--trust-images {args.trust_images}: expected {LEAST} or more")
+    return named, len(named) < len(args.trust)
 
 
 def _names(text: str) -> list[str]:
@@ -135,17 +172,13 @@ def _of_files(network: Opened, files: Sequence[Path]) -> tuple[Examples, int]:
     return Examples([files[number].name for number in read], network.prepared(images), images), len(failures)
 
 
-def _of_data(network: Opened, split: str, count: int, typed: Sequence[str], trust: Trust) -> Examples:
-    from cnnlab.building.evaluation import data_for, loader_of
-    from cnnlab.explain.examples import Examples
+def _data(network: Opened, typed: Sequence[str], trust: Trust) -> OpenedData:
+    from cnnlab.building.evaluation import data_for
 
     data = data_for(network, with_data(network, typed, trust) if typed else None)
     if data.changes:
         say(f"{'data':<24} other than the run had: {one_line(data.changes)}", err=True)
-    batch = loader_of(network, split, data).some(count)
-    names = [f"{split} {index}" for index in batch["index"].tolist()]
-    truth = {name: value for name, value in batch.items() if name in ("label", "mask")}
-    return Examples(names, batch["image"], batch["image"], truth)
+    return data
 
 
 def _notices(network: Opened, subject: Subject) -> Iterator[str]:

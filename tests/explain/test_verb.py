@@ -114,3 +114,61 @@ def test_colours_start_at_zero_and_end_at_the_maximum():
     assert not torch.equal(middle, most)
     signed = painted(shown, Map("occlusion", values * 2 - 1, True, [""]), 0)
     assert signed[2, 0, 0] > signed[0, 0, 0] and signed[0, 0, -1] > signed[2, 0, -1], "blue against, red for"
+
+
+def test_trust_is_in_the_document_on_the_pictures_and_in_a_table(cli: Cli, tmp_path: Path):
+    folder = tmp_path / "marked"
+    fitted(*SHAPES, "data.objects=2", "data.shortcut=0.9", "trainer.epochs=1", folder=folder)
+    before = contents(folder)
+    words = ("--count", "1", "--methods", "saliency,gradcam", "--trust", "--trust-images", "6")
+    answer = cli("explain", str(folder), "--json", *words)
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    trust = found["trust"]
+    assert trust["images"] == 6 and trust["target"] == "predicted"
+    assert set(trust["effects"]) == {"mark", "shape", "object1", "bar0", "bar1", "bar2"}
+    names = {"randomization", "faithfulness", "truth", "pointing", "energy", "overlap"}
+    for each in trust["methods"]:
+        assert set(each["measures"]) == names == set(trust["measures"])
+        floors = each["measures"]["faithfulness"]["floors"]
+        assert set(floors) == {"random", "centre", "swapped"}
+    said = found["images"][0]["maps"][0]["trust"]
+    assert said.startswith("randomization") and "above" in said
+    with Image.open(folder / "explain" / found["images"][0]["picture"]) as picture:
+        taller = picture.height
+    after = contents(folder)
+    assert {path: after.get(path) for path in before} == before
+    table = cli("explain", str(folder), *words, "--out", str(tmp_path / "again"))
+    assert "score / floor" in table.out and "taking a part away" in table.out and "gradcam" in table.out
+    assert json.loads((tmp_path / "again" / "maps.json").read_text()) == found
+    plain = cli(
+        "explain", str(folder), "--count", "1", "--methods", "saliency,gradcam", "--out", str(tmp_path / "plain")
+    )
+    assert plain.code == 0 and "trust" not in json.loads((tmp_path / "plain" / "maps.json").read_text())
+    with Image.open(next((tmp_path / "plain").glob("*.png"))) as picture:
+        assert picture.height < taller
+
+
+def test_trust_on_ones_own_images_and_what_the_flag_does_not_mean(run: Path, cli: Cli, tmp_path: Path):
+    for number in range(5):
+        pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    out = ("--out", str(tmp_path / "out"), "--methods", "saliency")
+    answer = cli("explain", str(run), str(tmp_path), *out, "--json", "--trust")
+    assert answer.code == 0, answer.err
+    assert set(json.loads(answer.out)["trust"]["measures"]) == {"randomization", "faithfulness"}
+    few = cli("explain", str(run), str(tmp_path / "0.png"), *out, "--trust")
+    assert few.code == 2 and "expected 5 images or more" in few.err
+    taken = cli("explain", str(run), "--trust", str(tmp_path / "0.png"))
+    assert taken.code == 2 and "type --trust last" in taken.err
+    assert cli("explain", str(run), "--trust", "--trust-images", "2").code == 2
+
+
+def test_trust_of_a_segmentation_and_of_a_box(cli: Cli, tmp_path: Path):
+    for task, target in (("segmentation", "predicted"), ("localization", "box:x2")):
+        fitted(*SHAPES, f"task={task}", "trainer.epochs=1", folder=tmp_path / task)
+        words = ("--count", "1", "--methods", "gradcam", "--targets", target, "--trust", "--trust-images", "6")
+        answer = cli("explain", str(tmp_path / task), *words, "--json")
+        assert answer.code == 0, answer.err
+        trust = json.loads(answer.out)["trust"]
+        assert {"faithfulness", "truth", "pointing"} <= set(trust["measures"])
