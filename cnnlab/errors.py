@@ -52,6 +52,10 @@ class DivergedError(CnnlabError):
     exit_code = 4
 
 
+class RolledBack(DivergedError):
+    """An update was not finite, and the run's last checkpoint is ready to go on from at a smaller rate."""
+
+
 class CheckpointError(CnnlabError):
     """A checkpoint that is missing, damaged or does not fit the run."""
 

@@ -388,6 +388,9 @@ class Listener:
         """A record for `metrics.jsonl`: `step`, `epoch`, `split`, `loss`, `data_loss` and its parts `data_loss/NAME`,
         `penalty` and its terms `penalty/NAME`, `lr`, metrics."""
 
+    def on_notice(self, run: Any, text: str) -> None:
+        """A line for who watches the run."""
+
     def on_stats(self, run: Any, record: dict[str, Any]) -> None:
         """A record for `stats.jsonl`: `step`, `epoch` and the probes' tags."""
 

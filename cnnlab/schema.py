@@ -74,6 +74,15 @@ class Layout(Enum):
     contiguous = "contiguous"
 
 
+class OnNonFinite(Enum):
+    stop = "stop"
+    """The run ends (exit 4)."""
+    skip = "skip"
+    """The update is left out, and the run goes on: data, schedule and averages as if it had been made."""
+    rollback = "rollback"
+    """The run goes on from its last checkpoint, at half the rate."""
+
+
 class DropoutKind(Enum):
     inverted = "inverted"
     """Values that survive are divided by the probability of surviving, in training."""
@@ -160,6 +169,12 @@ class Trainer:
     """On several GPUs: batch statistics over all processes' samples, not each one's own."""
     clip_norm: Positive | None = None
     """Scales the whole gradient down to this L2 norm when it is larger."""
+    on_nonfinite: OnNonFinite = OnNonFinite.stop
+    """An update whose loss or gradient is not finite never reaches the weights; then: `stop` (exit 4, and what
+    `cnnlab replay` needs is kept), `skip` it (the schedule counts it), or `rollback`: back to the last checkpoint, at
+    half the rate."""
+    max_nonfinite: PositiveInt = 10
+    """Updates that are left out, or returns to a checkpoint, before the run stops all the same."""
     device: Device = Device.auto
     """Where it runs; `auto`: CUDA, else MPS, else the CPU."""
     precision: Precision = Precision.auto

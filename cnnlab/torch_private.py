@@ -6,12 +6,18 @@
   dimensions, lazy and synchronized ones among them; by public names one would list them all.
 - `TorchDispatchMode`: sees every operator of a pass, for counts of FLOPs and memory; documented, and yet in a
   private module.
+- `found_overflows`, `skips_by_itself`: the flags by which loss scaling leaves an update out on the device; there is no
+  public way to hand one over.
 - `fast_bf16_on_cpu`: torch's public table of capabilities is younger than the floor, and lacks them on some builds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
@@ -46,6 +52,8 @@ __all__ = [
     "foreach_sqrt_",
     "foreach_sub",
     "foreach_sub_",
+    "found_overflows",
+    "skips_by_itself",
 ]
 
 foreach_add = torch._foreach_add
@@ -71,6 +79,18 @@ foreach_sub_ = torch._foreach_sub_
 def fast_bf16_on_cpu() -> bool:
     """Whether the CPU has AMX or AVX512-BF16."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def found_overflows(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+    """The flags of each device, 1 where `unscale_` has met an overflow; `step` leaves the update out by them."""
+    found: dict[Any, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return found.values()
+
+
+def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step of it does nothing where its attribute `found_inf` holds a 1."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return fused and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def compiler_error() -> type[Exception]:

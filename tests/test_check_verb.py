@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,9 @@ from cnnlab.diagnose.check_findings import Subject, Verdict
 from cnnlab.diagnose.check_loss import finite_differences, gradients_arrive, samples_stay_apart
 from cnnlab.diagnose.checks import check_run
 from cnnlab.diagnose.copies import copies
+from cnnlab.runs import checkpoint
+from cnnlab.runs.folder import RunDir
+from cnnlab.sinks.jsonl import read_records
 from cnnlab.train import fit
 from cnnlab.train.run import Run
 
@@ -155,3 +159,61 @@ def test_the_verb(cli: Cli):
     strict = cli("check", *SMALL, "data.limit=64", "init=zeros", "--strict")
     assert strict.code == 2 and "learns by heart" in strict.err
     assert "→" in strict.out
+
+
+# ---- before training ----
+
+TRAIN = (
+    "train",
+    *SMALL,
+    "data.limit=60",
+    "trainer.batch_size=20",
+    "trainer.epochs=2",
+    "trainer.device=cpu",
+    "trainer.threads=1",
+    "trainer.precision=fp32",
+    "trainer.log_every=1",
+    "trainer.progress=false",
+    "optim=momentum",
+    "regularization.dropout=0.2",
+    "augment=[crop,noise]",
+)
+
+
+def kept(folder: str) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    state = checkpoint.load(Path(folder) / "checkpoints" / "last.pt")
+    state.pop("clock"), state["observer"].pop("overhead", None)
+    state["origin"].pop("identity", None)
+    state["records"].pop("events", None)  # named by the time
+    return state, read_records(Path(folder) / "metrics.jsonl"), RunDir(folder).read()
+
+
+def test_a_run_after_its_check_is_the_run_without_it(cli: Cli):
+    assert cli(*TRAIN, "hydra.run.dir=without").code == 0
+    answer = cli(*TRAIN, "check=true", "hydra.run.dir=with")
+    assert answer.code == 0 and "gradients arrive" in answer.out
+    (state, records, told), (other, same, checked) = kept("without"), kept("with")
+    assert differences(state, other) == [] and records == same
+    assert told["config_hash"] == checked["config_hash"] and told["metrics"] == checked["metrics"]
+    assert "check" not in told and {row["check"]: row["verdict"] for row in checked["check"]}["targets"] == "good"
+    again = cli("train", "resume=with", "trainer.epochs=3")
+    assert again.code == 0 and "gradients arrive" not in again.out
+
+
+def test_what_is_bad_is_told_and_stops_only_where_that_was_asked_for(cli: Cli):
+    wrong = ("init=zeros", "norm=none", "optim=sgd", "regularization.dropout=0", "trainer.epochs=1")
+    told = cli(*TRAIN, *wrong, "check=true", "hydra.run.dir=told")
+    assert told.code == 0 and "bad" in told.out
+    strict = cli(*TRAIN, *wrong, "check=strict", "hydra.run.dir=strict")
+    assert strict.code == 2 and "check=strict: " in strict.err and "check=true" in strict.err
+    record = RunDir("strict").read()
+    assert record["status"] == "failed" and any(row["verdict"] == "bad" for row in record["check"])
+    assert not Path("strict/metrics.jsonl").exists()
+    assert cli("train", "check=perhaps").code == 2
+
+
+def test_a_sweeps_cells_are_checked_one_by_one(cli: Cli):
+    answer = cli(*TRAIN, "trainer.max_steps=1", "check=strict", "init=he,zeros", "norm=none", "-m", "hydra.sweep.dir=s")
+    assert answer.code == 1
+    cells = json.loads(Path("s/sweep.json").read_text())["cells"]
+    assert [cell["status"] for cell in cells] == ["completed", "failed"]

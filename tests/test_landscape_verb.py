@@ -69,3 +69,25 @@ def test_a_mistake_is_one_message(cli: Cli, tmp_path: Path, flags: tuple[str, ..
 def test_a_run_folder_that_is_none_is_one_message(cli: Cli):
     answer = cli("landscape", "nowhere")
     assert answer.code == 2 and "nowhere" in answer.err
+
+
+def test_layers_and_the_way_to_another_checkpoint(cli: Cli, tmp_path: Path):
+    assert cli("train", *TINY, "trainer.epochs=2", "hydra.run.dir=one").code == 0
+    assert cli("train", *TINY, "seed=1", "hydra.run.dir=two").code == 0
+    answer = cli("landscape", "one", *QUICK, "--parts", "layers,surface", "--towards", "two", "--figure", "f.png")
+    assert answer.code == 0, answer.err
+    assert "barrier" in answer.out and "trace" in answer.out and "conv" in answer.out
+    with Image.open("f.png") as picture:
+        assert picture.size[0] > 1000
+    flags = ("--parts", "surface", "--towards", "best", "--json", "--no-figure")
+    document = json.loads(cli("landscape", "one", *QUICK, *flags).out)
+    assert document["path"]["places"][0] == -0.5 and "eigenvalues" not in document
+    assert document["surface"]["directions"][0].startswith("from these weights")
+    at = document["surface"]["x"]
+    assert (min(at), max(at)) == (-0.5, 1.5)
+    assert cli("landscape", *TINY, "--towards", "best").code == 2
+    assert cli("landscape", "one", *QUICK, "--towards", "one", "--mode", "eval").code == 2
+    assert cli("landscape", "one", *QUICK, "--towards", "nowhere").code == 2
+    assert cli("train", *TINY, "model.width=8", "hydra.run.dir=o").code == 0
+    other = cli("landscape", "one", *QUICK, "--towards", "o")
+    assert other.code == 2 and "of the same network" in other.err

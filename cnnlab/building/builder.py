@@ -202,6 +202,7 @@ class _Builder:
             selection=Selection(*task.monitor),
             total_steps=total_steps,
             interventions=interventions,
+            nonfinite=maker.nonfinite,
             patience=self.experiment.regularization.patience,
             checkpointer=Checkpointer(enabled=self.trainer.checkpoint, minutes=self.trainer.checkpoint_minutes),
             resumed=self.resumed,

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
 
 from cnnlab.building.builder import build
 from cnnlab.composing.experiment import Experiment
+from cnnlab.errors import RolledBack
 from cnnlab.inspect.flops import forward_flops
 from cnnlab.machine.interrupts import watcher
 from cnnlab.machine.ranks import join, leave
 from cnnlab.runs import data_files
 from cnnlab.runs.folder import RunDir, config_hash, environment
 from cnnlab.sinks.usual import attach
+from cnnlab.terminal import say
 from cnnlab.train import fit
 
 
 def launch(
-    experiment: Experiment, folder: RunDir | None = None, *, json_output: bool = False, again: bool = False
+    experiment: Experiment,
+    folder: RunDir | None = None,
+    *,
+    json_output: bool = False,
+    again: bool = False,
+    first: Callable[[Experiment, RunDir], None] | None = None,
 ) -> dict[str, float]:
     """Runs one checked experiment, in its own folder; `folder` is given when a run goes on.
 
     Args:
         again: see `RunDir.create`.
+        first: what looks at the experiment before it is built, once the folder is there; on rank 0, and not where a run
+            goes on. What it raises ends the run.
 
     Returns the final metrics. Raises what `build` and `fit` raise.
     """
@@ -41,13 +51,15 @@ def launch(
             if ranks.is_main:
                 watcher.on_forced_end = folder.record_forced_end
             try:
+                if first is not None and not going_on and ranks.is_main:
+                    first(experiment, folder)
                 run = _started(experiment, folder, ranks, going_on, json_output)
             except BaseException as error:
                 if ranks.is_main and not going_on:  # a run that could not go on stays what it was
                     with suppress(OSError):
                         folder.record_failure(error, config_hash=config_hash(experiment.config))
                 raise
-            return fit(run)
+            return _fitted(experiment, run, json_output)
     except Exception as error:
         if folder is not None and os.path.exists(folder.error):  # noqa: PTH110 (a path may be too long to exist)
             error.add_note(f"The traceback is in {folder.error}")
@@ -59,6 +71,19 @@ def launch(
     finally:
         watcher.on_forced_end = None
         leave()
+
+
+def _fitted(experiment: Experiment, run: Any, json_output: bool) -> dict[str, float]:
+    """`fit`, and where the run goes back to a checkpoint, the same again from there, as after `resume=`."""
+    folder, ranks = run.folder, run.ranks
+    while True:
+        try:
+            return fit(run)
+        except RolledBack as back:
+            if ranks.is_main:
+                say(str(back), err=True)
+        del run  # its memory is needed
+        run = _started(experiment, folder, ranks, True, json_output)
 
 
 def _started(experiment: Experiment, folder: RunDir, ranks: Any, going_on: bool, json_output: bool) -> Any:

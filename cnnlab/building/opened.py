@@ -201,13 +201,8 @@ def open_run(
     experiment = experiment.with_values(trainer)
     placement = place(Resolved.of(origin["choices"]).eager().applied(experiment.trainer), closure=False)
     path = folder.best if which == "best" else folder.last
-    data = recorded_data(origin)
-    spec, recipe = _spec(experiment, data), _recipe(data)
-    counts = data.get("class_counts")
-    task = make_task(experiment, spec, None if counts is None else torch.tensor(counts))
-    task.to(placement.device)
-    with torch.random.fork_rng(devices=[]):
-        model = make_network(experiment, spec, task)
+    recipe = _recipe(recorded_data(origin))
+    spec, task, model = network_of(experiment, origin, placement.device)
     pipeline, interventions = make_pipeline(experiment, spec), make_interventions(experiment)
     interventions.attach(model, experiment.seed)
     parts = State()
@@ -220,11 +215,7 @@ def open_run(
     if own:
         with interventions.evaluated():  # a copy keeps what it is here, whoever holds it, and holds what of it
             model = copy.deepcopy(model)
-    model = model.to(placement.device).eval()
-    if placement.layout is Layout.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if placement.device.type == "cpu" and placement.dtype is not torch.float32:
-        protect_narrow(model, (spec.channels, *spec.size))
+    model = on_device(model.eval(), placement, spec)
     return Opened(
         folder=folder,
         experiment=experiment,
@@ -242,6 +233,33 @@ def open_run(
         penalties=make_penalties(experiment),
         notices=[*placement.notices, *folder.lost()],
     )
+
+
+def network_of(
+    experiment: Experiment, origin: Mapping[str, Any], device: torch.device
+) -> tuple[DataSpec, Task, nn.Module]:
+    """The data as the task sees it, the task, on the device, and the network, with any weights, on the CPU; without the
+    data.
+
+    Args:
+        origin: of a checkpoint.
+    """
+    data = recorded_data(origin)
+    spec, counts = _spec(experiment, data), data.get("class_counts")
+    task = make_task(experiment, spec, None if counts is None else torch.tensor(counts))
+    task.to(device)
+    with torch.random.fork_rng(devices=[]):
+        return spec, task, make_network(experiment, spec, task)
+
+
+def on_device(model: nn.Module, placement: Placement, spec: DataSpec) -> nn.Module:
+    """The network where it is to compute, in the memory layout and with the layers' precision of its run."""
+    model = model.to(placement.device)
+    if placement.layout is Layout.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if placement.device.type == "cpu" and placement.dtype is not torch.float32:
+        protect_narrow(model, (spec.channels, *spec.size))
+    return model
 
 
 def weights(folder: RunDir, wanted: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -19,7 +19,9 @@ from cnnlab.optim.traits import Traits
 from cnnlab.protocols import Batch
 from cnnlab.schema import Precision, StepKind, Trainer
 from cnnlab.train.forward import Forward, Penalties
+from cnnlab.train.guard import Guard
 from cnnlab.train.interventions import Interventions
+from cnnlab.train.nonfinite import NonFinite
 from cnnlab.train.steps import trial
 from cnnlab.train.steps.captured import CapturedStep
 from cnnlab.train.steps.closure import ClosureStep, GraphClosureStep
@@ -55,6 +57,12 @@ class StepMaker:
             "scaler": torch.amp.GradScaler(self.placement.device.type) if half else None,
             "accumulate": self.trainer.accumulate,
             "clip_norm": self.trainer.clip_norm,
+            # An optimizer that evaluates the loss itself reads it on the host anyway.
+            "guard": Guard(
+                self.placement.device,
+                allowed=self.nonfinite.allowed,
+                prompt=True if self.traits.closure or self.traits.create_graph else None,
+            ),
         }
         if self.traits.create_graph:
             return GraphClosureStep(self.forward, self.optimizer, parameters, **arguments)
@@ -67,6 +75,10 @@ class StepMaker:
             return CapturedStep(self.forward, self.optimizer, parameters, **arguments)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(None) / "inductor"))
         return CompiledStep(self.forward, self.optimizer, parameters, **arguments)
+
+    @property
+    def nonfinite(self) -> NonFinite:
+        return NonFinite(self.trainer.on_nonfinite, self.trainer.max_nonfinite)
 
     def evaluator(self) -> Forward:
         """The forward pass of evaluations."""

@@ -19,7 +19,7 @@ from cnnlab.building.blame import Attempts, settings_of
 from cnnlab.building.dry import headed, passes, penalized, steps
 from cnnlab.building.stepping import halving_refused
 from cnnlab.composing.composer import Composed, Composer, composer
-from cnnlab.composing.experiment import SECTIONS, VALUES, Experiment, Node
+from cnnlab.composing.experiment import DEFAULTS, SECTIONS, VALUES, Experiment, Node
 from cnnlab.composing.groups import GROUPS
 from cnnlab.composing.kinds import is_part, lacking, public_name, root_of
 from cnnlab.composing.overrides import key_of
@@ -33,7 +33,7 @@ from cnnlab.machine.device import place
 from cnnlab.machine.surroundings import torchrun
 from cnnlab.optim.traits import Traits
 from cnnlab.protocols import DataSpec, Intervention
-from cnnlab.schema import DataPath, Decoder, Device, DropoutKind, Loading
+from cnnlab.schema import DataPath, Decoder, Device, DropoutKind, Loading, OnNonFinite
 
 MAX_NAME = 255
 """Bytes of a file's name that the usual file systems take."""
@@ -121,7 +121,7 @@ def _static(config: Mapping[str, Any], trust: Trust) -> Iterator[list[str]]:
         yield check_section(section, config.get(name), name)
     for name, hint in VALUES.items():
         empty = [f"`{name}=`: expected a text that is not empty"] if config.get(name) == "" else []
-        yield empty or check_value(config.get(name), hint, name)
+        yield empty or check_value(config.get(name, DEFAULTS.get(name)), hint, name)
     if isinstance(config.get("name"), str):
         yield _check_name(config["name"])
     for name, group in GROUPS.items():
@@ -257,6 +257,11 @@ class _Trial(Attempts):
             self.refuse(
                 f"`trainer.accumulate={trainer.accumulate}`: expected at most trainer.batch_size="
                 f"{trainer.batch_size}, the samples that it cuts into micro-batches"
+            )
+        if trainer.on_nonfinite is OnNonFinite.rollback and not trainer.checkpoint:
+            self.refuse(
+                "`trainer.on_nonfinite=rollback`: with trainer.checkpoint=false there is nothing to go back to; type "
+                "trainer.checkpoint=true, or trainer.on_nonfinite=skip"
             )
         if traits.create_graph and trainer.accumulate > 1:
             self.refuse(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from cnnlab.composing.composer import Composed
 from cnnlab.composing.make import make
@@ -26,8 +26,10 @@ SECTIONS = {
     "paths": Paths,
 }
 """The fixed sections of a config, and what binds each."""
-VALUES: dict[str, Any] = {"seed": int, "name": str, "resume": str | None}
+VALUES: dict[str, Any] = {"seed": int, "name": str, "resume": str | None, "check": bool | Literal["strict"]}
 """The keys of a config that are neither a section nor a group."""
+DEFAULTS: dict[str, Any] = {"check": False}
+"""Of those that configs of earlier versions lack."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,11 @@ class Experiment(Composed):
     def resume(self) -> str | None:
         """What `resume=` names."""
         return self.config["resume"]
+
+    @property
+    def check(self) -> bool | str:
+        """Whether it is looked at before it trains (`strict`: and refused where something is bad)."""
+        return self.config.get("check", DEFAULTS["check"])
 
     @cached_property
     def trainer(self) -> Trainer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -13,14 +13,34 @@ from torch import Tensor
 from cnnlab import measure
 from cnnlab.diagnose import noise
 from cnnlab.diagnose.landscape_verdicts import Verdict, verdicts
-from cnnlab.diagnose.spectrum import Density, Eigenpairs, Told, density, extremes, hessian_of, quiet, unflat
-from cnnlab.diagnose.surface import Line, filter_normalized, length, line, surface
+from cnnlab.diagnose.layers import Block, blocks
+from cnnlab.diagnose.spectrum import (
+    Density,
+    Eigenpairs,
+    Operator,
+    Told,
+    density,
+    extremes,
+    hessian_of,
+    quiet,
+    refined,
+    unflat,
+)
+from cnnlab.diagnose.surface import BEYOND, Line, Path, filter_normalized, length, line, path, surface
 from cnnlab.protocols import Batch
 from cnnlab.torch_private import NormBase
+from cnnlab.train.forward import pieces
+from cnnlab.train.nonfinite import returned_rate
 from cnnlab.train.objective import Mode, Objective
 from cnnlab.train.run import Run
 
 PARTS = ("eigenvalues", "density", "noise", "surface")
+"""What is measured unasked."""
+MORE = ("layers",)
+"""What costs some ten products a layer, and is measured where it is asked for."""
+LEVELS = (16, 4)
+"""Lanczos begins on this part of the samples, and goes on on the next one: of ten products on all of them two are
+left."""
 NEAR_ZERO = 1e-4
 """Part of the largest |λ| below which an eigenvalue says nothing of the condition."""
 QUANTILE = 0.9
@@ -92,6 +112,10 @@ class Landscape:
     variances: list[noise.Variance]
     scale: noise.NoiseScale | None
     grid: dict[str, Any] | None
+    layers: list[Block]
+    """Where they were asked for."""
+    path: Path | None
+    """To other weights, where such were given."""
     sharpness: dict[str, Any] | None
     verdicts: list[Verdict]
 
@@ -127,15 +151,25 @@ class Landscape:
         if self.variances:
             found["variance"] = [asdict(each) for each in self.variances]
             found["variance_exponent"] = noise.exponent(self.variances)
+        if self.path is not None:
+            found["path"] = {**asdict(self.path), "barrier": self.path.barrier}
+        if self.layers:
+            found["layers"] = [asdict(each) for each in self.layers]
         found["sharpness"], found["surface"] = self.sharpness, self.grid
         return {**found, "verdicts": [asdict(each) for each in self.verdicts]}
 
 
-def landscape(run: Run, settings: Settings | None = None, told: Told = quiet) -> Landscape:
+def landscape(
+    run: Run, settings: Settings | None = None, told: Told = quiet, towards: Mapping[str, Tensor] | None = None
+) -> Landscape:
     """Measures a run where it stands. Nothing of it is changed: not its weights, buffers, gradients, modes or random
     state.
 
-    Raises `ValueError` for a mode, dtype or part that there is not.
+    Args:
+        towards: other weights of the network, by name: the straight line to them is measured, and the surface lies in
+            the plane of it and of a random direction.
+
+    Raises `ValueError` for a mode, dtype or part that there is not, and for weights of another network.
     """
     settings = settings or Settings()
     objective = objective_for(run, settings)
@@ -145,10 +179,10 @@ def landscape(run: Run, settings: Settings | None = None, told: Told = quiet) ->
     eigen = down = spectrum = grid = scale = None
     angles: list[float] = []
     found: list[noise.Variance] = []
-    if {"eigenvalues", "surface"} & set(parts):
-        eigen = extremes(
-            operator, top=settings.top, tolerance=settings.tolerance, most=settings.products, seed=seed, told=told
-        )
+    ahead = None if towards is None else ahead_of(objective, towards)
+    way = None if ahead is None else path(objective, ahead, settings.points, told)
+    if "eigenvalues" in parts or ("surface" in parts and ahead is None):
+        eigen = eigenpairs(objective, operator, settings, seed, told)
         angles = [angle(gradient, unflat(vector, gradient)) for vector in eigen.vectors]
         down = line(objective, unflat(eigen.smallest_vector, gradient), weights)
     if "density" in parts:
@@ -156,8 +190,11 @@ def landscape(run: Run, settings: Settings | None = None, told: Told = quiet) ->
     if "noise" in parts:
         own = run.batch_size if settings.mode is Mode.train else 1  # batch statistics are those of that size
         found, scale = noise.variances(objective, batch_sizes(run, len(objective.batch["index"])), told, own=own)
-    if "surface" in parts and eigen is not None:
+    if "surface" in parts and ahead is not None:
+        grid = _between(objective, ahead, settings.points, seed, told)
+    elif "surface" in parts and eigen is not None:
         grid = _surface(objective, eigen, weights, settings, seed, told)
+    by_layer = blocks(objective, seed=seed, told=told) if "layers" in parts else []
     sharp = sharpness(run, eigen)
     norm = float(measure.total_norm(gradient))
     return Landscape(
@@ -176,9 +213,38 @@ def landscape(run: Run, settings: Settings | None = None, told: Told = quiet) ->
         variances=found,
         scale=scale,
         grid=grid,
+        layers=by_layer,
+        path=way,
         sharpness=sharp,
         verdicts=verdicts(float(value), norm, eigen, down, condition(eigen, spectrum), sharp, scale, run.batch_size),
     )
+
+
+def eigenpairs(objective: Objective, operator: Operator, settings: Settings, seed: int, told: Told) -> Eigenpairs:
+    """The extreme eigenpairs of the whole objective (`operator`), from those on a part of its micro-batches: few
+    products of the whole are left, and they measure the residuals."""
+    wanted: dict[str, Any] = {"top": settings.top, "tolerance": settings.tolerance, "most": settings.products}
+    found: Eigenpairs | None = None
+    for level in LEVELS:
+        count = objective.accumulate // level
+        if count < 1:
+            continue
+        part = hessian_of(first_pieces(objective, count))
+        found = (
+            extremes(part, **wanted, seed=seed, told=told)
+            if found is None
+            else refined(part, found.vectors, **wanted, told=told)
+        )
+    if found is None:
+        return extremes(operator, **wanted, seed=seed, told=told)
+    return refined(operator, found.vectors, **wanted, told=told)
+
+
+def first_pieces(objective: Objective, count: int) -> Objective:
+    """The objective on its first `count` micro-batches, as they are."""
+    kept = pieces(objective.batch, objective.accumulate)[:count]
+    batch = {name: torch.cat([piece[name] for piece in kept]) for name in kept[0]}
+    return replace(objective, batch=batch, count=None, accumulate=count)
 
 
 def angle(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
@@ -219,14 +285,23 @@ def sharpness(run: Run, eigen: Eigenpairs | None) -> dict[str, Any] | None:
     counted."""
     if eigen is None:
         return None
-    group, rate = run.optimizer.param_groups[0], highest_rate(run)
+    rate = highest_rate(run)
+    limit, decay = stable_curvature(run.optimizer, rate)
     found: dict[str, Any] = {"lr": rate, "largest": eigen.largest, "limit": None, "ratio": None}
-    if not isinstance(run.optimizer, torch.optim.SGD) or rate <= 0:
+    if limit is None:
         return found
-    beta = group["momentum"]
-    own = eigen.largest + group["weight_decay"]
-    limit = (2 + 2 * beta) / rate / (1 + 2 * beta if group["nesterov"] else 1)
+    own = eigen.largest + decay
     return {**found, "largest": own, "limit": limit, "ratio": own / limit}
+
+
+def stable_curvature(optimizer: torch.optim.Optimizer, rate: float) -> tuple[float | None, float]:
+    """The largest curvature at which gradient descent by this optimizer is stable (`None` for what preconditions, and
+    without a rate), and what its decay adds to every eigenvalue."""
+    if not isinstance(optimizer, torch.optim.SGD) or rate <= 0:
+        return None, 0.0
+    group = optimizer.param_groups[0]
+    beta = group["momentum"]
+    return (2 + 2 * beta) / rate / (1 + 2 * beta if group["nesterov"] else 1), float(group["weight_decay"])
 
 
 def highest_rate(run: Run) -> float:
@@ -234,7 +309,8 @@ def highest_rate(run: Run) -> float:
     begin, end = min(run.clock.step, run.total_steps - 1), run.total_steps - 1
     steps = {begin + round(i * (end - begin) / 255) for i in range(256)}
     base = float(run.optimizer.param_groups[0]["base_lr"])
-    return base * max(run.schedule.factor(step, run.total_steps) for step in steps)
+    own = returned_rate(run.clock.returned)
+    return base * own * max(run.schedule.factor(step, run.total_steps) for step in steps)
 
 
 def norms_in_words(run: Run, mode: Mode) -> str:
@@ -242,6 +318,35 @@ def norms_in_words(run: Run, mode: Mode) -> str:
     if not any(isinstance(m, NormBase) and m.track_running_stats for m in run.model.modules()):
         return "no layer with running moments"
     return "moments of each micro-batch" if mode is Mode.train else "running moments"
+
+
+def ahead_of(objective: Objective, towards: Mapping[str, Tensor]) -> list[Tensor]:
+    """Other weights in the order, dtype and place of the objective's own.
+
+    Raises `ValueError` where they are another network's.
+    """
+    found = []
+    for name, own in zip(objective.names, objective.parameters, strict=True):
+        other = towards.get(name)
+        if other is None or other.shape != own.shape:
+            has = "none" if other is None else f"one of {tuple(other.shape)}"
+            raise ValueError(
+                f"expected other weights of the same network: {name} is {tuple(own.shape)}, there is {has}"
+            )
+        found.append(other.detach().to(own))
+    return found
+
+
+def _between(objective: Objective, ahead: Sequence[Tensor], points: int, seed: int, told: Told) -> dict[str, Any]:
+    """The plane through both weights and a random direction, filter-normalized, at a right angle to the way."""
+    way = measure.moved(ahead, [p.detach() for p in objective.parameters], -1.0)
+    distance = float(measure.total_norm(way))
+    aside = filter_normalized(objective, seed, 0)
+    along = float(measure.dot(aside, way)) / max(distance, 1e-30) ** 2
+    aside = measure.normalized(measure.moved(aside, way, -along))
+    reach = max(distance, 1e-30) / 2
+    found = surface(objective, way, aside, ((-BEYOND, 1 + BEYOND), (-reach, reach)), points, told)
+    return {**found, "directions": ["from these weights (0) to the other ones (1)", "random, at a right angle to it"]}
 
 
 def _surface(
@@ -255,7 +360,8 @@ def _surface(
         across, along = unflat(eigen.vectors[0], like), unflat(eigen.smallest_vector, like)
         names = ("eigenvector of λmax", "eigenvector of λmin")
         reach = (_reach(eigen.largest, objective, weights), _reach(eigen.smallest, objective, weights))
-    found = surface(objective, across, along, reach, settings.points, told)
+    ranges = ((-reach[0], reach[0]), (-reach[1], reach[1]))
+    found = surface(objective, across, along, ranges, settings.points, told)
     return {**found, "directions": list(names)}
 
 

@@ -21,6 +21,10 @@ def drawn(found: Mapping[str, Any]) -> Figure:
         panels.append(_density)
     if found.get("surface"):
         panels.append(_surface)
+    if found.get("path"):
+        panels.append(_path)
+    if found.get("layers"):
+        panels.append(_layers)
     if found.get("along_smallest"):
         panels.append(_line)
     if found.get("variance"):
@@ -63,10 +67,37 @@ def _surface(figure: Any, ax: Any, found: Mapping[str, Any]) -> None:
     grid = found["surface"]
     loss = np.array(grid["loss"], dtype=float)
     shown = ax.contourf(grid["x"], grid["y"], np.ma.masked_invalid(loss), levels=24, cmap="viridis")
-    ax.plot(0, 0, "o", color="white", markeredgecolor="black", markersize=6)
+    ends = [0, 1] if found.get("path") else [0]
+    ax.plot(ends, [0] * len(ends), "o", color="white", markeredgecolor="black", markersize=6)
     figure.colorbar(shown, ax=ax, label="loss")
     ax.set_xlabel(grid["directions"][0])
     ax.set_ylabel(grid["directions"][1])
+
+
+def _path(figure: Any, ax: Any, found: Mapping[str, Any]) -> None:
+    way = found["path"]
+    ends = [way["values"][way["places"].index(t)] for t in (0.0, 1.0)]
+    ax.plot([0, 1], ends, "--", color="0.5", linewidth=1)
+    ax.plot(way["places"], way["values"], "o-", color=COLOURS[0], markersize=3)
+    ax.plot([0, 1], ends, "o", color="white", markeredgecolor="black", markersize=6)
+    ax.set_xlabel(f"from these weights (0) to the other ones (1), {way['distance']:.3g} apart")
+    ax.set_ylabel("loss")
+    ax.set_title(f"barrier {way['barrier']:.3g}", fontsize=9)
+
+
+def _layers(figure: Any, ax: Any, found: Mapping[str, Any]) -> None:
+    rows = found["layers"]
+    places = range(len(rows))
+    ax.plot([row["largest"] for row in rows], places, "o", color=COLOURS[1], markersize=4, label="largest")
+    ax.plot([row["smallest"] for row in rows], places, "o", color=COLOURS[0], markersize=4, label="smallest")
+    ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    top = max(abs(row[name]) for row in rows for name in ("largest", "smallest"))
+    ax.set_xscale("symlog", linthresh=max(top, 1e-30) / 1e3)
+    every = -(-len(rows) // 24)
+    ax.set_yticks(list(places)[::every], [row["layer"] or "(own)" for row in rows][::every], fontsize=7)
+    ax.invert_yaxis()
+    ax.set_xlabel("eigenvalues of the layer's block of the Hessian")
+    ax.legend(frameon=False, fontsize=8)
 
 
 def _line(figure: Any, ax: Any, found: Mapping[str, Any]) -> None:

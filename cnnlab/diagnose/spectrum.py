@@ -121,6 +121,7 @@ def extremes(
     tolerance: float = 1e-3,
     most: int = 100,
     seed: int = 0,
+    start: Tensor | None = None,
     told: Told = quiet,
 ) -> Eigenpairs:
     """The largest and smallest eigenvalues by Lanczos with full orthogonalization and thick restarts (Wu & Simon 2000).
@@ -131,12 +132,13 @@ def extremes(
     Args:
         tolerance: largest residual as a part of |λ|, or of the largest |λ| / 100 where |λ| is below that.
         most: products, at most.
+        start: (size,) of the Krylov space; `None` draws one.
     """
     wanted = top + bottom
     space = operator.basis(max(4 * wanted, 24))
     v = torch.zeros(space + 1, operator.size, device=operator.device, dtype=operator.dtype)
     t = torch.zeros(space, space, dtype=torch.float64)
-    v[0] = _unit(operator.probe(seed, 0))
+    v[0] = _unit(operator.probe(seed, 0) if start is None else start)
     began, done, converged = operator.products, 0, False
     while True:
         beta, j = 0.0, done
@@ -169,6 +171,78 @@ def extremes(
         t.zero_()
         t[range(len(keep)), range(len(keep))] = values[keep]
         done = len(keep)
+
+
+def refined(
+    operator: Operator,
+    start: Sequence[Tensor],
+    *,
+    top: int = 1,
+    bottom: int = 1,
+    tolerance: float = 1e-3,
+    most: int = 100,
+    told: Told = quiet,
+) -> Eigenpairs:
+    """`extremes` for who has vectors near the wanted ones: Rayleigh-Ritz on their span, which the residuals of what has
+    not converged extend (Davidson 1975, without a preconditioner: from one vector it is the Krylov space). Vectors that
+    are eigenvectors already are taken as the extreme ones: what lies at a right angle to all of `start` is not looked
+    for.
+
+    Args:
+        start: (size,) vectors; at least as many products are made.
+        tolerance, most: see `extremes`.
+    """
+    room = max(operator.basis(max(4 * (top + bottom), 24)), 2 * (top + bottom))
+    began = operator.products
+    vectors: list[Tensor] = []
+    images: list[Tensor] = []
+    coming = _orthonormal(start, vectors)[: operator.size]
+    while True:
+        for vector in coming:
+            vectors.append(vector)
+            images.append(operator(vector))
+            told("eigenvalues", operator.products - began, most)
+        v, w = torch.stack(vectors), torch.stack(images)
+        t = (v.double() @ w.double().T).cpu()
+        values, ritz = torch.linalg.eigh((t + t.T) / 2)
+        ends = _ends(len(values), top, bottom)
+        scale = max(float(values.abs().max()), 1e-300)
+        found, along, apart = [], [], []
+        for i in ends:
+            mix = ritz[:, i].to(operator.device, operator.dtype)
+            along.append(mix @ v)
+            apart.append(mix @ w - float(values[i]) * along[-1])
+            found.append(float(values[i]))
+        residuals = [float(torch.linalg.vector_norm(r)) for r in apart]
+        bounds = [tolerance * max(abs(value), scale / 100) for value in found]
+        open_ones = [r for r, size, bound in zip(apart, residuals, bounds, strict=True) if size > bound]
+        left = most - (operator.products - began)
+        if len(vectors) + len(open_ones) > room:
+            keep = _ends(len(values), *_kept(len(values), top, bottom))
+            mix = ritz[:, keep].T.to(operator.device, operator.dtype)
+            vectors, images = list(mix @ v), list(mix @ w)
+        coming = _orthonormal(open_ones[: max(left, 0)], vectors)
+        if not coming or len(vectors) >= operator.size:
+            return Eigenpairs(found, along, residuals, min(top, len(values)), not open_ones, operator.products - began)
+
+
+def _orthonormal(vectors: Sequence[Tensor], against: Sequence[Tensor]) -> list[Tensor]:
+    """Unit vectors of what each adds to the span of those before it; none for what adds nothing."""
+    found: list[Tensor] = []
+    for vector in vectors:
+        size = torch.linalg.vector_norm(vector)
+        if not bool(size > 0):
+            continue
+        rest = vector / size
+        basis = [*against, *found]
+        if basis:
+            matrix = torch.stack(basis)
+            for _ in range(2):
+                rest = rest - (matrix @ rest) @ matrix
+        size = torch.linalg.vector_norm(rest)
+        if bool(size > 32 * torch.finfo(vector.dtype).eps):
+            found.append(rest / size)
+    return found
 
 
 def _ends(count: int, top: int, bottom: int) -> list[int]:

@@ -63,16 +63,56 @@ def filter_normalized(objective: Objective, seed: int, number: int) -> list[Tens
     return found
 
 
+@dataclass(frozen=True)
+class Path:
+    """f((1 - t)·θ + t·θ') at the places t, with θ at 0 and the other weights θ' at 1; `distance` is ‖θ' - θ‖.
+
+    `barrier`: the most by which f exceeds, between them, the straight line from f(θ) to f(θ') (Frankle et al. 2020,
+    "Linear mode connectivity and the lottery ticket hypothesis", section 2: its error barrier, of the loss); 0 where
+    it nowhere does.
+    """
+
+    places: list[float]
+    values: list[float]
+    distance: float
+
+    @property
+    def barrier(self) -> float:
+        at = dict(zip(self.places, self.values, strict=True))
+        return max(0.0, *(at[t] - (1 - t) * at[0.0] - t * at[1.0] for t in self.places if 0 <= t <= 1))
+
+
+BEYOND = 0.5
+"""How far a path goes on at both ends, as a part of it."""
+
+
+def path(objective: Objective, towards: Sequence[Tensor], points: int, told: Told = quiet) -> Path:
+    """f on the straight line to other weights.
+
+    Args:
+        points: between both ends, with these; at least 3.
+    """
+    step = 1 / (points - 1)
+    more = int(BEYOND / step)
+    places = [0.0 if i == 0 else 1.0 if i == points - 1 else i * step for i in range(-more, points + more)]
+    difference = measure.moved(towards, [p.detach() for p in objective.parameters], -1.0)
+    values = []
+    for number, t in enumerate(places):
+        values.append(float(objective.moved(difference, t).value()))
+        told("path", number + 1, len(places))
+    return Path(places, values, float(measure.total_norm(difference)))
+
+
 def surface(
     objective: Objective,
     across: Sequence[Tensor],
     along: Sequence[Tensor],
-    reach: tuple[float, float],
+    ranges: tuple[tuple[float, float], tuple[float, float]],
     points: int,
     told: Told = quiet,
 ) -> dict[str, Any]:
     """`x` and `y` (points,) lengths along two directions, and `loss` (points, points), its rows those of `y`."""
-    xs, ys = (torch.linspace(-r, r, points, dtype=torch.float64).tolist() for r in reach)
+    xs, ys = (torch.linspace(low, high, points, dtype=torch.float64).tolist() for low, high in ranges)
     loss = []
     for row, y in enumerate(ys):
         start = objective.moved(along, y)

@@ -38,6 +38,8 @@ RESUMABLE = (
     "trainer.checkpoint",
     "trainer.checkpoint_minutes",
     "trainer.auto_accumulate",
+    "trainer.on_nonfinite",
+    "trainer.max_nonfinite",
     "trainer.progress",
     "trainer.threads",
     "loading.ahead",
@@ -85,6 +87,7 @@ _PARTS = (
     "stats.jsonl",
     "error.txt",
     "evidence",
+    "nonfinite",
     "tensorboard",
     "checkpoints",
 )
@@ -158,7 +161,7 @@ def config_hash(config: Mapping[str, Any], besides: Sequence[str] = ()) -> str:
     Args:
         besides: keys that are left out, too.
     """
-    ignored = (*RESUMABLE, "name", "resume", "paths.outputs", "loading.path", *besides)
+    ignored = (*RESUMABLE, "name", "resume", "check", "paths.outputs", "loading.path", *besides)
     flat = {k: v for k, v in flatten(config).items() if k not in (*ignored, EARLIER_HASH) and (k, v) not in UNSAID}
     return hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -208,6 +211,10 @@ class RunDir:
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    @property
+    def nonfinite(self) -> Path:
+        return self.path / "nonfinite"
 
     @property
     def evidence(self) -> Path:

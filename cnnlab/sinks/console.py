@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from cnnlab import terminal
-from cnnlab.errors import DivergedError, InterruptedRun
+from cnnlab.errors import DivergedError, InterruptedRun, RolledBack
 from cnnlab.machine.surroundings import shown_path
 from cnnlab.protocols import Listener
 from cnnlab.sinks.health import Verdict, health
@@ -69,6 +69,9 @@ class Console(Listener):
         else:
             self._stream.write(text + "\n")
             self._stream.flush()
+
+    def on_notice(self, run: Any, text: str) -> None:
+        self.notice(text)
 
     def on_start(self, run: Any) -> None:
         facts = dict(run.facts)
@@ -214,4 +217,6 @@ def _status(error: BaseException | None) -> str:
         return "completed"
     if isinstance(error, InterruptedRun | KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, RolledBack):
+        return "rolled back"
     return "diverged" if isinstance(error, DivergedError) else "failed"

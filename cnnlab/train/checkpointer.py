@@ -76,6 +76,22 @@ class Checkpointer:
         self.save(run)
         self._stop_for(run, run.interrupted_by)
 
+    def can_return(self, run: Run) -> bool:
+        """Whether there is a checkpoint to go back to; on all ranks alike."""
+        return self.enabled and run.folder is not None
+
+    def back(self, run: Run, *, returned: int) -> int:
+        """Makes the last checkpoint one that has been returned to, so that whoever goes on with it, now or after a
+        kill, does so at the smaller rate. Returns its step."""
+        assert run.folder is not None
+        step = 0
+        if run.is_main:
+            state = checkpoint.load(run.folder.last)
+            state["clock"]["returned"] = returned
+            checkpoint.save(state, run.folder.last)
+            step = state["clock"]["step"]
+        return run.ranks.share(step)
+
     def after_epoch(self, run: Run, *, best: bool) -> None:
         """The checkpoint of an epoch. Raises `InterruptedRun` where the run was asked to stop.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from cnnlab import measure
 from cnnlab.errors import DivergedError
 from cnnlab.machine.copies import Arriving
@@ -26,17 +28,15 @@ class Meter:
         self._coming: tuple[dict[str, Any], Arriving] | None = None
 
     def add(self, run: Run, result: StepResult) -> None:
-        """After an update. Raises `DivergedError` where its loss is known not to be finite."""
+        """After an update. Raises `DivergedError` for a record whose loss is not finite."""
         run.totals.add(result.sums)
-        if run.device.type == "cpu" and run.ranks.world == 1 and not math.isfinite(float(result.sums["data_loss"])):
-            raise diverged(run)  # at once where reading the loss is free; else at the next record, on all ranks
         clock = run.clock
         at_end = clock.batch == run.steps_per_epoch or run.finished()
         if clock.step % run.trainer.log_every == 0 or at_end:
             self.flush(run)
             record = {**run.place(), "split": "train", "lr": run.last_lr}
             if run.ranks.world > 1:
-                run.record({**record, **run.describe(run.totals.take())})
+                self._tell(run, record, run.totals.take())
             else:
                 self._coming = record, run.totals.take_later()
         if self._coming is not None and (at_end or self._coming[1].ready()):
@@ -46,7 +46,13 @@ class Meter:
         """Hands over the record whose figures were on their way, waiting for them if need be."""
         if self._coming is not None:
             (record, sums), self._coming = self._coming, None
-            run.record({**record, **run.describe(sums.wait())})
+            self._tell(run, record, sums.wait())
+
+    @staticmethod
+    def _tell(run: Run, record: dict[str, Any], sums: dict[str, Tensor]) -> None:
+        """None of updates that were all left out."""
+        if float(sums["count"]) > 0:
+            run.record({**record, **run.describe(sums)})
 
 
 def require_finite(run: Run, record: dict[str, Any]) -> None:

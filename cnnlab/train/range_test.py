@@ -22,6 +22,7 @@ from cnnlab.observe.observer import Observer
 from cnnlab.protocols import Listener, Schedule, StepResult
 from cnnlab.runs.checkpoint import State
 from cnnlab.train.checkpointer import Checkpointer
+from cnnlab.train.guard import UNGUARDED
 from cnnlab.train.loop import updates
 from cnnlab.train.run import Run
 from cnnlab.train.state import Clock
@@ -181,7 +182,7 @@ def range_test(
     if steps < MIN_STEPS:
         raise UsageError(f"expected a range test of at least {MIN_STEPS} steps, received {steps}")
     curve = _Curve(lowest, highest, steps, run, progress)
-    with unchanged(run):
+    with unchanged(run), _unguarded(run.step):
         trial = _trial(run, curve)
         try:
             while not (curve.ended or trial.finished()):
@@ -278,6 +279,16 @@ def _eager(step: EagerStep) -> EagerStep:
         accumulate=step.accumulate,
         clip_norm=step.clip_norm,
     )
+
+
+@contextmanager
+def _unguarded(step: EagerStep) -> Iterator[None]:
+    """Every update of the test happens, and is taken back."""
+    guard, step.guard = step.guard, UNGUARDED
+    try:
+        yield
+    finally:
+        step.guard = guard
 
 
 @contextmanager

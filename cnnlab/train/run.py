@@ -27,6 +27,7 @@ from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.forward import Forward
 from cnnlab.train.interventions import Interventions
 from cnnlab.train.meter import Meter, describe_sums, require_finite, require_finite_weights
+from cnnlab.train.nonfinite import NonFinite, returned_rate
 from cnnlab.train.objective import Mode, Objective
 from cnnlab.train.selection import Selection
 from cnnlab.train.session import record_status, session
@@ -57,6 +58,7 @@ class Run:
     selection: Selection
     total_steps: int
     interventions: Interventions = field(default_factory=Interventions)
+    nonfinite: NonFinite = field(default_factory=NonFinite)
     patience: int | None = None
     checkpointer: Checkpointer = field(default_factory=lambda: Checkpointer(enabled=False, minutes=math.inf))
     listeners: list[Listener] = field(default_factory=list)
@@ -131,7 +133,11 @@ class Run:
     def lr(self) -> float:
         """The base learning rate of the coming update."""
         base = float(self.optimizer.param_groups[0]["base_lr"])
-        return base * self.schedule.factor(min(self.clock.step, self.total_steps - 1), self.total_steps)
+        return base * self._factor(min(self.clock.step, self.total_steps - 1))
+
+    def _factor(self, step: int) -> float:
+        """Of all rates at an update: the schedule's, and that of the returns to a checkpoint."""
+        return self.schedule.factor(step, self.total_steps) * returned_rate(self.clock.returned)
 
     # ---- what the loop asks ----
 
@@ -177,7 +183,7 @@ class Run:
         return bool(self.interrupted_by) and self.ranks.world == 1
 
     def _set_lr(self) -> None:
-        factor = self.schedule.factor(self.clock.step, self.total_steps)
+        factor = self._factor(self.clock.step)
         self.last_lr = self.optimizer.param_groups[0]["base_lr"] * factor
         for group in self.optimizer.param_groups:
             rate = group["base_lr"] * group.get("lr_scale", 1.0) * factor
@@ -190,6 +196,11 @@ class Run:
         """Tells all listeners, each with a copy of the records."""
         for listener in self.listeners:
             getattr(listener, event)(self, *(dict(a) if isinstance(a, dict) else a for a in arguments))
+
+    def notice(self, text: str) -> None:
+        """Tells who watches the run a line; rank 0 does."""
+        if self.is_main:
+            self.tell("on_notice", text)
 
     def describe(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """See `describe_sums`."""
@@ -261,6 +272,8 @@ class Run:
     def settle(self, result: StepResult) -> None:
         """What follows from an update: its part of the records, a checkpoint where one is due, the end where the loss
         is not finite (`DivergedError`) or the run was asked to stop (`InterruptedRun`)."""
+        at_end = self.clock.batch == self.steps_per_epoch or self.finished()
+        self.nonfinite.settle(self, last=at_end)
         self.meter.add(self, result)
         self.checkpointer.after_step(self)
 
@@ -282,6 +295,7 @@ class Run:
 
         Raises `DivergedError` for weights that are not finite.
         """
+        self.nonfinite.settle(self, last=True)
         self.meter.flush(self)
         self.observer.drain()
         self.totals.gather()
@@ -307,6 +321,7 @@ class Run:
                 "and trainer.max_steps=null"
             )
         self.state.load_state_dict(state, path=path)
+        self.step.guard.resume(self.clock.left_out)
         self.notices += [line for listener in self.listeners for line in listener.restored()]
 
     def _require_place(self) -> None:

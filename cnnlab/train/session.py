@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
-from cnnlab.errors import DivergedError, InterruptedRun
+from cnnlab.errors import DivergedError, InterruptedRun, RolledBack
 from cnnlab.machine.interrupts import answered_by, raises, watcher
 from cnnlab.runs.folder import in_words
 
@@ -90,7 +90,7 @@ def _status_of(error: BaseException | None) -> tuple[str, str | None]:
     if isinstance(error, InterruptedRun | KeyboardInterrupt):
         return "interrupted", str(error) or "stopped at once; the last checkpoint stands"
     if isinstance(error, DivergedError):
-        return "diverged", str(error)
+        return "interrupted" if isinstance(error, RolledBack) else "diverged", str(error)
     return "failed", in_words(error) or f"{type(error).__name__}: {error}"
 
 

@@ -38,6 +38,11 @@ class Stopwatch:
         self._earlier, self._began = self.seconds, None
 
 
+_LATER = ("left_out", "returned")
+_COUNTS = ("step", "epoch", "batch", "samples", "closed", *_LATER)
+"""What a clock keeps; checkpoints of earlier versions have no `_LATER` ones."""
+
+
 class Clock:
     """Where the run is: `step` updates and `epoch` epochs are done, `batch` updates inside this epoch.
 
@@ -51,6 +56,10 @@ class Clock:
         self.batch = 0
         self.samples = 0
         self.closed = True
+        self.left_out = 0
+        """Updates among them that were not finite."""
+        self.returned = 0
+        """Times that the run went back to a checkpoint, each at a smaller rate."""
         self.wall = Stopwatch()
         """Runs while the run does."""
         self.training = Stopwatch()
@@ -83,12 +92,13 @@ class Clock:
         return round(self.samples / seconds, 1) if seconds > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {name: getattr(self, name) for name in ("step", "epoch", "batch", "samples", "closed")}
+        counts = {name: getattr(self, name) for name in _COUNTS}
         return {**counts, "wall": self.wall.seconds, "training": self.training.seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in ("step", "epoch", "batch", "samples", "closed"):
-            value, kind = state[name], bool if name == "closed" else int
+        for name in _COUNTS:
+            value = state.get(name, 0) if name in _LATER else state[name]
+            kind = bool if name == "closed" else int
             if type(value) is not kind or value < 0:
                 raise ValueError(
                     f"expected {name} to be {'true or false' if kind is bool else '0 or more'}, received {value!r}"

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from cnnlab.composing.composer import composer
 from cnnlab.errors import UsageError
-from cnnlab.runs.folder import jsonable
+from cnnlab.machine.surroundings import torchrun
+from cnnlab.runs.folder import RunDir, jsonable
 from cnnlab.terminal import one_line, say
 from cnnlab.verbs.arguments import answer, checked_experiment, override_parser, parse
 from cnnlab.verbs.measured import progressing
 
 if TYPE_CHECKING:
+    from cnnlab.composing.experiment import Experiment
     from cnnlab.diagnose.checks import Finding
 
 HELP = """cnnlab check: what is wrong with an experiment, before it trains.
@@ -49,22 +51,50 @@ def main(arguments: Sequence[str]) -> int:
         if args.help or args.show:
             return answer(open_composer, args)
         experiment = checked_experiment(open_composer, args)
-    from cnnlab.building.builder import build
-    from cnnlab.diagnose.checks import check_run
-
-    with progressing() as tell:
-        run = build(experiment)
-        found = list(check_run(run, progress=tell))
-    for notice in run.notices:
+    found, notices = found_in(experiment)
+    for notice in notices:
         say(one_line(notice), err=True)
     if args.json:
-        say(json.dumps(jsonable({"what": run.config["name"], "findings": [described(finding) for finding in found]})))
+        say(
+            json.dumps(
+                jsonable({"what": experiment.config["name"], "findings": [described(finding) for finding in found]})
+            )
+        )
     else:
         show(found)
     wrong = [finding.name for finding in found if finding.verdict in ("watch", "bad")]
     if wrong and args.own.strict:
         raise UsageError(f"check: {len(wrong)} of {len(found)} are not well ({', '.join(wrong)})")
     return 0
+
+
+def found_in(experiment: Experiment) -> tuple[list[Finding], list[str]]:
+    """What the checks find in a run that is built for them alone, and what building it told."""
+    from cnnlab.building.builder import build
+    from cnnlab.diagnose.checks import check_run
+
+    with progressing() as tell:
+        run = build(experiment)
+        return list(check_run(run, progress=tell)), run.notices
+
+
+def beforehand(experiment: Experiment, folder: RunDir, *, json_output: bool = False) -> None:
+    """For `cnnlab train check=true`: tells what the checks find and keeps it in `run.json`, as `check`. The run that
+    trains is another one, built after it.
+
+    Raises `UsageError` where something is bad, under `check=strict`.
+    """
+    if not experiment.check:
+        return
+    if torchrun().world > 1:
+        say("check: it is made in one process; `cnnlab check` makes it without torchrun", err=True)
+        return
+    found, _ = found_in(experiment)
+    show(found, err=json_output)
+    folder.update(check=[described(finding) for finding in found])
+    bad = [finding.name for finding in found if finding.verdict == "bad"]
+    if bad and experiment.check == "strict":
+        raise UsageError(f"check=strict: {', '.join(bad)}; type check=true to train all the same")
 
 
 def described(finding: Finding) -> dict[str, Any]:

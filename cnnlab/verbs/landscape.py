@@ -11,12 +11,13 @@ from cnnlab.errors import UsageError, did_you_mean
 from cnnlab.runs.folder import jsonable
 from cnnlab.terminal import one_line, say
 from cnnlab.verbs.arguments import Arguments, answer, parse
-from cnnlab.verbs.measured import MEASURED, draw, figure_path, measured, measuring_parser, progressing, table
+from cnnlab.verbs.measured import MEASURED, Measured, draw, figure_path, measured, measuring_parser, progressing, table
 
 if TYPE_CHECKING:
     from cnnlab.diagnose.landscape import Settings
 
 PARTS = ("eigenvalues", "density", "noise", "surface")
+MORE = ("layers",)
 HELP = """cnnlab landscape: the loss around the weights, at initialization or at a run's checkpoint.
 
 Usage: cnnlab landscape [OVERRIDES | RUN] [--parts LIST] [--samples N] [--mode MODE] [--precision P]
@@ -28,9 +29,12 @@ Of the loss that training minimizes (penalties included), on the samples that co
   noise         gradient noise scale (McCandlish et al. 2018) with its interval, the batch size that it suggests, and
                 the gradient's variance against the batch size
   surface       the loss over a plane through the weights
+  layers        (only where asked for) eigenvalues and trace of each layer's block of the Hessian
 and verdicts: minimum, saddle or slope, ill-conditioned, edge of stability. Nothing of the network is changed.
 
-  --parts LIST        some of them, with commas (default: all)
+  --parts LIST        some of them, with commas (default: all but layers)
+  --towards WHERE     other weights of the network: a run folder, last or best (of the same run); the loss on the
+                      straight line to them, its barrier, and the surface over the plane that holds the line
   --samples N         of the training set (default 2000, or all)
   --mode MODE         of norm layers and dropout: train (moments of each micro-batch; the default), frozen (training,
                       with running moments), eval
@@ -47,6 +51,8 @@ examples:
   cnnlab landscape model=vgg norm=none init=xavier_normal --parts eigenvalues --samples 500
   cnnlab landscape outputs/NAME/RUN --checkpoint best
   cnnlab landscape outputs/NAME/RUN --mode frozen --precision fp64
+  cnnlab landscape outputs/NAME/RUN --parts layers
+  cnnlab landscape outputs/NAME/RUN --checkpoint last --towards best --parts surface
   cnnlab landscape --parts noise --json
 """
 NUMBERS: dict[str, tuple[type, float]] = {
@@ -64,6 +70,7 @@ NUMBERS: dict[str, tuple[type, float]] = {
 def main(arguments: Sequence[str]) -> int:
     parser = measuring_parser("landscape")
     parser.add_argument("--parts", metavar="LIST")
+    parser.add_argument("--towards", metavar="WHERE")
     parser.add_argument("--mode", choices=["train", "frozen", "eval"], default="train")
     parser.add_argument("--precision", choices=["fp32", "fp64"], default="fp32")
     parser.add_argument("--directions", choices=["eigen", "random"], default="eigen")
@@ -78,11 +85,17 @@ def main(arguments: Sequence[str]) -> int:
         if args.help or args.show:
             return answer(open_composer, args)
         found = measured(open_composer, args)
+    towards = None if args.own.towards is None else _towards(args, found)
     from cnnlab.diagnose.landscape import landscape
 
     path = figure_path(args, found.folder, "landscape")
     with progressing() as tell:
-        taken = landscape(found.run, _settings(args, numbers, parts), tell)
+        try:
+            taken = landscape(found.run, _settings(args, numbers, parts), tell, towards)
+        except ValueError as error:
+            if towards is None:
+                raise
+            raise UsageError(f"--towards: {error}") from error
     document = {"what": found.title, **taken.document()}
     if args.json:
         say(json.dumps(jsonable(document)))
@@ -110,13 +123,36 @@ def _parts(text: str | None) -> tuple[str, ...]:
         return PARTS
     chosen = tuple(part.strip() for part in text.split(",") if part.strip())
     for part in chosen:
-        if part not in PARTS:
+        if part not in (*PARTS, *MORE):
+            known = (*PARTS, *MORE)
             raise UsageError(
-                f"--parts: expected some of {','.join(PARTS)}, received {part!r}{did_you_mean(part, PARTS)}"
+                f"--parts: expected some of {','.join(known)}, received {part!r}{did_you_mean(part, known)}"
             )
     if not chosen:
         raise UsageError(f"--parts: expected some of {','.join(PARTS)}, received none")
     return chosen
+
+
+def _towards(args: Arguments, found: Measured) -> dict[str, Any]:
+    """The weights of `--towards`, by name. Nothing that another run folder names is imported.
+
+    Raises:
+        UsageError: without a run folder, or in a mode in which the weights between two runs have no moments.
+        CheckpointError: there is no such checkpoint.
+    """
+    from cnnlab.building.opened import weights
+    from cnnlab.runs.folder import RunDir
+    from cnnlab.torch_private import NormBase
+
+    where = args.own.towards
+    if found.folder is None and where in ("last", "best"):
+        raise UsageError(f"--towards {where}: there is no run folder whose it could be; type one")
+    running = any(isinstance(m, NormBase) and m.track_running_stats for m in found.run.model.modules())
+    if running and args.own.mode != "train":
+        raise UsageError("--towards: weights between two checkpoints have no running moments; type --mode train")
+    folder = RunDir(found.folder if where in ("last", "best") else where)  # type: ignore[arg-type]
+    _, state = weights(folder, where if where in ("last", "best") else "last", folder.config())
+    return dict(state["model"])
 
 
 def _settings(args: Arguments, numbers: Mapping[str, Any], parts: tuple[str, ...]) -> Settings:
@@ -147,6 +183,9 @@ def _show(found: Mapping[str, Any]) -> None:
         rows.append(("gradient's variance", f"by batch size {each}"))
         if (slope := found["variance_exponent"]) is not None:
             rows.append(("", f"falls as batch^{slope:.2f} (independent samples: -1)"))
+    if way := found.get("path"):
+        rows.append(("barrier", f"{way['barrier']:.4g} on the way to the other weights, {way['distance']:.4g} apart"))
+    rows += _by_layer(found.get("layers"))
     table(rows)
     for verdict in found["verdicts"]:
         say(f"{'-> ' + verdict['name']:<24} {one_line(verdict['text'])}")
@@ -171,6 +210,17 @@ def _eigenvalues(eigen: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if mass is not None:
         rows.append(("condition by mass", f"{mass:.3g} (λmax over the |λ| that 90 % of the eigenvalues do not exceed)"))
     return rows
+
+
+def _by_layer(layers: Sequence[Mapping[str, Any]] | None) -> list[tuple[str, str]]:
+    return [
+        (
+            row["layer"] or "(the network's own)",
+            f"λ {row['smallest']:.4g} to {row['largest']:.4g} (residual {row['residual']:.1g}), trace "
+            f"{row['trace']:.4g} ± {row['trace_error']:.1g}, {row['parameters']:,} weights",
+        )
+        for row in layers or ()
+    ]
 
 
 def _spectrum(spectrum: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -259,6 +259,7 @@ def run_cell(config: Any, *, config_dirs: Sequence[str], json_output: bool) -> N
 def _run_cell(config: Any, config_dirs: Sequence[str], json_output: bool) -> None:
     from cnnlab.building.launch import launch
     from cnnlab.building.trial import read
+    from cnnlab.verbs.check import beforehand
 
     make_importable([*config_dirs, here()])
     hydra = HydraConfig.get()
@@ -273,7 +274,10 @@ def _run_cell(config: Any, config_dirs: Sequence[str], json_output: bool) -> Non
             return
         say(f"\n{label}: {one_line(' '.join(experiment.overrides))}", err=json_output)
         # One that ended before its first checkpoint begins again, under its claim: nobody else's folder is touched.
-        launch(experiment, run if run.last.exists() else None, json_output=json_output, again=True)
+        goes_on = run if run.last.exists() else None
+        launch(
+            experiment, goes_on, json_output=json_output, again=True, first=partial(beforehand, json_output=json_output)
+        )
     except InterruptedRun as error:  # a launcher keeps what is an Exception and goes on with the next cell
         number = error.exit_code - 128
         raise (KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)) from error

@@ -11,6 +11,7 @@ VERBS = {
     "probe": "follow signals through an untrained network, beside theory; name the init that mends it",
     "lr-find": "find the learning rate by a sweep over all rates (optim.lr=auto takes it)",
     "landscape": "measure the loss around the weights: curvature, slope, noise, and what they mean",
+    "replay": "run an update that was not finite once more, and name the layer and the samples",
     "bench": "measure how fast an experiment trains, and where its time goes",
     "help": "explain a part and its settings: cnnlab help model=vgg",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from hydra.core.override_parser.types import Override
@@ -34,8 +35,9 @@ def main(arguments: Sequence[str]) -> int:
         for key, lines in repeated(open_composer.parse(args.overrides)).items():
             say(f"{key} is given {len(lines)} times; {short(lines[-1])}, the last one, holds", err=True)
     from cnnlab.building.launch import launch
+    from cnnlab.verbs.check import beforehand
 
-    launch(composed, folder, json_output=args.json)
+    launch(composed, folder, json_output=args.json, first=partial(beforehand, json_output=args.json))
     record = RunDir(composed.run_dir).read()
     if args.json and record:
         names = ("status", "seed", "steps", "epochs", "seconds", "metrics", "best")

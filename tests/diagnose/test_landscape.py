@@ -13,13 +13,22 @@ from torch.func import functional_call, grad, jacrev
 
 from cnnlab import measure, rng
 from cnnlab.diagnose import noise
-from cnnlab.diagnose.landscape import Settings, angle, landscape, objective_for, sharpness
+from cnnlab.diagnose.landscape import (
+    Settings,
+    ahead_of,
+    angle,
+    eigenpairs,
+    landscape,
+    objective_for,
+    sharpness,
+)
 from cnnlab.diagnose.landscape_verdicts import verdicts
+from cnnlab.diagnose.layers import blocks
 from cnnlab.diagnose.noise import ratio_interval, variances
-from cnnlab.diagnose.spectrum import density, extremes, flat, hessian_of, unflat
-from cnnlab.diagnose.surface import filter_normalized, line, surface
+from cnnlab.diagnose.spectrum import density, extremes, flat, hessian_of, quiet, unflat
+from cnnlab.diagnose.surface import Path, filter_normalized, line, path, surface
 from cnnlab.losses import CrossEntropy
-from cnnlab.protocols import Batch, DataSpec, Outputs
+from cnnlab.protocols import Batch, DataSpec, Listener, Outputs
 from cnnlab.tasks import Task
 from cnnlab.train import fit
 from cnnlab.train.forward import Forward
@@ -253,7 +262,7 @@ def test_fieller_s_interval_is_symmetric_where_the_denominator_is_certain():
 def test_a_plane_through_a_quadratic_is_that_quadratic():
     f = products_net(0.0, 0.0)
     one, other = ([torch.tensor(x, dtype=torch.float64) for x in pair] for pair in ((1.0, 0.0), (0.0, 1.0)))
-    grid = surface(f, one, other, (1.0, 2.0), 3)
+    grid = surface(f, one, other, ((-1.0, 1.0), (-2.0, 2.0)), 3)
     assert grid["x"] == [-1, 0, 1] and grid["y"] == [-2, 0, 2]
     assert grid["loss"][2][0] == pytest.approx(float(products_net(-1.0, 2.0).value()))
     assert grid["loss"][1] == pytest.approx([14 / 3] * 3)
@@ -339,3 +348,113 @@ def test_gradient_descent_stays_below_the_limit_and_leaves_above_it(rate: float,
     for _ in range(2000):
         f = f.moved(f.gradient(), -step)
     assert (float(f.value()) < start) is stays
+
+
+# ---- by layer ----
+
+
+def whole_hessian(objective: Objective) -> Tensor:
+    operator = hessian_of(objective)
+    return torch.stack([operator(e) for e in torch.eye(operator.size, dtype=torch.float64)])
+
+
+def test_a_layers_block_is_that_of_the_whole_hessian():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, CLASSES))
+    objective = objective_of(model, batch_of(20, 6))
+    matrix, found = whole_hessian(objective), blocks(objective, products=500, probes=400, tolerance=1e-9)
+    assert [(block.layer, block.parameters) for block in found] == [("1", 28), ("3", 15)]
+    for block, (begin, end) in zip(found, [(0, 28), (28, 43)], strict=True):
+        own = matrix[begin:end, begin:end]
+        values = torch.linalg.eigvalsh(own)
+        assert (block.largest, block.smallest) == pytest.approx((float(values[-1]), float(values[0])), abs=1e-10)
+        assert abs(block.trace - float(own.trace())) <= block.trace_error < 0.7 * abs(block.trace)
+
+
+# ---- from one checkpoint to another ----
+
+
+def test_a_path_between_weights_of_a_quadratic_has_no_barrier_and_one_over_a_hill_has_its_height():
+    model = nn.Linear(6, 2, bias=False)
+    batch = batch_of(30, 6)
+    batch["label"] = torch.randn(30, 2, generator=torch.Generator().manual_seed(3))
+    f = objective_of(model, batch, lambda logits, y: (logits - y).square().sum(1) / 2)
+    other = [p.detach() + 1.0 for p in f.parameters]
+    way = path(f, other, 9)
+    assert way.barrier == 0 and way.distance == pytest.approx(math.sqrt(12))
+    ends = [float(f.value()), float(f.at(other).value())]
+    assert [way.values[way.places.index(t)] for t in (0.0, 1.0)] == pytest.approx(ends, rel=1e-12)
+    assert (min(way.places), max(way.places)) == (-0.5, 1.5)
+    assert Path([0.0, 0.25, 0.5, 1.0], [1.0, 2.0, 4.0, 3.0], 1.0).barrier == pytest.approx(2.0)
+
+
+def test_other_weights_have_to_be_the_networks_own():
+    f = objective_of(nn.Linear(6, 3), batch_of(9, 6))
+    with pytest.raises(ValueError, match=r"weight is \(3, 6\), there is one of \(2, 6\)"):
+        ahead_of(f, {"weight": torch.zeros(2, 6), "bias": torch.zeros(3)})
+    with pytest.raises(ValueError, match="bias is .* there is none"):
+        ahead_of(f, {"weight": torch.zeros(3, 6)})
+
+
+# ---- from a part of the samples to all ----
+
+
+def test_eigenvalues_begun_on_a_part_of_the_samples_are_those_of_all():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, CLASSES))
+    f = objective_of(model, batch_of(160, 16), accumulate=16)
+    operator = hessian_of(f)
+    found = eigenpairs(f, operator, Settings(top=2, tolerance=1e-6, products=400), 0, quiet)
+    values = torch.linalg.eigvalsh(whole_hessian(f))
+    assert found.converged and operator.products > 0
+    assert found.values == pytest.approx([float(values[i]) for i in (-1, -2, 0)], abs=1e-9)
+
+
+# ---- while it trains ----
+
+
+def test_the_probe_measures_the_hessian_and_leaves_the_run_as_it_is(tmp_path):
+    common = ("optim=momentum", "regularization.dropout=0.1", "stats.max_overhead=null", "trainer.epochs=1")
+    runs = []
+    for name, probes in (("without", ()), ("with", ("probe=sharpness", "probe.sharpness.every=2"))):
+        run = make_run(*common, *probes, folder=tmp_path / name)
+        heard = Heard()
+        run.listeners.append(heard)
+        if probes:
+            probe = run.observer.probes[0][0]
+            probe.samples, probe.products, probe.tolerance = 40, 200, 1e-4
+        fit(run)
+        runs.append((run, heard))
+    (plain, _), (watched, heard) = runs
+    assert differences(plain.model.state_dict(), watched.model.state_dict()) == []
+    assert differences(plain.optimizer.state_dict(), watched.optimizer.state_dict()) == []
+    assert plain.metrics == watched.metrics
+    assert [record["step"] for record in heard.stats] == [1, 2, 4]
+    for record in heard.stats:
+        assert record["landscape/residual"] < 0.02 * abs(record["landscape/largest"])
+        assert record["landscape/largest"] > record["landscape/smallest"]
+    probe = watched.observer.probes[0][0]
+    last = watched.objective(probe._batch, mode="train", dtype=torch.float64)
+    image = hessian_of(last)(probe._vectors[0].double())  # one update later: the vector is still nearly one
+    assert float(image @ probe._vectors[0].double()) > 0
+    limit, decay = (2 + 2 * 0.9) / heard.rates[-1], watched.optimizer.param_groups[0]["weight_decay"]
+    own = heard.stats[-1]["landscape/largest"] + decay
+    assert heard.stats[-1]["landscape/edge"] == pytest.approx(own / limit, rel=1e-4)
+
+
+class Heard(Listener):
+    """The statistics, and the rate of their update."""
+
+    def __init__(self) -> None:
+        self.stats: list[dict] = []
+        self.rates: list[float] = []
+        self._rates: dict[int, float] = {}
+
+    def on_step(self, run, result) -> None:
+        self._rates[run.clock.step] = run.last_lr
+
+    def on_stats(self, run, record) -> None:
+        self.stats.append(record)
+
+    def on_end(self, run, error) -> None:
+        self.rates = [self._rates[record["step"]] for record in self.stats]

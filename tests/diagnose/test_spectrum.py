@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cnnlab.diagnose.spectrum import Density, Operator, density, extremes, interval
+from cnnlab.diagnose.spectrum import Density, Operator, density, extremes, interval, refined
 
 CPU = torch.device("cpu")
 
@@ -111,3 +111,52 @@ def test_intervals():
     assert interval([1.0]) == (1.0, math.inf)
     mean, half = interval([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5 and half == pytest.approx(3.18 * math.sqrt(5 / 3) / 2)
+
+
+# ---- from vectors that are near ----
+
+
+def near(operator: Operator, values: torch.Tensor, *, away: float) -> list[torch.Tensor]:
+    """The extreme eigenvectors, with noise of this length at a right angle."""
+    exact = extremes(operator, top=2, bottom=1, tolerance=1e-9, most=2000).vectors
+    noise = torch.randn(3, operator.size, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    return [(v + away * n / n.norm()) for v, n in zip(exact, noise)]
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_refined_vectors_are_those_of_lanczos(name: str):
+    values = SPECTRA[name].sort().values
+    operator = planted(values)
+    start = near(operator, values, away=0.3)
+    found = refined(operator, start, top=2, bottom=1, tolerance=1e-4, most=2000)
+    scale = float(values.abs().max())
+    assert found.converged
+    assert found.values == pytest.approx([float(values[i]) for i in (-1, -2, 0)], abs=1e-4 * scale)
+    for value, vector, residual in zip(found.values, found.vectors, found.residuals):
+        measured = torch.linalg.vector_norm(operator(vector) - value * vector)
+        assert float(measured) == pytest.approx(residual, abs=1e-9 * scale) and vector.norm() == pytest.approx(1)
+
+
+def test_near_vectors_save_products():
+    values = SPECTRA["dense"].sort().values
+    operator = planted(values)
+    cold = extremes(operator, top=2, bottom=1, tolerance=1e-3, most=2000)
+    warm = refined(operator, near(operator, values, away=0.02), top=2, bottom=1, tolerance=1e-3, most=2000)
+    assert warm.converged and warm.products < cold.products / 2
+
+
+def test_lanczos_from_a_given_vector_finds_what_it_is_weak_in():
+    values = SPECTRA["outliers"].sort().values
+    operator = planted(values)
+    _, second, low = extremes(operator, top=2, bottom=1, tolerance=1e-10, most=2000).vectors
+    found = extremes(operator, start=second + low + 0.02 * operator.probe(3, 3), tolerance=1e-6, most=2000)
+    assert found.values == pytest.approx([9.0, -2.0], rel=1e-9)
+
+
+def test_refining_keeps_to_its_products_and_bounds_its_error():
+    values = SPECTRA["dense"]
+    operator = planted(values)
+    found = refined(operator, near(operator, values, away=0.5), top=2, bottom=1, tolerance=1e-12, most=6)
+    assert not found.converged and found.products <= 6
+    for value, residual in zip(found.values, found.residuals):
+        assert (values - value).abs().min() <= residual * (1 + 1e-9)

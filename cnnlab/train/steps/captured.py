@@ -77,9 +77,9 @@ class CapturedStep(EagerStep):
         self._graph.replay()
         return StepResult(dict(self._result.sums), self._result.sample_loss, self._inputs["index"])
 
-    def update(self, number: int) -> None:
+    def apply(self) -> None:
         if not (self._replayed and self.update_is_capturable):
-            super().update(number)
+            super().apply()
             return
         self._updates += 1
         if self._updates == self.warmup:
@@ -90,7 +90,6 @@ class CapturedStep(EagerStep):
             self.optimizer.step()
         else:
             self._update_graph.replay()
-        self.interventions.weights(number)
 
     def reseed(self, number: int, piece: int) -> None:
         """Before the graph, which draws from the generator as it finds it, not inside."""

@@ -15,6 +15,7 @@ from cnnlab.machine.ranks import Ranks
 from cnnlab.observe.observer import Look
 from cnnlab.protocols import Batch, StepResult
 from cnnlab.train.forward import NO_PENALTIES, Forward, Penalties, minimized, pieces
+from cnnlab.train.guard import UNGUARDED, Unguarded
 from cnnlab.train.interventions import Interventions
 from cnnlab.train.objective import Objective
 
@@ -33,6 +34,7 @@ class EagerStep:
         scaler: for fp16.
         accumulate: micro-batches an update.
         clip_norm: largest L2 norm of the whole gradient, or `None`.
+        guard: keeps updates that are not finite out of the weights.
     """
 
     name = "eager"
@@ -50,6 +52,7 @@ class EagerStep:
         scaler: torch.amp.GradScaler | None = None,
         accumulate: int = 1,
         clip_norm: float | None = None,
+        guard: Unguarded = UNGUARDED,
     ):
         self.forward: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]] = forward
         self.evaluator = forward
@@ -68,18 +71,21 @@ class EagerStep:
         self.scaler = scaler
         self.accumulate = accumulate
         self.clip_norm = clip_norm
+        self.guard = guard
         if scaler is not None:
             scaler.scale(torch.zeros((), device=self.device))  # makes its state, which a rank without samples needs
 
     def __call__(self, batch: Batch, count: int, number: int, look: Look) -> StepResult:
         """Update `number` from this rank's part of a batch of `count` samples."""
+        self.guard.before(self.model)
         self.zero_grad()
         result = self.backward(self.interventions.batch(batch, number), count, number, look)
-        self.reduce(count, number, look)
+        loss = self.reduce(result, count, number, look)
+        self.guard.judge(loss, self.own_gradients(), self.optimizer, self.scaler)
         look.before_update()
         self.update(number)
         look.updated()
-        return result
+        return self.guard.kept(number, result)
 
     def rehearse(self, batch: Batch, count: int) -> None:
         """Forward and backward of a batch without a trace: what is made on first use is made, nothing is learned."""
@@ -93,6 +99,10 @@ class EagerStep:
     def zero_grad(self) -> None:
         for p in self.parameters:
             p.grad = None
+
+    def own_gradients(self) -> list[Tensor]:
+        """Those that there are."""
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     def cut_finer(self) -> None:
         """Twice as many micro-batches from here on."""
@@ -138,12 +148,13 @@ class EagerStep:
             ranks=self.ranks,
         )
 
-    def reduce(self, count: int, number: int, look: Look) -> None:
-        """Gradients over all ranks, unscaled; watched; intervened in; clipped."""
+    def reduce(self, result: StepResult, count: int, number: int, look: Look) -> Tensor:
+        """Gradients over all ranks, unscaled; watched; intervened in; clipped. Returns the loss that is judged."""
+        loss = self.guard.loss_of(result, count)
         if self.ranks.world > 1:
             for p in self.parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.ranks.sum_([p.grad for p in self.parameters if p.grad is not None])
+            self.ranks.sum_([*self.own_gradients(), loss])
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         scale = None if self.scaler is None else self.scaler._scale  # a tensor, so nobody waits for the device
@@ -151,8 +162,18 @@ class EagerStep:
         self.interventions.gradients(self.parameters, number)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        return loss
 
     def update(self, number: int) -> None:
+        self.guard.update(self.apply, self.leave, self.optimizer, self.scaler)
+        self.interventions.weights(number)
+
+    def leave(self) -> None:
+        """What an update that is left out does all the same."""
+        if self.scaler is not None:
+            self.scaler.update()
+
+    def apply(self) -> None:
         try:
             if self.scaler is None:
                 self.optimizer.step()
@@ -164,4 +185,3 @@ class EagerStep:
                 f"{type(self.optimizer).__name__} cannot factorize the moments of these gradients ({error}); "
                 "try a smaller rate (optim.lr=...) or trainer.clip_norm=1"
             ) from error
-        self.interventions.weights(number)
