@@ -1,4 +1,7 @@
-"""`python -m cnnlab` is `cnnlab`; `torchrun -m cnnlab` needs it."""
+"""`python -m cnnlab` is `cnnlab`; `torchrun -m cnnlab` needs it.
+
+The program begins here, and loads nothing before it has said where from, and what a Ctrl-C means meanwhile.
+"""
 
 import os
 import sys
@@ -17,8 +20,19 @@ def leave_current_folder() -> None:
         sys.path.append(current)
 
 
-if __name__ == "__main__":
-    leave_current_folder()
+def main() -> int:
+    """The program: `cnnlab.cli.main`, from its very first moment."""
+    import signal
+
+    # A KeyboardInterrupt that is raised while a module is imported may be lost in a callback of the import system's, or
+    # ends in a page of traceback. Until the command line answers signals, Ctrl-C just ends the process.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from cnnlab.cli import main
 
+    return main()
+
+
+if __name__ == "__main__":
+    leave_current_folder()
     sys.exit(main())

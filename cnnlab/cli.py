@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if program:
         fill_closed()
         import_safely()
-    with guarded(), answered_by(raises):
+    with guarded(), answered_by(raises, then=_goes_on if program else None):
         if program:
             watcher.start()
         try:
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _goes_on(number: int, frame: object) -> None:
-    """The process is about to end: another signal has nothing to add."""
+    """The process is about to end: another signal has nothing to add, and must not raise in what Python does then."""
 
 
 def _told(error: BaseException, verb: Sequence[str]) -> int:

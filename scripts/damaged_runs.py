@@ -147,7 +147,8 @@ def judged(run: Path, root: Path, unbroken: Path, answer: str, name: str) -> Ite
     """The outcome of an evaluation and of a resume, each `refused`, `identical`, `told` or what is wrong."""
     for verb, arguments in (("eval", ["eval", str(run), "--json"]), ("resume", ["train", f"resume={run}", LONGER])):
         ended = cnnlab(arguments, root, timeout=600)
-        said = ended.errors + (root / "stdout").read_text(errors="replace")
+        output = (root / "stdout").read_text(errors="replace")
+        said = ended.errors + ("" if verb == "eval" else output)  # the document of eval names files
         if list(run.rglob(MARK)):
             yield verb, "EXECUTED"
         elif ended.code is None:
@@ -160,7 +161,8 @@ def judged(run: Path, root: Path, unbroken: Path, answer: str, name: str) -> Ite
         elif ended.code != 0:
             yield verb, f"CODE {ended.code}: {said[-300:]}"
         elif verb == "eval":
-            yield verb, "identical" if figures((root / "stdout").read_text()) == answer else "SILENT"
+            same = figures(output) == answer
+            yield verb, "identical" if same else "told" if Path(name).name in said else "SILENT"
         else:
             found = [
                 text for text in differences(run, unbroken) if not text.startswith(f"{name}:") or name == "last.pt"
@@ -197,16 +199,20 @@ def main() -> int:
         for name, override in OTHERS.items():
             arguments = [*TINY, *RUN, override, "trainer.max_steps=10", f"hydra.run.dir={others[name]}"]
             finished(["train", *arguments], root)
-        for kind, count in counts.items():
-            for number in range(round(count * options.scale) if options.only in (None, kind) else 0):
-                run = Path(shutil.copytree(whole, root / "run"))
-                luck = random.Random(f"{options.seed} {kind} {number}")
-                name, what = damages(kind, number, run, others, luck)
-                for verb, outcome in judged(run, root, unbroken, answer, name):
-                    outcomes[kind, verb, outcome.partition(":")[0]] += 1
-                    if outcome not in ("refused", "identical", "told"):
-                        print(f"{kind} {number} {verb}: {name}, {what}: {outcome}", flush=True)
-                shutil.rmtree(run)
+        wanted = {kind: round(n * options.scale) for kind, n in counts.items() if options.only in (None, kind)}
+        # In turn, so that a campaign that is cut short has tried all kinds.
+        order = sorted((n / count, kind, n) for kind, count in wanted.items() for n in range(count))
+        for done, (_, kind, number) in enumerate(order, start=1):
+            run = Path(shutil.copytree(whole, root / "run"))
+            luck = random.Random(f"{options.seed} {kind} {number}")
+            name, what = damages(kind, number, run, others, luck)
+            for verb, outcome in judged(run, root, unbroken, answer, name):
+                outcomes[kind, verb, outcome.partition(":")[0]] += 1
+                if outcome not in ("refused", "identical", "told"):
+                    print(f"{kind} {number} {verb}: {name}, {what}: {outcome}", flush=True)
+            shutil.rmtree(run)
+            if done % 25 == 0 or done == len(order):
+                print(f"{done} of {len(order)}: {dict(sorted(outcomes.items()))}", flush=True)
     for key, count in sorted(outcomes.items()):
         print(*key, count)
     return int(any(outcome.isupper() or "CODE" in outcome for _, _, outcome in outcomes))

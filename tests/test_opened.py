@@ -18,6 +18,10 @@ from PIL import Image
 import cnnlab
 from cnnlab.building.opened import open_run
 from cnnlab.errors import CheckpointError, DataError
+from cnnlab.protocols import Listener
+from cnnlab.runs import checkpoint
+from cnnlab.runs.folder import RunDir, write_atomically
+from cnnlab.train import fit, origin
 
 Cli = Callable[..., Answer]
 CLASSES = ("ant", "bee", "cat")
@@ -204,3 +208,44 @@ def test_what_a_folder_has_lost_is_told(trained: Path, cli: Cli, tmp_path: Path)
     (run / ".hydra" / "overrides.yaml").unlink()
     answer = cli("eval", str(run))
     assert answer.code == 5 and "overrides.yaml" in answer.err
+
+
+def test_a_reader_of_a_run_that_saves_meanwhile_reads_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Between its look at `last.pt` and its look at `best.pt` the run goes on by an epoch that is the best so far."""
+    options = ("model=cnn", "model.widths=[4]", "optim.lr=0.01", "trainer.epochs=3", "trainer.checkpoint_minutes=0")
+    states = []
+    run = make_run(*options, folder=tmp_path)
+
+    class Keeper(Listener):
+        def on_epoch(self, run, figures):
+            states.append({path: path.read_bytes() for path in (run.folder.last, run.folder.best) if path.exists()})
+
+    run.listeners.insert(0, Keeper())
+    fit(run)
+    states.append({path: path.read_bytes() for path in (run.folder.last, run.folder.best)})
+    folder = RunDir(tmp_path)
+    best = [checkpoint.load(path)["clock"]["step"] for path in put(states[-1], folder.best)]
+    assert best[0] > 4, "the best one is a later one"
+    before = next(state for state in reversed(states) if state.get(folder.best) not in (None, states[-1][folder.best]))
+    put(before)
+    original, looks = origin.checkpoint.load, []
+
+    def load(path: Path) -> dict:
+        found = original(path)
+        if not looks:
+            put(states[-1])
+        looks.append(path.name)
+        return found
+
+    monkeypatch.setattr(origin.checkpoint, "load", load)
+    assert cnnlab.open(tmp_path).step == best[0]
+    assert looks[:2] == ["last.pt", "best.pt"] and len(looks) > 2
+    put({folder.last: before[folder.last]})
+    with pytest.raises(CheckpointError, match="best.pt is of epoch"):
+        cnnlab.open(tmp_path)
+
+
+def put(files: dict[Path, bytes], *paths: Path) -> tuple[Path, ...]:
+    for path, content in files.items():
+        write_atomically(path, content)
+    return paths

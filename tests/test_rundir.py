@@ -190,6 +190,18 @@ def test_who_runs_it_is_told_by_the_lock_and_not_by_the_record(tmp_path: Path):
     assert run.read()["status"] == "completed"
 
 
+def test_a_run_that_ends_while_it_is_looked_at_was_not_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, reader = RunDir(tmp_path), RunDir(tmp_path)
+    folder.update(status="running")
+
+    def ends() -> bool:
+        folder.update(status="completed")
+        return False
+
+    monkeypatch.setattr(reader, "alive", ends)
+    assert reader.read()["status"] == "completed"
+
+
 def test_a_process_that_was_killed_holds_nothing(tmp_path: Path):
     program = (
         "import sys, time; from cnnlab.runs.folder import RunDir\n"

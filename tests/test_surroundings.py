@@ -221,6 +221,37 @@ def test_a_process_that_hears_nothing_is_ended_with_its_children(tmp_path: Path)
     assert ended(child)
 
 
+def test_a_ctrl_c_before_anybody_listens_just_ends_the_process():
+    """Raised in an import, it may be lost: in a callback of the import system's."""
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'cnnlab.cli':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from cnnlab.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_a_late_ctrl_c_raises_nothing_in_the_interpreters_own_end():
+    code = (
+        "import atexit, os, signal, sys\n"
+        "from cnnlab import cli\n"
+        "def interrupted(arguments):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "cli._dispatch = interrupted\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "sys.argv = ['cnnlab', 'train']\n"
+        "sys.exit(cli.main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "cnnlab: interrupted\n")
+
+
 # ---- what other verbs write ----
 
 

@@ -65,6 +65,7 @@ class Opened:
     step: int
     """Updates done."""
     epoch: int
+    """Epochs done; of the best weights, the epoch that val chose."""
     spec: DataSpec
     """Of the data that the network was made for, as the task sees it."""
     task: Task
@@ -222,7 +223,7 @@ def open_run(
         checkpoint=which,
         origin=origin,
         step=state["clock"]["step"],
-        epoch=state["clock"]["epoch"],
+        epoch=state["selection"]["epoch"] if which == "best" else state["clock"]["epoch"],
         spec=spec,
         task=task,
         model=model,
@@ -262,12 +263,39 @@ def on_device(model: nn.Module, placement: Placement, spec: DataSpec) -> nn.Modu
     return model
 
 
+_TRIES = 20
+"""Of a reader who meets a run that saves in the same moment."""
+
+
 def weights(folder: RunDir, wanted: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The checkpoint to take, by name, and its content: of a run that was never evaluated, and so has no best one,
-    the last.
+    the last. A run that goes on meanwhile replaces one after the other: both are then read again.
 
     Raises `CheckpointError` where it is missing, damaged, another run's, or not the one that val chose.
     """
+    for _ in range(_TRIES):
+        before = _versions(folder)
+        try:
+            return _weights(folder, wanted, config)
+        except CheckpointError:
+            if _versions(folder) == before:
+                raise
+    return _weights(folder, wanted, config)
+
+
+def _versions(folder: RunDir) -> list[tuple[int, int] | None]:
+    """Which files lie there now."""
+    found: list[tuple[int, int] | None] = []
+    for path in (folder.last, folder.best):
+        try:
+            stat = path.stat()
+            found.append((stat.st_ino, stat.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
+
+
+def _weights(folder: RunDir, wanted: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if not folder.last.exists() and not folder.best.exists():
         raise CheckpointError(f"{folder.path} has no checkpoint; to have one: {folder.begin_again()}")
     if wanted == "best" and not folder.last.exists():  # a copy of what matters

@@ -47,8 +47,10 @@ def number_of(error: KeyboardInterrupt) -> int:
 
 
 @contextmanager
-def answered_by(handler: Handler) -> Iterator[None]:
+def answered_by(handler: Handler, then: Handler | None = None) -> Iterator[None]:
     """In the block, the signals call `handler`; who started the process with `nohup` ignores SIGHUP, and so do we.
+
+    Behind it they call `then`, or (without one) whatever they called before.
 
     Without effect outside of the main thread, which alone hears signals.
     """
@@ -61,7 +63,7 @@ def answered_by(handler: Handler) -> Iterator[None]:
         yield
     finally:
         for number, before in previous.items():
-            signal.signal(number, before)
+            signal.signal(number, then or before)
 
 
 class Watcher:

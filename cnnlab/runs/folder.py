@@ -356,6 +356,8 @@ class RunDir:
         """
         record = self._stored()
         if record.get("status") == "running" and self.alive() is False:
+            record = self._stored()  # it may have come to its end between the two looks
+        if record.get("status") == "running" and self.alive() is False:
             reason = f"its process is gone; {record.get('steps', 0)} steps or more were done"
             return {**record, "status": "killed", "reason": reason}
         return record

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         say(f"{'run':<24} killed; cnnlab train resume={one_line(str(folder.path))} goes on with it")
     if found.data:
         say(f"{'data':<24} other than the run had: {one_line(found.data)}")
-    show(folder, document, found.figures, per_class=args.per_class)
+    show(document, found.figures, network.epoch, per_class=args.per_class)
     for path in pictures:
         say(f"{'figure':<24} {one_line(shown_path(path))}")
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cnnlab.runs.folder import RunDir
 from cnnlab.terminal import one_line, say
 
 MOST_CLASSES = 20
@@ -13,17 +12,15 @@ MOST_CLASSES = 20
 _RATES = ("recall", "precision", "f1", "iou")
 
 
-def show(folder: RunDir, document: Mapping[str, Any], figures: Mapping[str, float], *, per_class: bool) -> None:
+def show(document: Mapping[str, Any], figures: Mapping[str, float], epoch: int, *, per_class: bool) -> None:
     """All of an evaluation but its pictures.
 
     Args:
+        epoch: of the weights.
         document: as `--json` has it.
         figures: those of it that are numbers.
     """
-    best = folder.read().get("best") or {}
-    which = document["checkpoint"]
-    epoch = f", of epoch {best['epoch']}" if which == "best" and "epoch" in best else ""
-    say(f"{'checkpoint':<24} {which}{epoch}")
+    say(f"{'checkpoint':<24} {document['checkpoint']}, of epoch {epoch}")
     for name, value in figures.items():
         say(f"{name:<24} {value:.4f}")
     for name, (low, high) in document["intervals"].items():
