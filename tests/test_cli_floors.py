@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
     {"usertext", "blocks", "machine"},
     {"composing", "runs"},
     {"sinks"},
-    {"inspect"},
+    {"inspect", "page"},
     {"data", "models", "heads", "init", "optim", "losses", "penalties", "augment", "interventions", "weights"},
     {"tasks", "observe"},
     {"train"},
@@ -41,7 +41,7 @@ PARTS = next(floor for floor in FLOORS if "models" in floor)
 
 NO_TORCH = (
     *("terminal", "schema", "errors", "usertext", "cli", "__main__"),
-    *("composing", "runs", "verbs"),
+    *("composing", "runs", "verbs", "page"),
     *("machine.surroundings", "machine.interrupts", "sinks.drawing"),
 )
 """Modules and packages whose loading loads no torch, but for what is named next."""

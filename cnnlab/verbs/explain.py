@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnnlab.composing.trust import Trust
-from cnnlab.errors import DataError, UsageError
+from cnnlab.errors import CheckpointError, DataError, UsageError
+from cnnlab.machine.surroundings import shown_path
 from cnnlab.runs.folder import RunDir, jsonable, write_atomically
 from cnnlab.terminal import one_line, say
 from cnnlab.verbs.arguments import TRUST, Parser, opening_options
@@ -27,6 +28,7 @@ EXAMPLES = """examples:
   cnnlab explain RUN --methods gradcam,occlusion --targets ring,star  with pip install 'cnnlab[explain]'
   cnnlab explain RUN --layers stages.1,stages.2 --count 20
   cnnlab explain RUN --targets box:x1                                 of a localization; else a class
+  cnnlab explain RUN --page                                           the run on one page: curves, evaluation, pictures
   cnnlab explain RUN data.root=/new/place                             the run's data, where it has moved; or other data
   cnnlab explain RUN --trust                                          and how far each method can be trusted, in minutes
 """
@@ -36,6 +38,34 @@ ELSEWHERE = "type another --out"
 
 def main(arguments: Sequence[str]) -> int:
     args = _parser().parse_all(arguments)
+    if not args.page:
+        return _pictures(args)
+    folder, refused = RunDir(args.run), None
+    try:
+        code = _pictures(args)
+    except DataError as error:  # a page of a run whose data is gone has the pictures that were drawn before
+        if args.images:
+            raise
+        say(f"no new pictures: {one_line(error)}", err=True)
+        code = 0
+    except CheckpointError as error:
+        refused = error
+    _page(folder, Path(args.out) if args.out else folder.path / FOLDER, quiet=args.json)
+    if refused is not None:
+        raise refused
+    return code
+
+
+def _page(folder: RunDir, out: Path, *, quiet: bool) -> None:
+    from cnnlab.page.reading import contents_of
+    from cnnlab.page.writing import write
+
+    path = out / "index.html"
+    write(contents_of(folder, out), path)
+    say(f"{'page':<24} {one_line(shown_path(path))}", err=quiet)
+
+
+def _pictures(args: Any) -> int:
     if args.count < 1:
         raise UsageError(f"--count {args.count}: expected 1 or more")
     named, measured = _trust(args)
@@ -106,6 +136,8 @@ def _parser() -> Parser:
     parser.add_argument("--region", choices=["predicted", "all"], default="predicted", help="of a mask: what is scored")
     parser.add_argument("--split", choices=["train", "val", "test"], default="test")
     parser.add_argument("--count", type=int, default=8, help="images of the data, from all over the split")
+    page = "also write DIR/index.html: the whole run on one page, which needs no other file"
+    parser.add_argument("--page", action="store_true", help=page)
     parser.add_argument("--out", metavar="DIR", help="where the pictures go")
     measured = "without NAME: measures how far each method can be trusted; with it: " + TRUST["help"]
     opening_options(parser, trust={"nargs": "?", "const": "", "help": measured})
