@@ -1,13 +1,14 @@
 """How much memory does an image bomb take? Measures whole runs on folders of bombs beside one of ordinary photos.
 
-    python scripts/image_bombs.py                          17 kinds in 7 ways, on two decoding processes
+    python scripts/image_bombs.py                          18 kinds in 8 ways, two decoding processes; an hour of a core
+    python scripts/image_bombs.py --way decoder            what one decoding process takes; a minute
     python scripts/image_bombs.py --only webp --way stream
 
-Each kind has a folder of its own with `--files` files in two classes. It is trained on (from the cache, and as a
-stream), evaluated (in both ways), predicted and explained. Measured is the most that the process and all below it have
-in memory at one time (resident, sampled every 10 ms), and that of the largest decoding process. The last column is
-the ratio to the same command on photos of 12 million pixels. A kind that is refused by name counts, too: so much was
-taken until then. Exit code 1 if a ratio is above 2, or a command ends in another way than 0 or 3.
+Each kind has a folder of its own, `--files` files in two classes. One is decoded by itself; all are trained on (from
+the cache, and as a stream), evaluated (in both ways), predicted and explained. Measured is the most that the process
+and all below it have in memory at one time (resident, sampled every 10 ms), and that of the largest decoding process.
+The last column is the ratio to the same command on photos of 12 million pixels. A kind that is refused by name counts,
+too: so much was taken until then. Exit code 1 if a ratio is above 2, or a command ends in another way than 0 or 3.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from cnnlab.data.pixels import Recipe
+from cnnlab.data.pool import DecodingPool
 from cnnlab.machine.interrupts import descendants
 
 Image.MAX_IMAGE_PIXELS = None
@@ -190,7 +193,7 @@ SMALL = (
     *("trainer.device=cpu", "trainer.threads=1", "trainer.batch_size=16", "trainer.max_steps=2", "stats=off"),
     *("loading.workers=2", "data.workers=2", "data.limit=null"),
 )
-WAYS = ("cache", "stream", "eval cache", "eval stream", "predict", "explain", "summary")
+WAYS = ("decoder", "cache", "stream", "eval cache", "eval stream", "predict", "explain", "summary")
 
 
 def command(way: str, folder: Path, root: Path) -> list[str]:
@@ -234,6 +237,16 @@ def measured(arguments: list[str], root: Path) -> tuple[int, float, float, str]:
     return code, peak, below, lines[-1] if lines else ""
 
 
+def decoded(path: Path) -> tuple[int, float, float, str]:
+    """The same of one decoding process that reads one file."""
+    pool = DecodingPool(1)
+    found = pool.ask([str(path)], Recipe(3, 224, 224, "crop", 256)).result()
+    status = Path(f"/proc/{pool.pids[0]}/status").read_text()
+    pool.close()
+    (peak,) = (int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return (3 if found.failures else 0), peak, peak, found.failures[0][1] if found.failures else ""
+
+
 def resident(pid: int) -> float:
     with suppress(OSError, ValueError, IndexError):
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -256,14 +269,17 @@ def main() -> int:
                 continue
             folder = files_of(kind, make, options.files, root)
             if kind == "photo":
-                for path in ("mapped", "stream"):
+                for path in ("mapped", "stream") if options.way != ["decoder"] else ():
                     where = (f"data.root={folder}", f"data.cache={root / 'cache'}", f"loading.path={path}")
                     begin = ["train", *SMALL, *where, f"hydra.run.dir='{root}/run {path}'"]
                     subprocess.run([sys.executable, "-m", "cnnlab", *begin], cwd=root, check=True, capture_output=True)
             for way in options.way or WAYS:
                 shutil.rmtree(root / "cache", ignore_errors=True)
                 began = time.monotonic()
-                code, peak, below, said = measured(command(way, folder, root), root)
+                if way == "decoder":
+                    code, peak, below, said = decoded(next(iter((folder / "a").iterdir())))
+                else:
+                    code, peak, below, said = measured(command(way, folder, root), root)
                 usual.setdefault(way, peak)
                 ratio = peak / usual[way]
                 worst = max(worst, (ratio, f"{kind}, {way}"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from cnnlab.sinks.figures import COLOURS, blank
+from cnnlab.sinks.figures import COLOURS, as_written, blank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +38,8 @@ def drawn(found: Mapping[str, Any]) -> Figure:
     for ax in flat[len(panels) :]:
         ax.axis("off")
     kind = f", {found['verdicts'][0]['name']}" if found["verdicts"] else ""
-    figure.suptitle(f"{found['what']}: loss {found['loss']:.4g}{kind} ({found['mode']}: {found['norms']})", fontsize=10)
+    what = as_written(found["what"], 80)
+    figure.suptitle(f"{what}: loss {found['loss']:.4g}{kind} ({found['mode']}: {found['norms']})", fontsize=10)
     return figure
 
 

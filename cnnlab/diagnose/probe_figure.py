@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnnlab.sinks.figures import COLOURS, blank
-from cnnlab.terminal import one_line
+from cnnlab.sinks.figures import COLOURS, as_written, blank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +35,7 @@ def drawn(configs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Figure
         colour = COLOURS[number % len(COLOURS)]
         marker = "osD^v"[number // len(COLOURS) % 5]
         look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1.3}
-        handles.append(Line2D([], [], label=_shown(label), **look))
+        handles.append(Line2D([], [], label=as_written(label, _LONGEST), **look))
         for axis, (key, _, log) in zip(axes, _PANELS, strict=False):
             _curves(axis, config["layers"], key, log, look)
         values = [v for v in config["jacobian"]["singular_values"] if v > 0]
@@ -102,10 +101,3 @@ def _dressed(axis: Any, title: str, below: str, log: bool) -> None:
         axis.set_yscale("log")
     else:
         axis.set_ylim(bottom=0)
-
-
-def _shown(label: str) -> str:
-    """As it is, and no mathematics: matplotlib reads what stands between dollars."""
-    text = one_line(label)
-    text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
-    return text.replace("$", r"\$")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnnlab.runs.folder import write_atomically
-from cnnlab.terminal import stream
+from cnnlab.terminal import one_line, stream
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,6 +38,13 @@ def blank(width: float = 8.0, height: float = 5.0, rows: int = 1, columns: int =
     for ax in getattr(axes, "flat", [axes]):
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def as_written(text: str, longest: int = 120) -> str:
+    """What people wrote, for a title or a label: in one line, shortened, and no mathematics, which matplotlib reads
+    between dollars."""
+    text = one_line(text)
+    return (text if len(text) <= longest else f"{text[: longest - 3]}...").replace("$", r"\$")
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cnnlab.terminal import one_line
+
 MAX_ROWS = 128
 MAX_COLUMNS = 256
 
@@ -150,7 +152,8 @@ def depth_picture(title: str, history: History, *, bounds: tuple[float, float] |
 
 
 def shortened(name: str, most: int = 24) -> str:
-    """The name, or the end of it."""
+    """The name in one line, or the end of it."""
+    name = one_line(name)
     return name if len(name) <= most else f"...{name[-most + 3 :]}"
 
 

@@ -106,7 +106,7 @@ def _show(title: str, curve: RangeTest, suggested: Mapping[str, float | None], r
 
 def figure(curve: RangeTest, title: str) -> Figure:
     """The losses, the smoothed curve and the rates of the rules, over log(rate)."""
-    from cnnlab.sinks.figures import COLOURS, blank
+    from cnnlab.sinks.figures import COLOURS, as_written, blank
 
     drawn, ax = blank(8, 4.8)
     ax.plot(curve.rates, curve.losses, ".", color="0.6", markersize=4, label="each update")
@@ -120,6 +120,6 @@ def figure(curve: RangeTest, title: str) -> Figure:
             ax.axvline(rate, color=colour, linestyle="--", linewidth=1.3, label=f"{name}: {rate:.2g}")
     ax.set_xlabel("learning rate of the base group")
     ax.set_ylabel("training loss (with penalties)")
-    ax.set_title(title, loc="left", fontsize=10)
+    ax.set_title(as_written(title), loc="left", fontsize=10)
     ax.legend(frameon=True, edgecolor="none", framealpha=0.85, fontsize=9)
     return drawn
