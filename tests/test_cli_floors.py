@@ -199,3 +199,32 @@ def test_torchs_private_names_stand_together():
 def test_hydras_private_names_stand_together():
     private = [name_of(path) for path in modules() if any("hydra._" in name for name in imports(path, top_level=False))]
     assert private == ["composing.hydra_private"]
+
+
+MAY_READ_CONFIGS = ("composing", "runs", "building.trial", "building.blame", "verbs.words")
+"""What composes, checks and explains configs, and what keeps them with a run."""
+
+
+def _reads_config(node: ast.AST) -> bool:
+    """`x.config["key"]`, `x.config.get("key")`."""
+    if isinstance(node, ast.Subscript):
+        read = node.value
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+        read = node.func.value
+    else:
+        return False
+    return isinstance(read, ast.Attribute) and read.attr == "config"
+
+
+def test_nobody_else_reads_raw_configs():
+    """Who wants a setting asks an `Experiment` for the bound section, or for the node of a group."""
+    readers = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in modules()
+        if not _within(name_of(path), MAY_READ_CONFIGS)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if _reads_config(node)
+    ]
+    assert not readers
+    assert _reads_config(ast.parse("run.config['name']", mode="eval").body)
+    assert _reads_config(ast.parse("self.experiment.config.get('name')", mode="eval").body)

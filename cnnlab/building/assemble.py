@@ -14,14 +14,16 @@ from cnnlab.composing.kinds import is_part
 from cnnlab.composing.signature import accepts, locate
 from cnnlab.inspect.untouched import untouched, zeros
 from cnnlab.interventions import Ema, Finetune, Freeze, MaxNorm
+from cnnlab.machine.device import Placement
 from cnnlab.models.dropout import has_dropout, set_dropout_kind
+from cnnlab.models.half import protect_narrow
 from cnnlab.optim.decay import decouple_decay
 from cnnlab.optim.groups import parameter_groups
 from cnnlab.optim.restoring import require_own_states
 from cnnlab.optim.traits import Traits, keep_kernels, place_rates
 from cnnlab.penalties import L1, L2
 from cnnlab.protocols import ConvNet, Data, DataSpec, Head, Intervention, Penalty, Split
-from cnnlab.schema import DropoutKind, Loading
+from cnnlab.schema import DropoutKind, Layout, Loading
 from cnnlab.tasks import Task
 from cnnlab.train.forward import Penalties
 from cnnlab.train.interventions import Interventions
@@ -170,6 +172,17 @@ def _made_head(node: Node, model: ConvNet, wired: dict[str, Any]) -> Head:
         return node.make(**stages, **wired)
     except ValueError as error:
         raise ValueError(f"`head`: {error}") from error
+
+
+def placed(model: nn.Module, placement: Placement, spec: DataSpec) -> tuple[nn.Module, list[str]]:
+    """The network on its device and in its layout, and the names of the convolutions that compute in float32 there,
+    whatever the precision (see `cnnlab.models.half`)."""
+    model = model.to(placement.device)
+    if placement.layout is Layout.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if placement.device.type == "cpu" and placement.dtype is not torch.float32:
+        return model, protect_narrow(model, (spec.channels, *spec.size))
+    return model, []
 
 
 def _stage_sizes(model: ConvNet, image: tuple[int, int, int]) -> tuple[tuple[int, int], ...]:

@@ -22,6 +22,7 @@ from cnnlab.building.assemble import (
     make_penalties,
     make_pipeline,
     make_task,
+    placed,
     spec_for_task,
 )
 from cnnlab.building.facts import facts, unseen_classes, weighed_classes
@@ -41,15 +42,16 @@ from cnnlab.init.prior import start_from
 from cnnlab.machine.device import Placement, place, prepare_cpu, set_deterministic
 from cnnlab.machine.ranks import Ranks
 from cnnlab.machine.resolved import Resolved
-from cnnlab.models.half import NARROW, protect_narrow
+from cnnlab.models.half import NARROW
 from cnnlab.observe.taps import Taps
 from cnnlab.optim.traits import Traits, accelerated
 from cnnlab.protocols import Data, DataSpec, Schedule, Split
 from cnnlab.runs.folder import RunDir
-from cnnlab.schema import Layout, Loading, StepKind
+from cnnlab.schema import Loading, StepKind
 from cnnlab.tasks import Task
 from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.forward import Forward
+from cnnlab.train.interventions import Interventions
 from cnnlab.train.origin import Origin, chosen, is_chosen, load_own
 from cnnlab.train.range_test import range_test
 from cnnlab.train.run import Run
@@ -163,25 +165,14 @@ class _Builder:
         self.calibrate(model, init, train)
         self.start_from(trained, model, task, spec)
         self.ranks.share_([*model.parameters(), *model.buffers()])
-        whole = self.trainer.epochs * train.steps
-        total_steps = whole if self.trainer.max_steps is None else min(whole, self.trainer.max_steps)
+        total_steps = self.total_steps(train)
         optimizer = self.optimizer(model, placement)
         interventions = make_interventions(self.experiment)
         interventions.attach(model, self.seed)
         schedule = self.schedule(train.steps, total_steps)
         observer = make_observer(self.experiment, model, placement, self.ranks, total_steps)
-        maker = StepMaker(
-            Forward(model, task, placement.device, placement.dtype),
-            optimizer,
-            self.traits,
-            placement,
-            self.trainer,
-            make_penalties(self.experiment),
-            interventions,
-            self.ranks,
-            self.seed,
-            train,
-        )
+        forward = Forward(model, task, placement.device, placement.dtype)
+        maker = self.maker(forward, optimizer, interventions, placement, train)
         step, placement = self.step(maker, total_steps, observer.taps)
         run = Run(
             experiment=self.experiment,
@@ -211,8 +202,7 @@ class _Builder:
             weights=None if self.transferred is None else self.transferred.as_record(),
         )
         self.find_rate(run)
-        counts = None if self.counts is None else self.counts.tolist()
-        wire(run, pipeline, self.became(run, placement), data_of(run, counts, self.recipe))
+        wire(run, pipeline, self.became(run, placement), data_of(run, self.counts, self.recipe))
         self.origin = run.origin
         run.facts = facts(run, placement, pipeline, self.traits)
         self.notices += observer.drop_unsupported(run)
@@ -308,15 +298,11 @@ class _Builder:
         init = self.experiment.node("init").make()
         init(model, self.seed)
         self.start_from_prior(model, task, spec)
-        model = model.to(placement.device)
         if self.trainer.sync_batch_norm and self.ranks.world > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if placement.layout is Layout.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if placement.device.type == "cpu" and placement.dtype is not torch.float32:
-            narrow = protect_narrow(model, (spec.channels, *spec.size))
-            if narrow:
-                self.notices.append(f"precision: fp32 in {', '.join(narrow)}, which {NARROW}")
+        model, narrow = placed(model, placement, spec)
+        if narrow:
+            self.notices.append(f"precision: fp32 in {', '.join(narrow)}, which {NARROW}")
         return model, init
 
     def calibrate(self, model: nn.Module, init: Any, train: Loader) -> None:
@@ -353,6 +339,31 @@ class _Builder:
         schedule.resolve(steps_per_epoch, total_steps, self.trainer.batch_size)
         self.notices += schedule.notices(total_steps)
         return schedule
+
+    def total_steps(self, train: Loader) -> int:
+        whole = self.trainer.epochs * train.steps
+        return whole if self.trainer.max_steps is None else min(whole, self.trainer.max_steps)
+
+    def maker(
+        self,
+        forward: Forward,
+        optimizer: torch.optim.Optimizer,
+        interventions: Interventions,
+        placement: Placement,
+        train: Loader,
+    ) -> StepMaker:
+        return StepMaker(
+            forward,
+            optimizer,
+            self.traits,
+            placement,
+            self.trainer,
+            make_penalties(self.experiment),
+            interventions,
+            self.ranks,
+            self.seed,
+            train,
+        )
 
     def step(self, maker: StepMaker, total_steps: int, taps: Taps | None) -> tuple[EagerStep, Placement]:
         """The step, and where it runs, with the kind that was settled on: a resumed run takes it unasked."""

@@ -20,6 +20,7 @@ from cnnlab.building.assemble import (
     make_penalties,
     make_pipeline,
     make_task,
+    placed,
     spec_for_task,
 )
 from cnnlab.building.reopen import reopened
@@ -31,7 +32,6 @@ from cnnlab.errors import CheckpointError, DataError
 from cnnlab.machine.device import Placement, place
 from cnnlab.machine.ranks import Ranks
 from cnnlab.machine.resolved import Resolved
-from cnnlab.models.half import protect_narrow
 from cnnlab.protocols import Batch, DataSpec, Outputs
 from cnnlab.runs.checkpoint import State
 from cnnlab.runs.folder import RunDir
@@ -204,19 +204,9 @@ def open_run(
     path = folder.best if which == "best" else folder.last
     recipe = _recipe(recorded_data(origin))
     spec, task, model = network_of(experiment, origin, placement.device)
-    pipeline, interventions = make_pipeline(experiment, spec), make_interventions(experiment)
-    interventions.attach(model, experiment.seed)
-    parts = State()
-    own = interventions.of_evaluation()
-    averaging = {name: part for name, part in interventions.stateful().items() if name in own}
-    named: dict[str, Any] = {"model": model, "normalize": pipeline, **averaging}
-    for name, part in named.items():
-        parts.register(name, part)
-    parts.load_state_dict(state, path=path)
-    if own:
-        with interventions.evaluated():  # a copy keeps what it is here, whoever holds it, and holds what of it
-            model = copy.deepcopy(model)
-    model = on_device(model.eval(), placement, spec)
+    pipeline = make_pipeline(experiment, spec)
+    model = _loaded(experiment, model, pipeline, state, path)
+    model, _ = placed(model.eval(), placement, spec)
     return Opened(
         folder=folder,
         experiment=experiment,
@@ -253,13 +243,22 @@ def network_of(
         return spec, task, make_network(experiment, spec, task)
 
 
-def on_device(model: nn.Module, placement: Placement, spec: DataSpec) -> nn.Module:
-    """The network where it is to compute, in the memory layout and with the layers' precision of its run."""
-    model = model.to(placement.device)
-    if placement.layout is Layout.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if placement.device.type == "cpu" and placement.dtype is not torch.float32:
-        protect_narrow(model, (spec.channels, *spec.size))
+def _loaded(
+    experiment: Experiment, model: nn.Module, pipeline: Pipeline, state: Mapping[str, Any], path: Path
+) -> nn.Module:
+    """The network as it is evaluated, and `pipeline`, with the values of a checkpoint."""
+    interventions = make_interventions(experiment)
+    interventions.attach(model, experiment.seed)
+    parts = State()
+    own = interventions.of_evaluation()
+    averaging = {name: part for name, part in interventions.stateful().items() if name in own}
+    named: dict[str, Any] = {"model": model, "normalize": pipeline, **averaging}
+    for name, part in named.items():
+        parts.register(name, part)
+    parts.load_state_dict(state, path=path)
+    if own:
+        with interventions.evaluated():  # a copy keeps what it is here, whoever holds it, and holds what of it
+            return copy.deepcopy(model)
     return model
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from cnnlab.building.assemble import make_interventions, make_optimizer, make_penalties
-from cnnlab.building.opened import network_of, on_device
+from cnnlab.building.assemble import make_interventions, make_optimizer, make_penalties, placed
+from cnnlab.building.opened import network_of
 from cnnlab.building.reopen import stored_experiment
 from cnnlab.composing.trust import TYPED, Trust
 from cnnlab.errors import CheckpointError
@@ -94,7 +94,7 @@ def _replayed(path: Path, content: dict[str, Any], device: str | None, trust: Tr
     for name, part in interventions.stateful().items():
         parts.register(name, part)
     parts.load_state_dict({"model": content["model"], **content["interventions"]}, path=path)
-    model = on_device(model, placement, spec)
+    model, _ = placed(model, placement, spec)
     optimizer = make_optimizer(experiment, model)  # which says what trains
     interventions.train(model, content["epoch"])
     scale = content["scale"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cnnlab.augment import Pipeline
 from cnnlab.building.opened import recorded_recipe
@@ -64,7 +64,7 @@ def wire(run: Run, pipeline: Pipeline, resolved: Resolved, data: dict[str, Any])
     own = run.folder if run.is_main else None
     recorder = Recorder(own)
     evidence = Evidence(own, len(run.loaders["train"].split), run.device, run.ranks, run.clock)
-    run.origin = Origin(run.config, data, resolved, run.files, run.dir)
+    run.origin = Origin(run.config, data, resolved, run.files, run.dir, run.experiment.data_place)
     parts: dict[str, Any] = {
         "origin": run.origin,
         "model": run.model,
@@ -97,8 +97,12 @@ def named_listeners(experiment: Experiment) -> list[Listener]:
     return [Unfailing(node.make(), f"`{node.where}`") for node in experiment.nodes("listener").values()]
 
 
-def data_of(run: Run, class_counts: list[float] | None, recipe: Recipe | None) -> dict[str, Any]:
-    """What a checkpoint keeps of the data, for whoever opens the network again."""
+def data_of(run: Run, class_counts: Tensor | None, recipe: Recipe | None) -> dict[str, Any]:
+    """What a checkpoint keeps of the data, for whoever opens the network again.
+
+    Args:
+        class_counts: (classes,), as the loss weighs them.
+    """
     spec, splits = run.spec, {name: loader.split for name, loader in run.loaders.items()}
     return described(
         {name: split.fingerprint for name, split in splits.items()},
@@ -108,6 +112,6 @@ def data_of(run: Run, class_counts: list[float] | None, recipe: Recipe | None) -
         classes=list(spec.classes),
         mask_classes=list(spec.mask_classes),
         targets=sorted(spec.targets),
-        class_counts=class_counts,
+        class_counts=None if class_counts is None else class_counts.tolist(),
         recipe=recorded_recipe(recipe),
     )

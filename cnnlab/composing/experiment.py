@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from cnnlab.composing.composer import Composed
@@ -41,6 +42,11 @@ class Node:
 
     where: str
     config: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, composed: Composed, group: str) -> Node:
+        """That of a group with one part, of what has not been checked."""
+        return cls(group, composed.config.get(group))
 
     def __bool__(self) -> bool:
         return self.config is not None and self.config.get("_target_") is not None
@@ -84,6 +90,15 @@ class Node:
 
 
 @dataclass(frozen=True)
+class DataPlace:
+    """The option that says where data lies, a word for what it takes, and what it has."""
+
+    option: str
+    word: str
+    value: Any
+
+
+@dataclass(frozen=True)
 class Experiment(Composed):
     """A composed experiment whose values have been checked: what `cnnlab.build` takes.
 
@@ -98,8 +113,17 @@ class Experiment(Composed):
     # ---- values and sections ----
 
     @property
+    def name(self) -> str:
+        return str(self.config["name"])
+
+    @property
     def seed(self) -> int:
         return int(self.config["seed"])
+
+    @property
+    def outputs(self) -> Path:
+        """Where runs go."""
+        return Path(self.config["paths"]["outputs"])
 
     @property
     def resume(self) -> str | None:
@@ -142,6 +166,13 @@ class Experiment(Composed):
         """
         config = self.config.get(group)
         return Node(group, with_number(config) if group == "optim" else config)
+
+    @property
+    def data_place(self) -> DataPlace | None:
+        """Where the data lies; `None` for data that lies nowhere."""
+        given = self.node("data").settings
+        known = {"root": "FOLDER", "shards": "PATTERN"}
+        return next((DataPlace(f"data.{key}", word, given[key]) for key, word in known.items() if key in given), None)
 
     @property
     def finds_rate(self) -> bool:

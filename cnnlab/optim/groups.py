@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -52,8 +52,7 @@ def parameter_groups(
         and unless it is 0 `decoupled_decay`; in the order of the model's parameters.
 
     Raises:
-        ValueError: an unknown prefix, a network without a known head where `head_lr` asks for one, nothing
-        left to
+        ValueError: an unknown prefix, a network without a known head where `head_lr` asks for one, nothing left to
             train, or different groups for an optimizer that takes one.
     """
     freeze_parameters(model, freeze)
@@ -62,8 +61,25 @@ def parameter_groups(
     rates = rates or {}
     decays = bool(weight_decay or decoupled_decay)
     no_decay = set(_norm_and_bias(model)) if decays and not decay_norm_and_bias else set()
+    layers = _scaled_layers(model, layer_decay, head_lr, rates)
+    groups = _grouped(model, layers, no_decay, weight_decay, decoupled_decay)
+    if not groups:
+        raise ValueError("expected a parameter that trains, received a network that is frozen as a whole")
+    if single_group and len(groups) > 1:
+        raise ValueError(_divided(decoupled_decay, layer_decay, head_lr, rates))
+    return groups
+
+
+def _grouped(
+    model: nn.Module,
+    layers: Iterable[tuple[str, float, Iterable[str]]],
+    no_decay: Collection[str],
+    weight_decay: float | None,
+    decoupled_decay: float,
+) -> list[dict[str, Any]]:
+    """The parameters that train by layer's name, scale, and whether they are spared the decay."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for label, scale, names in _scaled_layers(model, layer_decay, head_lr, rates):
+    for label, scale, names in layers:
         for name in names:
             parameter = model.get_parameter(name)
             if not parameter.requires_grad:
@@ -76,20 +92,21 @@ def parameter_groups(
                 group["weight_decay"] = 0.0 if spared else weight_decay
             if decoupled_decay:
                 group["decoupled_decay"] = 0.0 if spared else decoupled_decay
-    if not groups:
-        raise ValueError("expected a parameter that trains, received a network that is frozen as a whole")
-    if single_group and len(groups) > 1 and decoupled_decay and layer_decay == 1 == head_lr:
-        raise ValueError(
+    return list(groups.values())
+
+
+def _divided(decoupled_decay: float, layer_decay: float, head_lr: float, rates: Mapping[str, float]) -> str:
+    """Why an optimizer that takes one group would get several."""
+    if decoupled_decay and layer_decay == 1 == head_lr:
+        return (
             f"`regularization.decoupled_decay={decoupled_decay:g}`: this optimizer takes one parameter group, and "
             "norms and biases would be another; type groups.decay_norm_and_bias=true"
         )
-    if single_group and len(groups) > 1:
-        raise ValueError(
-            "expected equal rates for an optimizer that takes one parameter group, received "
-            f"layer_decay={layer_decay:g}, head_lr={head_lr:g}{_in_words(rates)}; type groups.layer_decay=1 "
-            f"groups.head_lr=1{' finetune.backbone_lr=1' if rates else ''}"
-        )
-    return list(groups.values())
+    return (
+        "expected equal rates for an optimizer that takes one parameter group, received "
+        f"layer_decay={layer_decay:g}, head_lr={head_lr:g}{_in_words(rates)}; type groups.layer_decay=1 "
+        f"groups.head_lr=1{' finetune.backbone_lr=1' if rates else ''}"
+    )
 
 
 def freeze_parameters(model: nn.Module, prefixes: Iterable[str]) -> list[str]:

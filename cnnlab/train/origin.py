@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cnnlab.composing.experiment import DataPlace
 from cnnlab.errors import CheckpointError, short
 from cnnlab.machine.resolved import Resolved
 from cnnlab.runs import checkpoint, data_files
@@ -20,12 +21,6 @@ from cnnlab.train.state import Clock
 
 SHOWN = 3
 """Names in a message before it counts the rest."""
-
-
-def where(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The option that says where the data lies, and a word for what it takes; `None` for data that lies nowhere."""
-    known = {"root": "FOLDER", "shards": "PATTERN"}
-    return next(((f"data.{name}", word) for name, word in known.items() if name in config["data"]), None)
 
 
 def config_identity(config: Mapping[str, Any]) -> str:
@@ -42,6 +37,7 @@ class Origin:
         resolved: what `auto` became; a resumed run is built with it.
         files: of each split, as they are now.
         folder: where the run keeps what they were.
+        place: where the data lies.
     """
 
     def __init__(
@@ -51,12 +47,14 @@ class Origin:
         resolved: Resolved,
         files: Files,
         folder: Path | None = None,
+        place: DataPlace | None = None,
     ):
         self.config = config
         self.data = dict(data)
         self.resolved = resolved
         self.files = files
         self.folder = folder
+        self.place = place
 
     def state_dict(self) -> dict[str, Any]:
         fingerprints = " ".join(f"{name}:{value}" for name, value in self.data["fingerprints"].items())
@@ -67,8 +65,8 @@ class Origin:
         """Takes nothing over. Raises `ValueError` for the origin of another run's checkpoint."""
         require_config(state, self.config)
         if found := self.changes(state, self.folder):
-            place = where(self.config)
-            elsewhere = "" if place is None else f", or, where it lies elsewhere now, type {'='.join(place)}"
+            place = self.place
+            elsewhere = f", or, where it lies elsewhere now, type {place.option}={place.word}" if place else ""
             raise ValueError(
                 f"its data is not what this run finds: {found}. A run goes on with the data that it had: put it back"
                 f"{elsewhere}"

@@ -55,11 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     for notice in notices:
         say(one_line(notice), err=True)
     if args.json:
-        say(
-            json.dumps(
-                jsonable({"what": experiment.config["name"], "findings": [described(finding) for finding in found]})
-            )
-        )
+        say(json.dumps(jsonable({"what": experiment.name, "findings": [described(finding) for finding in found]})))
     else:
         show(found)
     wrong = [finding.name for finding in found if finding.verdict in ("watch", "bad")]

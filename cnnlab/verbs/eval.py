@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,17 +213,13 @@ def opened_with_data(
 
 
 def _remedy(network: Opened) -> str:
-    from cnnlab.train.origin import where
-
-    config = network.experiment.config
-    place = where(config)
+    place = network.experiment.data_place
     if place is None:
         return "Put it back"
-    key, word = place
-    here = f"{key}={config['data'][key.removeprefix('data.')]}"
+    here = f"{place.option}={place.value}"
     here = quoted(here) if set(here) & set("*?[]{}, ") else here
     return (
-        f"Put it back, or say where it is: cnnlab eval {network.folder.path} {key}={word}; "
+        f"Put it back, or say where it is: cnnlab eval {network.folder.path} {place.option}={place.word}; "
         f"to evaluate on it as it is now, type {here}"
     )
 
@@ -236,6 +231,7 @@ def with_data(network: Opened, typed: Sequence[str], trust: Trust) -> Experiment
     """
     from cnnlab.building.evaluation import fitting_values
     from cnnlab.building.trial import read
+    from cnnlab.composing.experiment import Node
 
     own = network.experiment
     with composer([*trust.folders, *own.config_dirs], trusted=trust.names) as open_composer:
@@ -244,7 +240,7 @@ def with_data(network: Opened, typed: Sequence[str], trust: Trust) -> Experiment
         node = own.node("data")
         if option is not None:
             composed = open_composer.compose([line(option)])
-            node = replace(node, config=composed.config["data"])
+            node = Node.of(composed, "data")
     given = {override.key_or_group.partition(".")[2]: override for override in parsed if override is not option}
     for name, override in given.items():
         known = override.key_or_group.startswith("data.") and name in (node.config or {}) and not name.startswith("_")

@@ -76,7 +76,7 @@ def measured(open_composer: Composer, args: Arguments, *, rate: float | None = N
         from cnnlab.building.builder import build
 
         run = build(experiment)
-        return _told(Measured(run, None, f"{run.config['name']} at initialization, seed {run.config['seed']}"))
+        return _told(Measured(run, None, f"{experiment.name} at initialization, seed {experiment.seed}"))
     if len(paths) > 1 or len(args.overrides) > 1:
         raise UsageError(
             f"expected overrides or one run folder, received {' '.join(map(repr, args.overrides))}; a run folder is "

@@ -126,7 +126,7 @@ def _subjects(open_composer: Composer, args: Arguments) -> list[Subject]:
         return [_of_run(open_composer, Path(text)) for text in folders]
     if not args.multirun:
         experiment = _fresh(checked_experiment(open_composer, args))
-        return [Subject(experiment, " ".join(experiment.overrides) or str(experiment.config["name"]))]
+        return [Subject(experiment, " ".join(experiment.overrides) or experiment.name)]
     cells = open_composer.cells(args.overrides)
     experiments = [_fresh(cell) for cell in checked_cells(open_composer, cells)]
     return [Subject(e, label) for e, label in zip(experiments, labels(cells), strict=True)]
@@ -179,8 +179,7 @@ def _figure_path(subjects: Sequence[Subject], args: Arguments) -> Path | None:
     first = subjects[0]
     if len(subjects) == 1 and first.run is not None:
         return first.run.path / "figures" / "probe.png"
-    outputs = Path(first.experiment.config["paths"]["outputs"])
-    return outputs / "figures" / f"probe-{time.strftime('%Y-%m-%d_%H-%M-%S')}.png"
+    return first.experiment.outputs / "figures" / f"probe-{time.strftime('%Y-%m-%d_%H-%M-%S')}.png"
 
 
 @contextmanager
