@@ -34,7 +34,7 @@ LONG = (
     *("model=cnn", "model.widths=[4,8]", "trainer.device=cpu", "trainer.threads=1", "trainer.batch_size=32"),
     *("trainer.epochs=100000", "trainer.log_every=1", "stats=off", "data.limit=null", "trainer.step=eager"),
 )
-PICTURES = 1500
+PICTURES = 800
 FIRST, SECOND = 5.0, 1.0
 """Seconds that an end may take."""
 APART = 0.15

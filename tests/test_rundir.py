@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from cnnlab.errors import CheckpointError, DataError, UsageError
-from cnnlab.runs.folder import RunDir, claim, config_hash, environment, flatten, git_commit, jsonable, write_atomically
+from cnnlab.runs.environment import environment, git_commit
+from cnnlab.runs.folder import RunDir, claim, config_hash, flatten, jsonable, write_atomically
 
 CONFIG = {"seed": 0, "name": "a", "trainer": {"epochs": 1}, "optim": {"lr": 0.1, "betas": [0.9, 0.99]}}
 

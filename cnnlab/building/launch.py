@@ -15,7 +15,8 @@ from cnnlab.inspect.flops import forward_flops
 from cnnlab.machine.interrupts import watcher
 from cnnlab.machine.ranks import join, leave
 from cnnlab.runs import data_files
-from cnnlab.runs.folder import RunDir, config_hash, environment
+from cnnlab.runs.environment import environment
+from cnnlab.runs.folder import RunDir, config_hash
 from cnnlab.sinks.usual import attach
 from cnnlab.terminal import say
 from cnnlab.train import fit

@@ -26,9 +26,9 @@ from cnnlab.errors import Terminated
 
 PATIENCE = 3.0
 """Seconds that unwinding may take."""
-GRACE = 0.6
+GRACE = 0.4
 """Seconds that it may take after a second Ctrl-C."""
-LAST_WORDS = 0.3
+LAST_WORDS = 0.2
 """Seconds for `on_forced_end`."""
 
 HEARD = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))

@@ -6,12 +6,10 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -514,31 +512,3 @@ def _up_to_date(config: dict[str, Any]) -> dict[str, Any]:
         heads = {"unpool": "cnnlab.heads.UnpoolDecoder", "nearest": "cnnlab.heads.NearestDecoder"}
         config["head"] = {"_target_": heads.get(asked)}
     return config
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine and git commit, as far as they can be told."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"python": platform.python_version()}
-    for package in ("cnnlab", "torch", "torchvision", "hydra-core"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {"versions": versions, "platform": platform.platform(), "git_commit": git_commit()}
-
-
-def git_commit() -> str | None:
-    """The commit of the current folder, with `-dirty` when it has changes; `None` outside a repository."""
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None

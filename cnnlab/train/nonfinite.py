@@ -18,7 +18,7 @@ from cnnlab.errors import DivergedError, RolledBack
 from cnnlab.machine.surroundings import shown_path
 from cnnlab.protocols import Batch
 from cnnlab.runs import checkpoint
-from cnnlab.runs.folder import environment
+from cnnlab.runs.environment import environment
 from cnnlab.schema import OnNonFinite
 from cnnlab.train.guard import Seen
 from cnnlab.train.steps.replay import Located, locate
