@@ -185,7 +185,7 @@ def kept(folder: str) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, A
     state.pop("clock"), state["observer"].pop("overhead", None)
     state["origin"].pop("identity", None)
     state["records"].pop("events", None)  # named by the time
-    return state, read_records(Path(folder) / "metrics.jsonl"), RunDir(folder).read()
+    return state, list(read_records(Path(folder) / "metrics.jsonl")), RunDir(folder).read()
 
 
 def test_a_run_after_its_check_is_the_run_without_it(cli: Cli):
