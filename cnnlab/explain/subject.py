@@ -20,8 +20,9 @@ from cnnlab.tasks import Task
 class Subject:
     """A network, and what is needed to read its answers.
 
-    It computes in float32 (float64 where its weights are), whatever precision it trains in, because the gradients of
-    half-precision answers are mostly rounding; of the image alone, where evaluation averages several views of it.
+    It computes in float32 (float64 where its weights are), whatever precision it trains in or its weights have, because
+    the gradients of half-precision answers are mostly rounding; of the image alone, where evaluation averages several
+    views of it.
     """
 
     model: nn.Module
@@ -47,16 +48,31 @@ class Subject:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """For the block, the network in evaluation mode and its weights without gradients; afterwards each module's
-        mode, what asks for gradients, the gradients, buffers and random generators are what they were.
+        """For the block, the network in evaluation mode, its weights in float32 or wider and without gradients;
+        afterwards each module's mode, what asks for gradients, the gradients, weights, buffers and random generators are
+        what they were.
 
         Raises `UsageError` for networks that hooks cannot look into.
         """
         _require_open(self.model)
         exact = torch.autocast(self.device.type, enabled=False)  # it reaches into the backward pass
-        with untouched(self.model), torch.enable_grad(), exact:
+        with untouched(self.model), torch.enable_grad(), exact, _widened(self.model):
             self.model.eval().requires_grad_(False)
             yield
+
+
+@contextmanager
+def _widened(model: nn.Module) -> Iterator[None]:
+    """For the block, weights and buffers of half precision as float32."""
+    tensors = (*model.parameters(), *model.buffers())
+    narrow = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point() and tensor.itemsize < 4]
+    try:
+        for tensor, value in narrow:
+            tensor.data = value.float()
+        yield
+    finally:
+        for tensor, value in narrow:
+            tensor.data = value
 
 
 def _require_open(model: nn.Module) -> None:

@@ -222,6 +222,18 @@ def test_half_precision_outside_changes_no_map():
     assert all(torch.equal(a.values, b.values) for a, b in zip(plain, inside))
 
 
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision_are_computed_with_in_float32_and_stay_as_they_are(narrow: torch.dtype):
+    model = seeded(Small).to(narrow)
+    before = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    methods = ["saliency", "smoothgrad", "gradcam", "guided"]
+    ours = explain(subject_of(model), images().to(narrow), of_class(0), methods)
+    wide = explain(subject_of(copy.deepcopy(model).float()), images().to(narrow).float(), of_class(0), methods)
+    assert all(torch.equal(a.values, b.values) for a, b in zip(ours, wide))
+    assert all(p.dtype == narrow and p.grad is None and p.requires_grad for p in model.parameters())
+    assert before == {name: value.data_ptr() for name, value in model.state_dict().items()}
+
+
 def test_second_outputs_are_passed_over():
     class Two(Small):
         def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
