@@ -49,8 +49,8 @@ class Subject:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """For the block, the network in evaluation mode, its weights in float32 or wider and without gradients;
-        afterwards each module's mode, what asks for gradients, the gradients, weights, buffers and random generators are
-        what they were.
+        afterwards each module's mode, what asks for gradients, the gradients, weights, buffers and random generators
+        are what they were.
 
         Raises `UsageError` for networks that hooks cannot look into.
         """
