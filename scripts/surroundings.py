@@ -79,7 +79,7 @@ def verbs(run: Path, data: Sequence[str], photos: Path, out: Path) -> dict[str, 
         "train": ["train", *SMALL, *data, f"hydra.run.dir={quoted(out / 'again')}"],
         "train --json": ["train", *SMALL, *data, "--json", f"hydra.run.dir={quoted(out / 'json')}"],
         "train -m": ["train", "-m", *SMALL, *data, "seed=0,1", f"hydra.sweep.dir={quoted(out / 'sweep')}"],
-        "resume": ["train", f"resume={quoted(run)}"],
+        "resume": ["train", resume(run)],
         "eval": ["eval", str(run)],
         "eval --json": ["eval", str(run), "--json"],
         "predict": ["predict", str(run), str(photos)],
@@ -102,8 +102,14 @@ CODES = (0, 1, 2, 3)
 
 
 def quoted(path: Path | str) -> str:
-    """As Hydra takes any text."""
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'"
+    """As Hydra takes any text: of backslashes, only those before a quote are doubled."""
+    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), str(path))
+    return "'" + text.replace("${", "\\${") + "'"
+
+
+def resume(path: Path) -> str:
+    """No part of a config, so nothing in it is looked up."""
+    return f"resume={quoted(path)}".replace("\\${", "${")
 
 
 def complaints(ended: Ended, place: Path, codes: Sequence[int] = CODES, *, terminal: bool = False) -> list[str]:
@@ -157,7 +163,7 @@ def names(root: Path, locale: str) -> Iterator[Found]:
         folder = root / "runs" / name
         commands = {
             "train": ["train", *SMALL, *short, f"hydra.run.dir={quoted(folder)}"],
-            "resume": ["train", f"resume={quoted(folder)}"],
+            "resume": ["train", resume(folder)],
             "eval": ["eval", str(folder)],
             "predict": ["predict", str(folder), str(place / "a"), "--json"],
             "explain": ["explain", str(folder), str(place / "a" / "0.png")],

@@ -52,3 +52,23 @@ def test_what_counts_as_out_of_memory(error, is_one):
     if "tried to allocate" in str(error):
         assert "2.0 MiB were asked for" in out_of_memory(error)
         assert (available() or 0) >= 0
+
+
+SPARED = """
+import resource
+from cnnlab.machine.memory import available, spared
+pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (pages + 100 * 2**20,) * 2)
+before = available()
+with spared(64 << 20):
+    print(before - available() >= 64 << 20)
+print(before - available() < 1 << 20)
+with spared(1 << 62):
+    print("whatever cannot be had")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are told by /proc")
+def test_what_is_spared_counts_against_the_limit_and_is_given_back():
+    answer = subprocess.run([sys.executable, "-c", SPARED], capture_output=True, text=True, check=True)
+    assert answer.stdout.splitlines() == ["True", "True", "whatever cannot be had"]

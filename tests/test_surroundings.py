@@ -28,6 +28,7 @@ from cnnlab.protocols import Listener
 from cnnlab.runs.disk import overwrite
 from cnnlab.runs.folder import RunDir, write_atomically
 from cnnlab.train import fit
+from cnnlab.verbs.arguments import is_run_folder
 
 Cli = Callable[..., Answer]
 
@@ -298,3 +299,11 @@ def test_a_verb_that_cannot_write_says_where_and_what_to_type(
     assert f"free space, or type another {flag}" in told and "resume" not in told
     assert answer.out if flag == "--figure" else True, "what was measured is told"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_run_folder_may_have_an_equals_sign_in_its_name(trained: Path, cli: Cli, tmp_path: Path):
+    folder = shutil.copytree(trained, tmp_path / "optim.lr=0.1,seed=0")
+    answer = cli("probe", str(folder), "--images", "2", "--no-figure")
+    assert answer.code == 0, answer.err
+    assert is_run_folder(str(folder)) and is_run_folder("runs/7")
+    assert not is_run_folder("optim.lr=0.1") and not is_run_folder(f"data.root={folder}")

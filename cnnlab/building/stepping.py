@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from cnnlab.data.loader import Loader
 from cnnlab.data.places import cache_folder
 from cnnlab.errors import UsageError
-from cnnlab.machine.device import Placement, has_compiler
+from cnnlab.machine.device import Placement, has_compiler, keep_freed
+from cnnlab.machine.memory import SPARE, spared
 from cnnlab.machine.ranks import Ranks
 from cnnlab.observe.taps import Taps
 from cnnlab.optim.traits import Traits
@@ -103,10 +105,18 @@ class StepMaker:
         return step, notice
 
     def accumulate_that_fits(self, cut: Callable[[int, str], None]) -> int:
-        """Found by a rehearsal of the first batch in the plain step, before anything is captured or compiled."""
+        """Found by a rehearsal of the first batch in the plain step, before anything is captured or compiled.
+
+        On a CPU some memory is kept out of its reach: for what an update makes later (the optimizer's state, the
+        kernels of an uneven batch), and because oneDNN ends the process where it gets none for a kernel.
+        """
         step = self.of_kind(StepKind.eager)
         halve_on_demand(step, cut)
-        step.rehearse(*self.first_batch())
+        on_cpu = self.placement.device.type == "cpu"
+        keep_freed(False)
+        with spared(SPARE + 2 * sum(p.nbytes for p in step.parameters)) if on_cpu else nullcontext():
+            step.rehearse(*self.first_batch())
+        keep_freed(on_cpu and step.accumulate == self.trainer.accumulate)
         return step.accumulate
 
     def _settled(self, total_steps: int, taps: Taps | None) -> tuple[EagerStep, str | None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _ASKED = re.compile(r"tried to allocate (\d+) bytes")
@@ -46,6 +48,24 @@ def out_of_memory(error: BaseException, remedy: str = TRAINING) -> str:
     words += [] if left is None else [f"about {left / 2**20:,.0f} MiB are left"]
     figures = f" ({', '.join(words)})" if words else ""
     return f"this process has not enough memory{figures}; {remedy}"
+
+
+SPARE = 128 << 20
+"""Bytes that are kept for what is not foreseen."""
+
+
+@contextmanager
+def spared(size: int) -> Iterator[None]:
+    """For the block, so many bytes of the process's limit (`ulimit -v`) are taken, but no memory is: what is done
+    inside works with so much less. Where they cannot be had, none are."""
+    block = None
+    with suppress(OSError, ValueError):
+        block = mmap.mmap(-1, size)
+    try:
+        yield
+    finally:
+        if block is not None:
+            block.close()
 
 
 def available() -> int | None:

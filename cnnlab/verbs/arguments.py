@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,14 @@ from cnnlab.errors import UsageError, did_you_mean
 from cnnlab.schema import Device
 from cnnlab.terminal import one_line, say
 from cnnlab.verbs.words import explain
+
+
+def is_run_folder(text: str) -> bool:
+    """Whether an argument is a run folder's path and no override: it has no `=` (nor takes anything away), or is the
+    path of a folder in whose name one occurs, as sweeps over `lr=0.1` make them."""
+    if "=" not in text:
+        return not text.startswith("~")
+    return "/" in text.partition("=")[0] and os.path.isdir(os.path.join(text, ".hydra"))  # noqa: PTH112, PTH118
 
 
 class Parser(argparse.ArgumentParser):

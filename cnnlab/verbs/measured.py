@@ -16,7 +16,7 @@ from cnnlab.machine.surroundings import shown_path, torchrun
 from cnnlab.runs.folder import RunDir
 from cnnlab.schema import Device
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.arguments import Arguments, Parser, checked_experiment, override_parser
+from cnnlab.verbs.arguments import Arguments, Parser, checked_experiment, is_run_folder, override_parser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def measured(open_composer: Composer, args: Arguments, *, rate: float | None = N
     """
     if torchrun().world > 1:
         raise UsageError("this verb measures in one process; start it without torchrun")
-    paths = [text for text in args.overrides if "=" not in text and not text.startswith("~")]
+    paths = [text for text in args.overrides if is_run_folder(text)]
     own = args.own
     if not paths:
         for flag in ("checkpoint", "device"):

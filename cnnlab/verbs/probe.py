@@ -19,7 +19,7 @@ from cnnlab.errors import UsageError, short
 from cnnlab.machine.surroundings import torchrun
 from cnnlab.runs.folder import RunDir, jsonable
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.arguments import Arguments, answer, checked_experiment, override_parser, parse
+from cnnlab.verbs.arguments import Arguments, answer, checked_experiment, is_run_folder, override_parser, parse
 from cnnlab.verbs.sweep import checked_cells
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _require_sense(args: Arguments) -> None:
 
 def _subjects(open_composer: Composer, args: Arguments) -> list[Subject]:
     """The experiments that the command line asks for, checked. Raises what a run of them would."""
-    folders = [text for text in args.overrides if _is_folder(text)]
+    folders = [text for text in args.overrides if is_run_folder(text)]
     if folders:
         others = [text for text in args.overrides if text not in folders]
         if others or args.multirun:
@@ -130,11 +130,6 @@ def _subjects(open_composer: Composer, args: Arguments) -> list[Subject]:
     cells = open_composer.cells(args.overrides)
     experiments = [_fresh(cell) for cell in checked_cells(open_composer, cells)]
     return [Subject(e, label) for e, label in zip(experiments, labels(cells), strict=True)]
-
-
-def _is_folder(text: str) -> bool:
-    """Whether an argument names a run folder: an override has a `=`, or takes something away."""
-    return "=" not in text and not text.startswith("~")
 
 
 def _fresh(experiment: Experiment) -> Experiment:

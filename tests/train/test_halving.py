@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,21 @@ def test_explanations_are_made_of_fewer_images_at_once(
     for one, other in zip(cut, whole, strict=True):
         assert one.records[0]["score"] == pytest.approx(other.records[0]["score"], rel=1e-4)
     assert caplog.messages == [f"out of memory: {count} images are explained at once from here on" for count in (3, 1)]
+
+
+def test_a_rehearsal_leaves_something_to_spare(monkeypatch: pytest.MonkeyPatch):
+    """What fits only without a margin does not count as fitting: oneDNN ends the process where a kernel gets none."""
+    taken: list[int] = []
+
+    @contextmanager
+    def noted(size: int):
+        taken.append(size)
+        Small(monkeypatch, 8)
+        yield
+        monkeypatch.setattr(nn.Conv2d, "forward", plain)
+
+    plain = nn.Conv2d.forward
+    monkeypatch.setattr("cnnlab.building.stepping.spared", noted)
+    run = make_run(*NORM_FREE, AUTO)
+    assert run.step.accumulate == 4 and len(taken) == 1
+    assert taken[0] > 2 * sum(p.nbytes for p in run.model.parameters())
