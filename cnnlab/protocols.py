@@ -22,6 +22,9 @@ Batch = dict[str, Tensor]
 (N, 2, 2) float is beside them until the augmentation has cut images out (see `cnnlab.augment.photos`)."""
 VIEW = "view"
 """The key of a batch that says how whole photos are to be seen."""
+FEATURE = "feature/"
+"""How the keys of a batch begin that hold what a frozen backbone has made of the images, which are then not there
+(`cnnlab.train.halves`)."""
 
 Outputs = Mapping[str, Tensor]
 """What a network returns, by name: `logits` (N, classes) of the image, and in training `aux` of a second classifier;
@@ -177,7 +180,11 @@ class ConvNet(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, C, H, W) -> what the classifier gives, `logits` (and `aux` where there is a second one in training), and
         what the head gives."""
-        features = self.regularized(self.features(x))
+        return self.of_features(self.features(x))
+
+    def of_features(self, features: Features) -> dict[str, Tensor]:
+        """What `forward` gives of an image with these features."""
+        features = self.regularized(features)
         given = self.classify(features) if self.classifies else {}
         return given if self.head is None else {**given, **self.head(features)}
 

@@ -105,6 +105,13 @@ class Decoder(Enum):
     cuda = "cuda"
 
 
+class FeatureSource(Enum):
+    """Whether a frozen backbone's features are kept, or it runs in each epoch."""
+
+    kept = "kept"
+    run = "run"
+
+
 _DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(steps?|epochs?|examples?|%)\s*", re.IGNORECASE)
 
 

@@ -54,6 +54,7 @@ __all__ = [
     "foreach_sub_",
     "found_overflows",
     "skips_by_itself",
+    "version",
 ]
 
 foreach_add = torch._foreach_add
@@ -98,3 +99,8 @@ def compiler_error() -> type[Exception]:
     from torch._dynamo.exc import TorchDynamoException
 
     return TorchDynamoException
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often the tensor was changed in place: autograd's own counter, which costs nothing to read."""
+    return tensor._version

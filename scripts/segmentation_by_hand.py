@@ -11,12 +11,13 @@ By hand: Adam, one-cycle, cross entropy without void, flips; fp32 or bf16 as the
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
+from in_turn import in_turn, rows
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -102,34 +103,22 @@ def learn(make: Callable[[int], nn.Module], root: str, steps: int, batch: int, s
     print(f"{steps} steps of {batch}, {seconds:.0f} s")
 
 
-def rows(count: int, batch: int) -> Iterator[Tensor]:
-    while True:
-        yield from (index for index in torch.randperm(count).split(batch) if len(index) == batch)
-
-
 def speed(rounds: int, steps: int, head: str) -> None:
     """Whole updates on shapes of 90x90, alternately; each on its own copy of the same network."""
-    from cnnlab.building.builder import build
-    from cnnlab.building.trial import checked
-    from cnnlab.composing.composer import composer
-    from cnnlab.train.loop import updates
-
     told = [
         "data=shapes", "data.size=90", "data.train=96", "data.val=8", "data.test=8", "data.limit=null",
         "task=segmentation", "model=vgg", "model.width=0.25", "norm=batch", f"head={head}", "optim=adam",
-        "trainer.batch_size=12", "trainer.step=eager", "trainer.epochs=1000", "stats=off",
+        "trainer.batch_size=12", "trainer.step=eager",
     ]  # fmt: skip
-    with composer() as composed:
-        run, twin = (build(checked(composed, told)) for _ in range(2))
-    train = twin.loaders["train"]
-    model = twin.model.train()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
-    data = train.split.fetch(torch.arange(96))
-    mean = data["image"].float().mean((0, 2, 3), keepdim=True) / 255
 
-    def by_hand() -> None:
+    def by_hand(run: Any) -> Callable[[], None]:
+        model = run.model.train()
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+        data = run.loaders["train"].split.fetch(torch.arange(96))
+        mean = data["image"].float().mean((0, 2, 3), keepdim=True) / 255
         order = rows(96, 12)
-        for _ in range(steps):
+
+        def update() -> None:
             index = next(order)
             x = (data["image"][index].float() / 255 - mean).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16, enabled=run.precision.value == "bf16"):
@@ -138,27 +127,9 @@ def speed(rounds: int, steps: int, head: str) -> None:
             functional.cross_entropy(logits.float(), data["mask"][index], ignore_index=VOID).backward()
             optimizer.step()
 
-    def endless() -> Iterator[object]:
-        while True:
-            yield from updates(run)
-            run.clock.close(run.steps_per_epoch)
+        return update
 
-    looks = endless()
-
-    def by_lab() -> None:
-        for _ in range(steps):
-            next(looks)
-
-    ratios = []
-    for _ in range(rounds):
-        times = []
-        for action in (by_hand, by_lab):
-            began = time.perf_counter()
-            action()
-            times.append(time.perf_counter() - began)
-        ratios.append(times[0] / times[1])
-        print(f"by hand {12 * steps / times[0]:6.1f}  lab {12 * steps / times[1]:6.1f} images/s  {ratios[-1]:.3f}")
-    print(f"{head}: ratio {statistics.median(ratios):.3f} (median of {rounds})")
+    in_turn(told, by_hand, rounds=rounds, updates=steps, title=f"segmentation, head={head}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ FEW_STEPS = (
 
 
 def test_one_file_and_one_yaml_each():
-    for group in (*GROUPS, "probe", "intervention", "penalty", "listener"):
+    for group in (*GROUPS, "probe", "intervention", "penalty", "listener", "finetune"):
         assert (OUTSIDE / f"outside_{group}.py").is_file()
         assert (OUTSIDE / group / "outside.yaml").is_file()
 
@@ -127,6 +127,19 @@ def test_a_wrong_value(outside_composer: Composer, overrides: list[str], words: 
     (problem,) = caught.value.problems
     assert words in problem
     assert problem.startswith(f"`{overrides[0].partition('=')[0]}")
+
+
+def test_a_way_to_fine_tune_from_outside(cli: Cli):
+    typed = ("finetune=outside", "model=cnn", "model.widths=[4,8]", "norm=batch", "stats=off")
+    answer = cli("train", "--config-dir", str(OUTSIDE), *typed, *FEW_STEPS, "hydra.run.dir=here")
+    assert answer.code == 0, answer.err
+    assert "of them frozen" in answer.out
+    states = [checkpoint.load(Path("here/checkpoints/last.pt"))["model"]]
+    assert cli("train", "--config-dir", str(OUTSIDE), "resume=here", "trainer.epochs=2").code == 0
+    states.append(checkpoint.load(Path("here/checkpoints/last.pt"))["model"])
+    moved = {name for name in states[0] if not states[0][name].equal(states[1][name])}
+    assert not any(name.endswith("0.weight") and name.startswith("blocks") for name in moved)
+    assert {"blocks.0.layers.1.weight", "blocks.0.layers.1.bias", "classifier.1.weight"} <= moved
 
 
 def test_every_knob_is_listed():

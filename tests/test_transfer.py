@@ -14,6 +14,7 @@ import torch
 from cli_runs import Answer, record_of, run_folders
 from lab_runs import all_state, differences, files_of, fitted, interrupted_at, make_run, resume_run
 from PIL import Image
+from rank_processes import run_ranks
 from torch import nn
 
 import cnnlab
@@ -21,6 +22,7 @@ from cnnlab.building.pretrained import aligned, to_channels, trained_before
 from cnnlab.building.trial import compose
 from cnnlab.errors import CheckpointError, ConfigError
 from cnnlab.interventions.finetuning import parted
+from cnnlab.machine.ranks import Ranks
 from cnnlab.runs.checkpoint import save
 from cnnlab.train import fit
 from cnnlab.train.run import Run
@@ -361,7 +363,8 @@ def standing(run: Run) -> dict[str, torch.Tensor]:
     ],
 )
 def test_a_frozen_backbone_is_bit_equal_after_two_epochs(base: Path, more: tuple[str, ...]):
-    run = started(base, base / "photos", "finetune=features", "trainer.batch_size=8", *more)
+    typed = ("finetune=features", "finetune.cache=false")
+    run = started(base, base / "photos", *typed, "trainer.batch_size=8", *more)
     before, head = standing(run), run.model.fc.weight.clone()
     fit(run)
     assert run.clock.epoch == 2
@@ -370,7 +373,7 @@ def test_a_frozen_backbone_is_bit_equal_after_two_epochs(base: Path, more: tuple
 
 
 def test_also_where_somebody_calls_train(base: Path):
-    for typed in (("finetune=features",), ("groups.freeze=[conv1,bn1,layer1,layer2,layer3]",)):
+    for typed in (("finetune=features", "finetune.cache=false"), ("groups.freeze=[conv1,bn1,layer1,layer2,layer3]",)):
         run = started(base, base / "photos", *typed, "trainer.batch_size=8")
         before = standing(run)
         run.model.register_forward_pre_hook(lambda model, inputs: model.train(torch.is_grad_enabled()) and None)
@@ -453,3 +456,33 @@ def test_no_step_is_compiled_where_layers_thaw(base: Path):
         cnnlab.errors.UsageError, match="changes from epoch to epoch what trains; type trainer.step=eager"
     ):
         started(base, base / "photos", "finetune=gradual", "trainer.step=compiled")
+
+
+# ---- two processes ----
+
+
+def _fine_tuned(ranks: Ranks, told: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    run = make_run(*told, ranks=ranks)
+    fit(run)
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("finetune=features", "finetune.cache=false"),
+        ("finetune=full",),
+        ("finetune=gradual",),
+        ("finetune=partial", "finetune.until=layer1"),
+        ("finetune=partial", "finetune.until=layer1", "finetune.frozen=true"),
+    ],
+)
+def test_two_processes_fine_tune_as_one_does(base: Path, mode: tuple[str, ...]):
+    """From weights that each reads by itself. Batch norm is left out: its moments are those of a part of the batch."""
+    narrow = ("model.width=4", "norm=group", "trainer.batch_size=8", "optim.lr=0.01")
+    told = (*on(base / "photos"), *narrow, "trainer.epochs=3", "weights=run", f"weights.run={base / 'run'}", *mode)
+    both, alone = run_ranks(_fine_tuned, told), _fine_tuned(Ranks(), told)
+    for name, value in alone.items():
+        torch.testing.assert_close(both[0][name], value, rtol=1e-3, atol=1e-5, msg=name)
+        assert torch.equal(both[0][name], both[1][name]), name

@@ -116,7 +116,7 @@ def bare_loop(experiment: Experiment, run: Run, dtype: torch.dtype) -> Iterator[
         run: without statistics, hence without taps in its network.
         dtype: that the network computes in.
     """
-    device, loader = run.device, run.loaders["train"]
+    device, loader = run.device, run.loaders["train"].images
     images = _in_memory(loader.split, loader.batch_size, device)
     model = copy.deepcopy(run.model).train()
     node = experiment.node("optim")

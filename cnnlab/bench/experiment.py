@@ -137,7 +137,7 @@ class _Bench:
 
     def _roofline(self, run: Run, step_seconds: float) -> dict[str, Any]:
         machine = measure_rates(self.device, self.placement.dtype)
-        spec = next(iter(run.loaders["train"].batches(0)))[0]["image"].shape[1:]
+        spec = next(iter(run.loaders["train"].images.batches(0)))[0]["image"].shape[1:]
         times = layer_times(
             calls(run.model, spec),
             machine,

@@ -16,6 +16,7 @@ from cnnlab.augment import Pipeline, fitted
 from cnnlab.building.assemble import (
     class_counts,
     make_data,
+    make_finetune,
     make_interventions,
     make_network,
     make_optimizer,
@@ -25,6 +26,7 @@ from cnnlab.building.assemble import (
     placed,
     spec_for_task,
 )
+from cnnlab.building.cached import Fed, Keeping
 from cnnlab.building.facts import facts, unseen_classes, weighed_classes
 from cnnlab.building.feeding import make_loaders
 from cnnlab.building.pretrained import Transferred, trained_before, transfer
@@ -47,7 +49,7 @@ from cnnlab.observe.taps import Taps
 from cnnlab.optim.traits import Traits, accelerated
 from cnnlab.protocols import Data, DataSpec, Schedule, Split
 from cnnlab.runs.folder import RunDir
-from cnnlab.schema import Loading, StepKind
+from cnnlab.schema import FeatureSource, Loading, StepKind
 from cnnlab.tasks import Task
 from cnnlab.train.checkpointer import Checkpointer
 from cnnlab.train.forward import Forward
@@ -147,6 +149,10 @@ class _Builder:
         self.recipe: Recipe | None = None
         self.counts: Tensor | None = None
         self.transferred: Transferred | None = None
+        finetune = make_finetune(experiment)
+        self.views = None if finetune is None else finetune.views
+        self.features: FeatureSource | None = None
+        """What became of `finetune.cache`."""
 
     def run(self) -> Run:
         placement = self.place()
@@ -158,7 +164,7 @@ class _Builder:
         task = self.task(spec, splits["train"], placement)
         model, init = self.network(spec, task, placement)
         loaders, notices = make_loaders(
-            splits, pipeline, task, model, self.trainer, self.loading, placement, self.ranks, self.seed
+            splits, pipeline, task, model, self.trainer, self.loading, placement, self.ranks, self.seed, self.views
         )
         self.notices += notices
         train = loaders["train"]
@@ -169,10 +175,11 @@ class _Builder:
         optimizer = self.optimizer(model, placement)
         interventions = make_interventions(self.experiment)
         interventions.attach(model, self.seed)
-        schedule = self.schedule(train.steps, total_steps)
-        observer = make_observer(self.experiment, model, placement, self.ranks, total_steps)
         forward = Forward(model, task, placement.device, placement.dtype)
-        maker = self.maker(forward, optimizer, interventions, placement, train)
+        fed = self.fed(forward, loaders, interventions, pipeline, placement)
+        schedule = self.schedule(train.steps, total_steps)
+        observer = make_observer(self.experiment, model, placement, self.ranks, total_steps, fed.only)
+        maker = self.maker(fed.forward, optimizer, interventions, placement, fed.loaders["train"])
         step, placement = self.step(maker, total_steps, observer.taps)
         run = Run(
             experiment=self.experiment,
@@ -185,7 +192,7 @@ class _Builder:
             step=step,
             optimizer=optimizer,
             schedule=schedule,
-            loaders=loaders,
+            loaders=fed.loaders,
             observer=observer,
             device=placement.device,
             precision=placement.precision,
@@ -253,6 +260,24 @@ class _Builder:
             for group in run.optimizer.param_groups:
                 group["base_lr"] = recorded
             run.last_lr = run.lr()
+
+    def fed(
+        self,
+        forward: Forward,
+        loaders: dict[str, Loader],
+        interventions: Interventions,
+        pipeline: Pipeline,
+        placement: Placement,
+    ) -> Fed:
+        """What the run is fed with: images, or a frozen backbone's features where these are kept."""
+        kept = Keeping(
+            self.experiment, forward, loaders, interventions, pipeline, placement, self.ranks, self.trainer.epochs,
+            self.fitting(), self.resumed, self.resolved.features,
+        )  # fmt: skip
+        found = kept.settle()
+        self.features = found.source
+        self.notices += [] if found.notice is None else [found.notice]
+        return found
 
     def data(self, spec: DataSpec, placement: Placement) -> tuple[Pipeline, dict[str, Split]]:
         """The splits, and the pipeline with what it learns of them."""
@@ -389,4 +414,5 @@ class _Builder:
             decode=self.loading.decode,
             accumulate=None if run.step.accumulate == self.stated else run.step.accumulate,
             lr=self.rate,
+            features=self.features,
         )

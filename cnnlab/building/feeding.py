@@ -34,8 +34,12 @@ def make_loaders(
     placement: Placement,
     ranks: Ranks,
     seed: int,
+    views: int | None = None,
 ) -> tuple[dict[str, Loader], list[str]]:
     """The loaders by split, and what of the data is left out, in words.
+
+    Args:
+        views: fixed augmented views of each training image, in turn; `None` for a new one in every epoch.
 
     Raises `UsageError` for a batch of fewer samples than there are processes and micro-batches.
     """
@@ -65,7 +69,7 @@ def make_loaders(
         "targets": task.needs,
     }
     evaluation = trainer.eval_batch_size or max(trainer.batch_size, MIN_EVALUATION_BATCH)
-    unshuffled = {"shuffle": False, "transform": _transform(pipeline, task, placement, train=False), **common}
+    unshuffled = {"shuffle": False, "transform": _transform(pipeline, task, placement), **common}
     loaders = {
         name: Loader(split, min(evaluation, len(split)), **unshuffled)
         for name, split in splits.items()
@@ -76,18 +80,21 @@ def make_loaders(
         batch_size,
         shuffle=True,
         drop_last=trainer.drop_last or too_few,
-        transform=_transform(pipeline, task, placement, train=True),
+        transform=_transform(pipeline, task, placement, train=True, views=views),
         neighbours=pipeline.neighbours,
         **common,
     )
     return loaders, notices
 
 
-def _transform(pipeline: Pipeline, task: Task, placement: Placement, *, train: bool) -> Callable[[Batch, int], Batch]:
+def _transform(
+    pipeline: Pipeline, task: Task, placement: Placement, *, train: bool = False, views: int | None = None
+) -> Callable[[Batch, int], Batch]:
     layout = memory_format(placement.layout)
 
     def apply(batch: Batch, epoch: int) -> Batch:
-        batch = task.prepare(pipeline(batch, epoch=epoch, train=train))
+        seen = epoch if views is None else epoch % views
+        batch = task.prepare(pipeline(batch, epoch=seen, train=train))
         return {**batch, "image": batch["image"].contiguous(memory_format=layout)}
 
     return apply

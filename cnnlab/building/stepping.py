@@ -86,7 +86,8 @@ class StepMaker:
         """The forward pass of evaluations."""
         if not self.trainer.auto_accumulate:
             return self.forward
-        return HalvingForward(self.forward.model, self.forward.task, self.forward.device, self.forward.dtype)
+        forward = self.forward
+        return HalvingForward(forward.model, forward.task, forward.device, forward.dtype, halves=forward.halves)
 
     def settle(
         self, total_steps: int, taps: Taps | None, cut: Callable[[int, str], None]

@@ -25,9 +25,18 @@ from cnnlab.train.run import Run
 
 
 def make_observer(
-    experiment: Experiment, model: nn.Module, placement: Placement, ranks: Ranks, total_steps: int
+    experiment: Experiment,
+    model: nn.Module,
+    placement: Placement,
+    ranks: Ranks,
+    total_steps: int,
+    only: frozenset[str] | None = None,
 ) -> Observer:
-    """The probes, and the taps that they need."""
+    """The probes, and the taps that they need.
+
+    Args:
+        only: names of the modules that run in training, where not all of them do.
+    """
     stats = experiment.stats
     nodes = experiment.nodes("probe") if stats.enabled else {}
     probes = [node.make() for node in nodes.values()]
@@ -41,6 +50,7 @@ def make_observer(
             gradients="activation_gradients" in needs,
             always=placement.step is not StepKind.eager,
             ranks=ranks,
+            only=only,
         )
     return Observer(
         model,

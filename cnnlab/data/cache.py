@@ -206,7 +206,7 @@ def _built(
         built = opened_entry(folder, shape, check=False)
         if not isinstance(built, Entry):
             raise OSError(f"what was written reads back otherwise ({built})")
-        install(folder, entry, shape)
+        install(folder, entry, lambda: isinstance(opened_entry(entry, shape), Entry))
         return built
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -119,7 +119,7 @@ def opened_entry(folder: Path, shape: tuple[int, int, int, int], *, check: bool 
         images = _mapped(folder / "images.npy", shape)
         sizes = _read(folder / "sizes.npy", (shape[0], 2), content.sizes)
         if check:
-            _check(images, content.blocks)
+            check_blocks("images.npy", images, content.blocks)
     except (OSError, ValueError, TypeError) as error:
         return str(error)
     with warnings.catch_warnings():
@@ -156,18 +156,24 @@ def _start(path: Path, shape: tuple[int, ...], kind: str, width: int) -> int:
     return len(expected)
 
 
-def _check(images: np.ndarray[Any, Any], blocks: Sequence[tuple[int, int]]) -> None:
-    """Raises `ValueError` where a block's checksum does not match, of all or of as many as are checked."""
+def check_blocks(name: str, rows: np.ndarray[Any, Any], blocks: Sequence[Sequence[int]]) -> None:
+    """Raises `ValueError` where a checksum does not match, of all blocks or of as many as are checked.
+
+    Args:
+        name: of the file.
+        rows: what it holds.
+        blocks: (rows, checksum) of each.
+    """
     ends = np.cumsum([count for count, _ in blocks], dtype=np.int64)
-    if (int(ends[-1]) if len(ends) else 0) != len(images):
-        raise ValueError("meta.json names other blocks than there are images")
+    if (int(ends[-1]) if len(ends) else 0) != len(rows):
+        raise ValueError("meta.json names other blocks than there are rows")
     chosen = range(len(blocks))
-    if images.nbytes > CHECKED_BYTES:
-        chosen = random.Random().sample(chosen, max(1, len(blocks) * CHECKED_BYTES // images.nbytes))  # type: ignore[assignment]
+    if rows.nbytes > CHECKED_BYTES:
+        chosen = random.Random().sample(chosen, max(1, len(blocks) * CHECKED_BYTES // rows.nbytes))  # type: ignore[assignment]
     for number in chosen:
         end, count = int(ends[number]), blocks[number][0]
-        if zlib.crc32(images[end - count : end].data) != blocks[number][1]:
-            raise ValueError(f"images.npy is damaged: its block {number} of {len(blocks)} does not match its checksum")
+        if zlib.crc32(rows[end - count : end].data) != blocks[number][1]:
+            raise ValueError(f"{name} is damaged: its block {number} of {len(blocks)} does not match its checksum")
 
 
 def temporary(entry: Path) -> Path:
@@ -194,8 +200,11 @@ def sync_folder(folder: Path) -> None:
             os.close(number)
 
 
-def install(built: Path, entry: Path, shape: tuple[int, int, int, int]) -> None:
+def install(built: Path, entry: Path, whole: Callable[[], bool]) -> None:
     """Moves a complete folder to the entry's place.
+
+    Args:
+        whole: whether what is at the entry's place is whole.
 
     What is there already stays if it is whole: it is another builder's. What is damaged is first moved away under a
     name of its own, so that of several builders each either finds its place free or another's whole entry there.
@@ -209,7 +218,7 @@ def install(built: Path, entry: Path, shape: tuple[int, int, int, int]) -> None:
         except OSError as error:
             if error.errno not in _IN_THE_WAY:  # what was there may be gone again: another builder moved it
                 raise
-        if isinstance(opened_entry(entry, shape), Entry):
+        if whole():
             return
         aside = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".tmp", dir=entry.parent))
         with suppress(OSError):  # another builder was faster

@@ -99,6 +99,11 @@ class Loader:
         self._wanted = None if targets is None else {"image", "index", VIEW, *targets}
 
     @property
+    def images(self) -> Loader:
+        """The loader of the images themselves, for who looks at them, whatever the batches hold in their place."""
+        return self
+
+    @property
     def resident(self) -> bool:
         """Whether batches are gathered in the device's own memory."""
         return self.path is DataPath.resident
@@ -218,10 +223,10 @@ class Loader:
         """`count` samples (or all of fewer) from all over the split, in its order, as batches have them."""
         return self.at(spread(self.length, count))
 
-    def at(self, index: Tensor) -> Batch:
-        """The samples at `index` (n,) int64, as batches have them."""
+    def at(self, index: Tensor, epoch: int = 0) -> Batch:
+        """The samples at `index` (n,) int64, as batches of the epoch have them."""
         batch = self.raw(index)
-        return batch if self.transform is None else self.transform(batch, 0)
+        return batch if self.transform is None else self.transform(batch, epoch)
 
     def raw(self, index: Tensor) -> Batch:
         """The same before `transform`: images as they are stored."""

@@ -24,7 +24,7 @@ def inputs(subject: Subject) -> Finding:
     """What the network gets in training and in evaluation is scaled alike, and as networks expect it."""
     run = subject.run
     moments = {}
-    for name, loader in (("training", run.loaders["train"]), ("evaluation", run.loaders["val"])):
+    for name, loader in (("training", run.loaders["train"].images), ("evaluation", run.loaders["val"].images)):
         image = loader.some(64)["image"].float()
         std, mean = torch.std_mean(image, dim=(0, 2, 3), correction=0)
         moments[name] = (mean, std)
@@ -59,7 +59,7 @@ def targets(subject: Subject) -> Finding:
         split = run.loaders[name].split
         counts = run.task.class_counts(run.spec, split.labels)
         if counts is None:
-            batch = run.loaders[name].some(32)
+            batch = run.loaders[name].images.some(32)
             if "mask" in batch:
                 values = batch["mask"][batch["mask"] != VOID]
                 if len(values) and int(values.max()) >= len(names):

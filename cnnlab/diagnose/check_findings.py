@@ -55,7 +55,7 @@ class Subject:
 
     @classmethod
     def of(cls, run: Run) -> Subject:
-        batch, _ = run.loaders["train"].first()
+        batch, _ = run.loaders["train"].images.first()
         return cls(run, first_samples(batch, MOST))
 
     @property

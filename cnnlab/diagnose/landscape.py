@@ -73,7 +73,7 @@ def batch_for(run: Run, samples: int) -> Batch:
     """The coming batches of the run, as training gets them, cut at `samples`; all of a smaller training set."""
     found: list[Batch] = []
     step = run.clock.step
-    for batch, _ in run.loaders["train"].batches(run.clock.epoch):
+    for batch, _ in run.loaders["train"].images.batches(run.clock.epoch):
         found.append(run.interventions.batch(batch, step))
         step += 1
         if sum(len(part["index"]) for part in found) >= samples:

@@ -82,7 +82,7 @@ def _built(experiment: Experiment, images: int, values: Mapping[str, Any] | None
 
 
 def _first(run: Run, images: int) -> Batch:
-    batch, _ = run.loaders["train"].alone().first()
+    batch, _ = run.loaders["train"].images.alone().first()
     return {name: tensor[:images] for name, tensor in batch.items()}
 
 

@@ -67,7 +67,7 @@ class ExplainedPictures(Listener):
         run.tell("on_pictures", pictures, run.clock.step)
 
     def _examples(self, run: Any) -> Examples:
-        batch = run.loaders["val"].some(self.count)
+        batch = run.loaders["val"].images.some(self.count)
         truth = {name: value for name, value in batch.items() if name in ("label", "mask")}
         names = [f"val {index}" for index in batch["index"].tolist()]
         return Examples(names, batch["image"], batch["image"], truth)

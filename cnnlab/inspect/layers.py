@@ -101,9 +101,14 @@ def _lists_in_lists(module: nn.Module) -> int:
 def head_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters of the network's head and of its own classifier, where it has them (empty if
     unknown)."""
-    modules = [_submodule(model, name) for name in (HEAD, *getattr(model, "classifier_modules", ()))]
-    own = {id(p) for module in modules if isinstance(module, nn.Module) for p in module.parameters()}
+    own = {id(p) for module in head_modules(model).values() for p in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in own}
+
+
+def head_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The network's head and its own classifier by name, where it has them (empty if unknown)."""
+    found = {name: _submodule(model, name) for name in (HEAD, *getattr(model, "classifier_modules", ()))}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

@@ -21,6 +21,10 @@ Norm = Literal["keep", "update"]
 `update` them from the batches (and normalize by these), as torch does by itself."""
 
 
+Cache = bool | Literal["auto"]
+"""Whether something is kept; `auto`: where it can be."""
+
+
 class Finetune(Freeze):
     """Base of the ways to fine-tune. What is frozen is frozen bit for bit, with what norm layers remember.
 
@@ -32,6 +36,10 @@ class Finetune(Freeze):
     """
 
     eager_only: str | None = None
+    cache: Cache = False
+    """Whether the backbone's features are made once and kept, rather than in every epoch."""
+    views: int | None = None
+    """How many augmented views there are of each image; `None` for a new one in every epoch."""
 
     def __init__(self, norm: Norm = "keep"):
         super().__init__()
@@ -82,7 +90,29 @@ class Full(Finetune):
 
 
 class Features(Finetune):
-    """The head alone trains, on the features of a backbone that stands still (Donahue et al. 2014)."""
+    """The head alone trains, on the features of a backbone that stands still (Donahue et al. 2014).
+
+    Where these are the same in every epoch, they need not be made in every epoch (see `cnnlab.train.feature_loader`).
+
+    Args:
+        norm: see `Finetune`.
+        cache: whether the features are made once and kept in the cache, so that epochs take seconds: of an input that
+            is not augmented, or has `views`. `auto` keeps them where nothing is against it, and says what is.
+        views: fixed augmented views of each image, in turn from epoch to epoch; `None` draws new ones.
+
+    Raises:
+        ValueError: `cache` where the norm layers' statistics move.
+    """
+
+    def __init__(self, norm: Norm = "keep", cache: Cache = "auto", views: PositiveInt | None = None):
+        super().__init__(norm)
+        if cache is True and norm == "update":
+            raise ValueError(
+                "`finetune.cache=true`: under finetune.norm=update the statistics of norm layers move, and with them "
+                "the features; type finetune.norm=keep, or finetune.cache=false"
+            )
+        self.cache = cache
+        self.views = views
 
     def standing(self, model: nn.Module) -> list[str]:
         backbone, _ = parted(model)

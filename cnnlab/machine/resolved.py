@@ -9,7 +9,7 @@ from typing import Any
 
 from cnnlab.machine import device as devices
 from cnnlab.machine.device import Placement
-from cnnlab.schema import DataPath, Decoder, Device, Layout, Precision, StepKind, Trainer
+from cnnlab.schema import DataPath, Decoder, Device, FeatureSource, Layout, Precision, StepKind, Trainer
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Resolved:
     """Micro-batches an update, where memory ended (`trainer.auto_accumulate`)."""
     lr: float | None = None
     """The base rate that a range test found (`optim.lr=auto`)."""
+    features: FeatureSource | None = None
+    """What became of `finetune.cache`."""
 
     @classmethod
     def of(cls, record: Mapping[str, str]) -> Resolved:
@@ -71,6 +73,7 @@ _KINDS: dict[str, Callable[[str], Any]] = {
     "decode": Decoder,
     "accumulate": int,
     "lr": float,
+    "features": FeatureSource,
 }
 
 

@@ -54,7 +54,7 @@ class _External(ConvNet):
         self.stage_channels = ()
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return as_mapping(self.network(x)) if self.head is None else self.head(self.regularized(self.features(x)))
+        return as_mapping(self.network(x)) if self.head is None else super().forward(x)
 
     def add_head(self, head: nn.Module) -> None:
         raise ValueError(

@@ -9,6 +9,7 @@ synchronization. Nothing is renamed, no parameter is added, and the numbers of t
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,10 +98,15 @@ def bounds_of(module: nn.Module) -> tuple[float, float] | None:
     return (-math.inf if low == 0 == off else low, high)
 
 
-def tapped_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def tapped_layers(model: nn.Module, only: Collection[str] | None = None) -> list[tuple[str, nn.Module]]:
     """The layers worth watching, in the order of registration: the activations; where a network has fewer than
-    two activation modules (it calls functions instead), its convolutions and linear layers."""
-    leaves = [(name, m) for name, m in model.named_modules() if not any(m.children()) and name]
+    two activation modules (it calls functions instead), its convolutions and linear layers.
+
+    Args:
+        only: names of the modules that run; `None` for all.
+    """
+    named = [(name, module) for name, module in model.named_modules() if only is None or name in only]
+    leaves = [(name, m) for name, m in named if not any(m.children()) and name]
     found = [(name, m) for name, m in leaves if isinstance(m, _ACTIVATIONS) or getattr(m, "is_activation", False)]
     return found if len(found) >= 2 else [(name, m) for name, m in leaves if isinstance(m, _LINEAR)]
 
@@ -113,6 +119,7 @@ class Taps:
         gradients: whether activation gradients are asked for.
         always: keeps the taps open on every step, as a compiled or captured program needs; otherwise they read
             between `start` and `stop` only, and a closed tap costs one Python call.
+        only: names of the modules that run in training, where not all of them do.
 
     Of several micro-batches the first is looked at, the last where a CUDA graph runs them all. A layer that is used
     several times in a forward pass reports its last use (its gradient: all uses).
@@ -127,6 +134,7 @@ class Taps:
         gradients: bool,
         always: bool,
         ranks: Ranks | None = None,
+        only: Collection[str] | None = None,
     ):
         self.ranks = ranks or Ranks()
         self.always = always
@@ -134,7 +142,7 @@ class Taps:
         self.aside = Aside(device)
         # Rank r has the samples r, r + world, ... of the batch.
         self.samples = len(range(self.ranks.rank, samples, self.ranks.world))
-        layers = tapped_layers(model)
+        layers = tapped_layers(model, only)
         self.names = tuple(name for name, _ in layers)
         self.bank = torch.zeros(len(layers), _COLUMNS, device=device)
         self.active: list[Tensor | None] = [None] * len(layers)

@@ -25,7 +25,7 @@ class SamplePictures(Listener):
         if run.resumed:
             return
         with run.observer.overhead.charging():
-            batch, _ = run.loaders["train"].first()
+            batch, _ = run.loaders["train"].images.first()
             self._board.pictures(run.task.pictures(batch))
 
     def on_epoch(self, run: Any, figures: dict[str, float]) -> None:
@@ -34,7 +34,7 @@ class SamplePictures(Listener):
             return
         self._next = 2 * epoch
         with run.observer.overhead.charging():
-            batch = run.loaders["val"].some(SHOWN)
+            batch = run.loaders["val"].images.some(SHOWN)
             with run.evaluating():
                 outputs = run.forward.outputs(batch["image"])
             self._board.pictures(run.task.pictures(batch, outputs), run.clock.step)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cnnlab.protocols import Batch, Outputs, Penalty, as_outputs
 from cnnlab.tasks import Task
+from cnnlab.train.halves import Halves
 
 Sums = dict[str, Tensor]
 
@@ -24,21 +25,32 @@ class Forward:
     Args:
         dtype: of the autocast; float32 and float64 take none.
         views: whether a network in evaluation sees the task's views of each image, rather than the image alone.
+        halves: the network in halves, where batches may hold features in the place of images.
     """
 
-    def __init__(self, model: nn.Module, task: Task, device: torch.device, dtype: torch.dtype, *, views: bool = True):
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        views: bool = True,
+        halves: Halves | None = None,
+    ):
         self.model = model
         self.task = task
         self.device = device
         self.dtype = dtype
         self.views = views
+        self.halves = halves
 
     def autocast(self) -> AbstractContextManager[Any]:
         whole = self.dtype in (torch.float32, torch.float64)
         return nullcontext() if whole else torch.autocast(self.device.type, self.dtype)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Sums]:
-        return self.judged(self.outputs(batch["image"]), batch)
+        return self.judged(self.of_batch(batch), batch)
 
     def judged(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Sums]:
         """What is returned of a batch, from its outputs."""
@@ -53,12 +65,23 @@ class Forward:
             }
         return losses, sums
 
+    def of_batch(self, batch: Batch) -> Outputs:
+        """`outputs` of a batch's images, or of the features that are in their place."""
+        if self.halves is None or "image" in batch:
+            return self.outputs(batch["image"])
+        with self.autocast():
+            return _widened(self.task.merge([(1.0, self.halves.of_batch(batch))]))
+
     def outputs(self, image: Tensor) -> Outputs:
         """What the task reads of the network, float32; in evaluation of the views that it wants of each image."""
         with self.autocast():
             views = [(1.0, image)] if self.model.training or not self.views else self.task.views(image)
             merged = self.task.merge([(weight, as_outputs(self.model(view))) for weight, view in views])
-        return {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in merged.items()}
+        return _widened(merged)
+
+
+def _widened(outputs: Outputs) -> Outputs:
+    return {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in outputs.items()}
 
 
 class Penalties:

@@ -116,7 +116,7 @@ class NonFinite:
         """Where the update became what it is, and its batch. What fails here does not hide what ended the run."""
         epoch, number = divmod(seen.number, run.steps_per_epoch)
         try:
-            with closing(run.loaders["train"].batches(epoch, number)) as batches:  # type: ignore[type-var]
+            with closing(run.loaders["train"].images.batches(epoch, number)) as batches:  # type: ignore[type-var]
                 batch, count = next(batches)
             return locate(run.step, batch, count, seen.number), batch
         except (RuntimeError, ValueError, OSError) as error:

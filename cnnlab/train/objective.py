@@ -219,7 +219,12 @@ class Objective:
         batch = {name: self._cast(tensor) for name, tensor in self.batch.items()}
         count = len(batch["index"]) if self.count is None else self.count
         forward = Forward(
-            self.model, self.forward.task, self.forward.device, self.dtype or self.forward.dtype, views=False
+            self.model,
+            self.forward.task,
+            self.forward.device,
+            self.dtype or self.forward.dtype,
+            views=False,
+            halves=self.forward.halves,
         )
         trained = {name: theta[name] for name in self.names}
         for index, piece in enumerate(pieces(batch, self.accumulate)):

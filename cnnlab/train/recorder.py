@@ -170,7 +170,7 @@ class Evidence(Listener):
             return
         moments = {}
         for name in ("train", "val"):
-            batch, _ = run.loaders[name].alone().first()
+            batch, _ = run.loaders[name].images.alone().first()
             moments[name] = channel_moments(batch["image"])
         self._folder.update(inputs=moments)
         self._describe()

@@ -98,7 +98,8 @@ def _losses(ranks: Ranks, told: tuple[str, ...]) -> list[float]:
 @pytest.mark.slow
 @HEADS
 def test_two_processes_learn_what_one_does(head: str):
-    told = overrides(head, "trainer.precision=fp32", "norm=group", "stats=off", "regularization.dropout=0")
+    focal = () if head in BOXES else ("loss.weights.focal=1",)
+    told = overrides(head, "trainer.precision=fp32", "norm=group", "stats=off", "regularization.dropout=0", *focal)
     both = run_ranks(_losses, told)
     alone = _losses(Ranks(), told)
     assert both[0] == pytest.approx(alone, rel=1e-3)

@@ -95,3 +95,20 @@ def test_timm_network_has_logits_and_stages():
     assert model(images(32, channels=1))["logits"].shape == (2, 5)
     stages = model.features(images(32, channels=1)).stages
     assert tuple(stage.shape[1] for stage in stages) == model.stage_channels
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+def test_timms_output_stride_is_timms_own(stride: int):
+    """The same weights in timm's own backbone give the same maps."""
+    timm = pytest.importorskip("timm")
+    network = Timm(num_classes=3, in_channels=3, image_size=(64, 64), name="resnet18", output_stride=stride).eval()
+    theirs = timm.create_model("resnet18", features_only=True, output_stride=stride).eval()
+    own = {name.removeprefix("network."): value for name, value in network.state_dict().items()}
+    theirs.load_state_dict({name: own[name] for name in theirs.state_dict()})
+    image = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        found, expected = network.features(image).stages, theirs(image)
+    assert [tuple(m.shape[-2:]) for m in found] == [tuple(m.shape[-2:]) for m in expected]
+    assert found[-1].shape[-1] == 64 // stride
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
