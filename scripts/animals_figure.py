@@ -3,9 +3,9 @@
     scripts/animals_figure.py ANIMALS WORK [--seeds 3]
 
 ANIMALS holds JPEGImages, Annotations and ImageSets/Main (Pascal VOC). Each recipe runs with each seed, seed by seed;
-what is in WORK is not done again, and a run that was cut goes on. The recipe with the highest mean IoU on val, its mean over
-the seeds, is chosen; only of this one is test shown. The constant box is the mean of the training boxes, its class the
-most frequent one.
+what is in WORK is not done again, and a run that was cut goes on. The recipe with the highest mean IoU on val, its mean
+over the seeds, is chosen; only of this one is test shown. The constant box is the mean of the training boxes, its class
+the most frequent one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def train(told: tuple[str, ...], seed: int, root: Path, run: Path) -> dict[str, 
     record = run / "run.json"
     if not (record.exists() and json.loads(record.read_text()).get("status") == "completed"):
         anew = [
-            "experiment=animals_cpu", f"data.root={root}", f"seed={seed}", "stats=off", "trainer.threads=1", "trainer.step=eager", *told,
+            "experiment=animals_cpu", f"data.root={root}", f"seed={seed}", "stats=off", "trainer.threads=1",
+            "trainer.step=eager", *told,
             f"hydra.run.dir={run}",
         ]  # fmt: skip
         again = [f"resume={run}"] if (run / "checkpoints" / "last.pt").exists() else anew
