@@ -64,6 +64,7 @@ KINDS = {
     "moved masks": (*SHAPES, "task=segmentation", "model.width=4", "augment=[rotate]", "finetune.views=1"),
     "boxes": (*SHAPES, "task=localization", "model.width=4"),
     "layouts": ("model.width=4", "trainer.layout=channels_last", "head=linear"),
+    "memory that is watched": ("model.width=4", "trainer.auto_accumulate=true"),
     "lbfgs": ("model.width=4", "optim=lbfgs", "optim.max_iter=2"),
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from cnnlab.protocols import Batch, Outputs, StepResult
 from cnnlab.tasks import Task
 from cnnlab.torch_private import BatchNorm
 from cnnlab.train.forward import Forward, Sums, pieces
+from cnnlab.train.halves import Halves
 from cnnlab.train.steps.eager import EagerStep
 
 _T = TypeVar("_T")
@@ -67,10 +68,12 @@ class HalvingForward(Forward):
     Sums over samples are what they were, but for the rounding of another batch size.
     """
 
-    def __init__(self, model: nn.Module, task: Task, device: torch.device, dtype: torch.dtype):
-        super().__init__(model, task, device, dtype)
+    def __init__(
+        self, model: nn.Module, task: Task, device: torch.device, dtype: torch.dtype, halves: Halves | None = None
+    ):
+        super().__init__(model, task, device, dtype, halves=halves)
         self.count = 1
-        self._whole = Forward(model, task, device, dtype)
+        self._whole = Forward(model, task, device, dtype, halves=halves)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Sums]:
         if self.model.training:
