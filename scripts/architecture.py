@@ -20,6 +20,9 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 ROOT = Path(__file__).parent.parent
 SAID = {
     "errors": "exit codes, did you mean",
+    "blocks": "what networks and heads share",
+    "usertext": "text files of people",
+    "torch_private": "with reasons",
     "schema": "the fixed sections",
     "rng": "random numbers by place",
     "protocols": "what parts owe",
@@ -28,17 +31,21 @@ SAID = {
     "machine": "device, ranks, signals, memory",
     "composing": "overrides → Experiment",
     "runs": "run folder, checkpoints",
-    "sinks": "console, JSONL, TensorBoard",
+    "sinks": "console, JSONL, TensorBoard, figures",
     "inspect": "summary, FLOPs, receptive field",
     "tasks": "what is learned, metrics",
     "observe": "taps, probes, cadence",
     "train": "loop, steps, objective, decisions",
     "building": "check, build, open, launch",
+    "explain": "what a network looks at",
+    "assess": "intervals, calibration",
     "bench": "ratios, arms, roofline",
+    "diagnose": "check, probe, landscape",
+    "page": "a run folder as one page",
     "verbs": "one module a verb",
     "cli": "dispatch, exit codes",
 }
-PARTS = {"data", "models", "heads", "init", "optim", "losses", "augment", "interventions", "penalties"}
+PARTS = {"data", "models", "heads", "init", "optim", "losses", "augment", "interventions", "penalties", "weights"}
 INK, PALE, WAY, DATA = "#20303c", "#eef2f5", "#b4552d", "#2d6fb4"
 
 
@@ -70,7 +77,7 @@ def main() -> None:
             axes.add_patch(box)
             small = len(names) > 6
             said = SAID.get(name, "")
-            size = 6.6 if small else 9.5
+            size = 5.8 if small else 9.5
             axes.text(
                 x + (width - 1) / 2,
                 y + (3.3 if said and not small else 2.5),

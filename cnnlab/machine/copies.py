@@ -1,8 +1,9 @@
-"""Copies between the CPU and a GPU that nobody waits for."""
+"""Copies between the CPU and a GPU, but for those of batches (`cnnlab.data.ahead`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,15 @@ def pinned(tensor: Tensor) -> Tensor:
     """A tensor of the CPU in memory from which a copy to a GPU (`non_blocking=True`) runs beside the program; one of a
     GPU as it is."""
     return tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory()
+
+
+def on_cpu(value: Any) -> Any:
+    """Nested values (mappings, lists, tuples) with a copy of each tensor, on the CPU. Waits for the device."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: on_cpu(item) for key, item in value.items()}
+    return [on_cpu(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class Arriving:

@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from cnnlab.errors import CheckpointError, InterruptedRun
+from cnnlab.machine.copies import on_cpu
 from cnnlab.runs import checkpoint
 from cnnlab.runs.folder import write_atomically
 from cnnlab.train.origin import chosen, is_chosen, load_own
@@ -130,7 +129,7 @@ class Checkpointer:
         if best and run.is_main:
             in_file = self.enabled and run.folder is not None
             state = run.state.state_dict(only=_evaluated(run))
-            self._best = None if in_file else _on_cpu(state)
+            self._best = None if in_file else on_cpu(state)
         if not self.enabled:
             return
         run.complete_state()
@@ -152,12 +151,3 @@ class Checkpointer:
 def _evaluated(run: Run) -> tuple[str, ...]:
     """The parts of the State that make the network as it is evaluated."""
     return ("model", *run.interventions.of_evaluation())
-
-
-def _on_cpu(value: Any) -> Any:
-    """Nested state with a copy of each tensor, on the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {name: _on_cpu(item) for name, item in value.items()}
-    return [_on_cpu(item) for item in value] if isinstance(value, list | tuple) else value

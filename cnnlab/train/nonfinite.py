@@ -12,9 +12,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from cnnlab.errors import DivergedError, RolledBack
+from cnnlab.machine.copies import on_cpu
 from cnnlab.machine.surroundings import shown_path
 from cnnlab.protocols import Batch
 from cnnlab.runs import checkpoint
@@ -152,7 +151,7 @@ class NonFinite:
                 "located": found.record(),
             }
             try:
-                checkpoint.save(_on_cpu(content), path)
+                checkpoint.save(on_cpu(content), path)
             except OSError as error:
                 run.notice(f"{error}; the update is not kept")
                 return None
@@ -199,15 +198,6 @@ def _count(run: Run, number: int) -> int:
     loader = run.loaders["train"]
     first = number % run.steps_per_epoch * loader.batch_size
     return min(loader.batch_size, loader.length - first)
-
-
-def _on_cpu(value: Any) -> Any:
-    """Nested values with a copy of each tensor, on the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    return [_on_cpu(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def returned_rate(returned: int) -> float:
