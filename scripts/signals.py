@@ -1,4 +1,4 @@
-"""How soon does a run end when it is asked to? Sends signals to real `cnnlab train` processes, whatever they do.
+"""How soon does a run end when it is asked to? Sends signals to `cnnlab train`, whatever it does.
 
     python scripts/signals.py                             60 signals: 15 moments of a run, 4 signals each
     python scripts/signals.py --only frozen --signals INT,INT+INT
@@ -26,7 +26,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
+
+from forked import Forked
 
 from cnnlab.machine.interrupts import descendants
 
@@ -59,24 +62,36 @@ class Case:
     said: str = ""
 
 
+REAL = ("after 0.2 s", "after 0.5 s", "after 1.0 s", "built", "compiling")
+"""Moments of processes that are started as a user starts them."""
 Ready = Callable[["Process"], bool]
 
 
 class Process:
-    """A `cnnlab train` in a session of its own."""
+    """A `cnnlab train` in a session of its own.
 
-    def __init__(self, arguments: list[str], place: Path):
+    Args:
+        real: started as a user starts it; else forked (`scripts/forked.py`), which spares the imports.
+    """
+
+    def __init__(self, arguments: list[str], place: Path, *, real: bool):
         self.run = place / "run"
         self.began = time.monotonic()
-        output = (place / "output").open("wb")
-        call = [sys.executable, "-m", "cnnlab", "train", *arguments]
-        self.popen = subprocess.Popen(
-            call, cwd=place, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
+        if not real:
+            self.pid = Forked(["train", *arguments], place).pid
+            return
+        with (place / "stdout").open("wb") as output:
+            call = [sys.executable, "-m", "cnnlab", "train", *arguments]
+            self._popen = subprocess.Popen(
+                call, cwd=place, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        self.pid = self._popen.pid
 
-    @property
-    def pid(self) -> int:
-        return self.popen.pid
+    def code(self) -> int | None:
+        """Its exit code, or minus the signal that ended it; `None` while it goes on. To be asked once it has ended."""
+        if self.alive():
+            return None
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def stat(self) -> list[str]:
         with suppress(OSError):
@@ -215,10 +230,11 @@ def tried(moment: str, names: str, place: Path, pictures: Path) -> Case:
     found = Case(moment, names)
     own, ready = moments(pictures, place / "cache")[moment]
     where = ("hydra.sweep.dir" if "-m" in own else "hydra.run.dir") + f"={place / 'run'}"
-    process = Process([*own[:1], *LONG, *own[1:], where] if "-m" in own else [*LONG, *own, where], place)
+    arguments = [*own[:1], *LONG, *own[1:], where] if "-m" in own else [*LONG, *own, where]
+    process = Process(arguments, place, real=moment in REAL)
     try:
         if not process.until(ready):
-            found.wrong.append(f"never came to the moment; exit {process.popen.poll()}")
+            found.wrong.append("never came to the moment")
             return found
         asked = [getattr(signal, f"SIG{name}") for name in names.split("+")]
         found.load = os.getloadavg()[0]
@@ -230,8 +246,7 @@ def tried(moment: str, names: str, place: Path, pictures: Path) -> Case:
             time.sleep(0.01)
         found.seconds = round(time.monotonic() - sent, 2)
         found.computed = round(process.computed() - before, 2)
-        with suppress(subprocess.TimeoutExpired):
-            found.code = process.popen.wait(0.1)
+        found.code = process.code()
         time.sleep(0.2)
         found.orphans = [command_of(pid)[:100] for pid in process.session() if pid != process.pid]
         judge(found, process.run, asked[-1])
@@ -239,8 +254,10 @@ def tried(moment: str, names: str, place: Path, pictures: Path) -> Case:
         for pid in {*process.session(), *descendants(process.pid)}:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-        process.popen.wait()
-        found.said = (place / "output").read_text(errors="replace")[-300:]
+        with suppress(ChildProcessError):
+            os.waitpid(process.pid, 0)
+        texts = [(place / name).read_text(errors="replace") for name in ("stdout", "stderr") if (place / name).exists()]
+        found.said = " ".join(text[-300:] for text in texts)
     return found
 
 
@@ -272,10 +289,13 @@ def main() -> int:
     parser.add_argument("--signals", default="INT,TERM,HUP,INT+INT", help="default: INT,TERM,HUP,INT+INT")
     parser.add_argument("--json", type=Path, help="write the cases to this file, as they come")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background, and so it would be inherited
     cases: list[Case] = []
     with tempfile.TemporaryDirectory(prefix="signals-") as temporary:
         root = Path(temporary)
         make_pictures(root / "pictures")
+        for name in ("cli", "verbs.train", "building.launch", "building.trial", "data.folder", "sinks.tensorboard"):
+            import_module(f"cnnlab.{name}")
         for names in options.signals.split(","):
             for moment in moments(root, root):
                 if options.only not in moment:

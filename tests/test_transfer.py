@@ -188,8 +188,11 @@ def test_a_state_dict_and_what_holds_one_and_safetensors_are_alike(base: Path, t
     assert any("its classes have no names" in line for line in run.notices)
 
 
+ENDLESS = b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 8]}}'
+
+
 @pytest.mark.parametrize(
-    "header", [b"{", b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9]}}', b"[1]", b'{"a": 1}']
+    "header", [b"{", b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9]}}', b"[1]", b'{"a": 1}', ENDLESS]
 )
 def test_a_damaged_safetensors_file_is_refused(header: bytes):
     content = len(header).to_bytes(8, "little") + header + b"\0" * 8

@@ -260,9 +260,21 @@ class Evidence(Listener):
 
 
 def sample_losses(folder: RunDir) -> np.ndarray:
-    """The recorded losses of the training samples: (epochs, samples) float16, NaN where not seen."""
-    _, samples = json.loads((folder.evidence / "shape.json").read_text())
-    flat = np.fromfile(folder.evidence / "sample_loss.f16", dtype=np.float16)
+    """The recorded losses of the training samples: (epochs, samples) float16, NaN where not seen.
+
+    Raises `CheckpointError` where a file is missing or damaged.
+    """
+    path, losses = folder.evidence / "shape.json", folder.evidence / "sample_loss.f16"
+    try:
+        shape = stored.parsed_json(stored.text_of(path))
+    except ValueError as error:
+        raise stored.damaged(path, error) from error
+    if not (isinstance(shape, list) and len(shape) == 2 and stored.COUNT[1](shape[1]) and shape[1]):
+        raise stored.damaged(path, "expected [-1, samples]")
+    stored.require_file(losses)
+    if not losses.exists():
+        raise stored.damaged(losses, "it is missing")
+    samples, flat = shape[1], np.fromfile(losses, dtype=np.float16)
     return flat[: len(flat) // samples * samples].reshape(-1, samples)  # a kill can leave a torn last row
 
 

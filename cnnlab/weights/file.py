@@ -120,7 +120,7 @@ def safetensors(content: bytes, path: Path) -> dict[str, Tensor]:
         header = json.loads(content[8:end])
         values = memoryview(content)[end:]
         return {name: _tensor(entry, values) for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"`weights.file={path}` is no whole safetensors file: {error}") from error
 
 

@@ -10,7 +10,7 @@ import pytest
 from lab_runs import Interrupt, fitted, make_run, resume_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cnnlab.errors import InterruptedRun
+from cnnlab.errors import CheckpointError, InterruptedRun
 from cnnlab.runs.folder import RunDir
 from cnnlab.sinks.samples import SamplePictures
 from cnnlab.sinks.tensorboard import TensorBoard
@@ -95,3 +95,15 @@ def test_lost_records_are_said(tmp_path: Path, name: str):
     (tmp_path / name).unlink()
     (notice,) = [n for n in resume_run(tmp_path).notices if name in n]
     assert "no record is left" in notice
+
+
+@pytest.mark.parametrize("text", ["", "3", "[]", "[-1, 0]", '[-1, "a"]', "[-1, true]", "[" * 5000, "NaN", None])
+def test_a_damaged_shape_of_the_evidence_is_named(tmp_path: Path, text: str | None):
+    folder = RunDir(tmp_path)
+    folder.evidence.mkdir()
+    np.zeros(6, np.float16).tofile(folder.evidence / "sample_loss.f16")
+    (folder.evidence / "shape.json").write_text("[-1, 3]")
+    assert sample_losses(folder).shape == (2, 3)
+    (folder.evidence / "shape.json").unlink() if text is None else (folder.evidence / "shape.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"shape\.json is damaged"):
+        sample_losses(folder)
