@@ -30,7 +30,7 @@ EXAMPLES = """examples:
   cnnlab explain RUN --targets box:x1                                 of a localization; else a class
   cnnlab explain RUN --page                                           the run on one page: curves, evaluation, pictures
   cnnlab explain RUN data.root=/new/place                             the run's data, where it has moved; or other data
-  cnnlab explain RUN --trust                                          and how far each method can be trusted, in minutes
+  cnnlab explain RUN --trust                                          and how far each method can be trusted
 """
 FOLDER = "explain"
 ELSEWHERE = "type another --out"

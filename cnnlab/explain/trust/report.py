@@ -191,6 +191,7 @@ class _Measuring:
         silent = torch.tensor([bool(each) for each in own.evidence])
         own.values[silent] = torch.nan  # no evidence, no score
         random = randomized(self.subject, self.images, self.score, name, layer)
+        # by its definition: none of these reproducibly shows something of the image that goes with the weights
         nothing = {name: estimate(torch.zeros(2)) for name in ("random", "centre", "image alone")}
         measures = {"randomization": Measured(estimate(random.score), nothing, random.passes)}
         below = list(floors(own))
