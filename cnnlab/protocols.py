@@ -103,7 +103,8 @@ class Data(Protocol):
     """A data set. `spec` must be cheap (no image is read, but for headers); `load` may take long.
 
     After `load` it may have `findings` (`cnnlab.data.found.Findings`): what was found and is not used. A class that
-    takes `loading`, and yet decodes its images once, says `streams = False`.
+    takes `loading`, and yet decodes its images once, says `streams = False`. One that knows without reading an image
+    how many samples train, files that will turn out unreadable among them, says so by `train_samples() -> int`.
     """
 
     def spec(self) -> DataSpec: ...

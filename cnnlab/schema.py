@@ -39,6 +39,14 @@ class Range:
         return " and ".join(words)
 
 
+class Beside:
+    """Marks a setting that acts only while another one, or any of several, is on (neither null, nor 0, nor false):
+    `Annotated[float, Beside("warmup")]`. A dotted name is a key of the whole config, another one stands beside it."""
+
+    def __init__(self, *others: str):
+        self.others = others
+
+
 PositiveInt = Annotated[int, Range(low=1)]
 NonNegativeInt = Annotated[int, Range(low=0)]
 Positive = Annotated[float, Range(above=0)]
@@ -201,7 +209,7 @@ class Trainer:
     """Epochs between evaluations on val."""
     checkpoint: bool = True
     """Whether checkpoints are written: without them nothing can be resumed or evaluated again."""
-    checkpoint_minutes: NonNegative = 5.0
+    checkpoint_minutes: Annotated[NonNegative, Beside("checkpoint")] = 5.0
     """A checkpoint at least this often (0: each step), besides the one at every epoch's end."""
     progress: bool = True
     """Live display on a terminal; plain lines otherwise."""
@@ -230,7 +238,7 @@ class Loading:
 class Groups:
     """How parameters are grouped for the optimizer."""
 
-    decay_norm_and_bias: bool = False
+    decay_norm_and_bias: Annotated[bool, Beside("optim.weight_decay", "regularization.decoupled_decay")] = False
     """Whether weight decay also acts on biases and on norm layers' scale and shift."""
     layer_decay: Annotated[float, Range(above=0, high=1)] = 1.0
     """Rate of each layer (a block, or a stage of blocks: `cnnlab summary` lists them) as a multiple of the next deeper
@@ -271,15 +279,15 @@ class Stats:
 
     enabled: bool = True
     """Whether any statistics are taken."""
-    every: PositiveInt | None = None
+    every: Annotated[PositiveInt | None, Beside("enabled")] = None
     """Steps between samples of a probe that states no cadence of its own; `null` takes as many as give 50 samples,
     and 50 at most."""
-    max_overhead: Annotated[float, Range(above=0, high=1)] | None = 0.01
+    max_overhead: Annotated[Annotated[float, Range(above=0, high=1)] | None, Beside("enabled")] = 0.01
     """Share of the training time that the samples may cost (a second is free): where they cost more, they are taken
     more rarely. `null` keeps to the cadence whatever it costs."""
-    samples: PositiveInt = 8
+    samples: Annotated[PositiveInt, Beside("enabled")] = 8
     """Samples of the batch that activation statistics look at."""
-    max_records: PositiveInt = 2000
+    max_records: Annotated[PositiveInt, Beside("enabled")] = 2000
     """Upper bound on sampled steps of a run; a long run samples more rarely."""
     pictures: bool = True
     """Sample pictures, as the network gets them, to TensorBoard."""
@@ -293,12 +301,14 @@ class Paths:
     """Folder of all run folders, each in `NAME/TIME-ID` below it."""
 
 
-# ---- ranges that another library states in its code only ----
+# ---- what another library states in its code only ----
 
 _TORCH_OPTIM = {
     "lr": NonNegative,
     "momentum": NonNegative,
+    "dampening": Annotated[float, Beside("momentum")],
     "weight_decay": NonNegative,
+    "decoupled_weight_decay": Annotated[bool, Beside("weight_decay")],
     "eps": NonNegative,
     "alpha": NonNegative,
     "lr_decay": NonNegative,
@@ -307,8 +317,16 @@ _TORCH_OPTIM = {
     "rho": Probability,
     "betas": tuple[Momentum, Momentum],
 }
+_PYTORCH_OPTIMIZER = {
+    "weight_decouple": Annotated[bool, Beside("weight_decay")],
+    "fixed_decay": Annotated[bool, Beside("weight_decay")],
+}
 
 
 def ranges_of(target: object) -> dict[str, object]:
-    """What torch's optimizers refuse in their constructors, as annotations; empty for all else."""
-    return dict(_TORCH_OPTIM) if str(getattr(target, "__module__", "")).startswith("torch.optim.") else {}
+    """What torch's optimizers refuse in their constructors, and what they and those of pytorch_optimizer do not use
+    beside others, as annotations; empty for all else."""
+    module = str(getattr(target, "__module__", ""))
+    if module.startswith("torch.optim."):
+        return dict(_TORCH_OPTIM)
+    return dict(_PYTORCH_OPTIMIZER) if module.startswith("pytorch_optimizer.") else {}

@@ -201,30 +201,86 @@ def test_hydras_private_names_stand_together():
     assert private == ["composing.hydra_private"]
 
 
-MAY_READ_CONFIGS = ("composing", "runs", "building.trial", "building.blame", "verbs.words")
-"""What composes, checks and explains configs, and what keeps them with a run."""
+RAW = ("composing", "building.trial", "building.blame", "runs.folder", "runs.stored")
+"""Who reads a config's values: who composes and binds them, who checks them before they are bound, and who reads a
+stored one and brings it up to date. All others ask an `Experiment` for sections and a `Node` for parts; a whole
+config they may hand on, write, hash or flatten."""
 
 
-def _reads_config(node: ast.AST) -> bool:
-    """`x.config["key"]`, `x.config.get("key")`."""
-    if isinstance(node, ast.Subscript):
-        read = node.value
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
-        read = node.func.value
-    else:
-        return False
-    return isinstance(read, ast.Attribute) and read.attr == "config"
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_raw_config_is_read_where_it_is_bound(path: Path):
+    if any(name_of(path) == place or name_of(path).startswith(f"{place}.") for place in RAW):
+        return
+    assert list(raw_reads(ast.parse(path.read_text()))) == []
 
 
-def test_nobody_else_reads_raw_configs():
-    """Who wants a setting asks an `Experiment` for the bound section, or for the node of a group."""
-    readers = [
-        f"{name_of(path)}:{node.lineno}"
-        for path in modules()
-        if not _within(name_of(path), MAY_READ_CONFIGS)
-        for node in ast.walk(ast.parse(path.read_text()))
-        if _reads_config(node)
-    ]
-    assert not readers
-    assert _reads_config(ast.parse("run.config['name']", mode="eval").body)
-    assert _reads_config(ast.parse("self.experiment.config.get('name')", mode="eval").body)
+def test_a_read_of_raw_config_is_seen():
+    reads = (
+        'run.config["seed"]',
+        'node.config.get("lr")',
+        '"root" in node.config',
+        "(node.config or {}).items()",
+        "[*node.config]",
+        "for key in node.config: pass",
+        'def f(config: Mapping[str, Any]): return config["data"]["root"]',
+        'found = run.config\nfound["name"]',
+        'key, found = 1, run.config\nfound["name"]',
+        "from omegaconf import OmegaConf",
+    )
+    for text in reads:
+        assert len([*raw_reads(ast.parse(text))]) == 1, text
+    for text in (
+        "f(run.config)",
+        "self.config = run.config",
+        'row["config"]["x"]',
+        "config['x']",
+        "node.config is None",
+    ):
+        assert [*raw_reads(ast.parse(text))] == [], text
+
+
+def raw_reads(tree: ast.AST) -> Iterator[str]:
+    """What looks into an attribute `config`, into a name that stands for one, or into a parameter `config` that is a
+    mapping; and imports of OmegaConf."""
+    names = {
+        argument.arg
+        for node in ast.walk(tree)
+        if isinstance(node, ast.arguments)
+        for argument in (*node.posonlyargs, *node.args, *node.kwonlyargs)
+        if argument.arg == "config"
+        and argument.annotation
+        and re.match(r"Mapping|dict|DictConfig", ast.unparse(argument.annotation))
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            (target,) = node.targets[:1]
+            pairs = (
+                zip(target.elts, node.value.elts)
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+                else [(target, node.value)]
+            )
+            names |= {own.id for own, value in pairs if isinstance(own, ast.Name) and is_config(value, set())}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            inside = ["omegaconf" for name in imported if name.split(".")[0] == "omegaconf"]
+        elif isinstance(node, ast.Subscript | ast.Starred | ast.Attribute):
+            inside = [node.value]
+        elif isinstance(node, ast.Compare):
+            inside = [
+                side for operator, side in zip(node.ops, node.comparators) if isinstance(operator, ast.In | ast.NotIn)
+            ]
+        elif isinstance(node, ast.For | ast.comprehension):
+            inside = [node.iter]
+        else:
+            continue
+        if any(isinstance(item, str) or is_config(item, names) for item in inside):
+            yield f"line {getattr(node, 'lineno', 0)}: {ast.unparse(node)[:100]}"
+
+
+def is_config(node: ast.expr, names: set[str]) -> bool:
+    if isinstance(node, ast.BoolOp):
+        return any(is_config(value, names) for value in node.values)
+    return (isinstance(node, ast.Attribute) and node.attr == "config") or (
+        isinstance(node, ast.Name) and node.id in names
+    )

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from cli_runs import Answer
 
+from cnnlab.building.builder import build
+from cnnlab.building.trial import compose
 from cnnlab.composing.composer import config_root
 from cnnlab.verbs.summary import draw
 
@@ -81,8 +83,9 @@ def test_the_table_of_groups_is_for_people(cli: Cli):
 
 # ---- schedules ----
 
-EPOCHS, STEPS = 20, 20_000
-"""The summary draws a run of 1,000 steps an epoch."""
+EPOCHS, AN_EPOCH = 20, 50
+STEPS = EPOCHS * AN_EPOCH
+LONG = (f"trainer.epochs={EPOCHS}", f"data.limit={AN_EPOCH * 20}", "trainer.batch_size=20")
 
 
 def warm(step: float, length: float, value: float) -> float:
@@ -103,27 +106,28 @@ def one_cycle(step: float) -> float:
 FORMS: dict[str, Callable[[float], float]] = {
     "constant": lambda step: 1,
     "cosine": cosine,
-    "exponential": lambda step: 0.94 ** (step // 2000),
+    "exponential": lambda step: 0.94 ** (step // (2 * AN_EPOCH)),
     "one_cycle": one_cycle,
     "plateau": lambda step: 1,  # until a metric has been seen
     "polynomial": lambda step: (1 - step / STEPS) ** 0.9,
-    "step": lambda step: 1 if step < 10_000 else 0.1 if step < 15_000 else 0.01,
+    "step": lambda step: 1 if step < 0.5 * STEPS else 0.1 if step < 0.75 * STEPS else 0.01,
 }
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_has_its_closed_form(cli: Cli, name: str):
-    found = summary(cli, f"schedule={name}", "optim.lr=0.5", f"trainer.epochs={EPOCHS}")["schedule"]
+    found = summary(cli, f"schedule={name}", "optim.lr=0.5", *LONG)["schedule"]
     assert len(found["lr"]) == len(found["epoch"]) == 60
-    assert found["epoch"][0] == 0 and round(found["epoch"][-1]) == EPOCHS
-    expected = [0.5 * FORMS[name](1000 * epoch) for epoch in found["epoch"]]
+    assert found["epoch"][0] == 0 and found["epoch"][-1] == (STEPS - 1) / AN_EPOCH
+    assert (found["steps"], found["steps_per_epoch"], found["assumed"]) == (STEPS, AN_EPOCH, False)
+    expected = [0.5 * FORMS[name](round(AN_EPOCH * epoch)) for epoch in found["epoch"]]
     assert found["lr"] == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_is_drawn(cli: Cli, name: str):
     """A column of the drawing is as high, in eighths of a line, as the rate there is of the largest one."""
-    answer = cli("summary", *SMALL, f"schedule={name}", "optim.lr=0.5", f"trainer.epochs={EPOCHS}")
+    answer = cli("summary", *SMALL, f"schedule={name}", "optim.lr=0.5", *LONG)
     rows = [line.partition("│")[2] for line in answer.out.splitlines() if line[10:12] == " │" and "│" in line]
     assert len(rows) == 8
     assert answer.out.rstrip().endswith(f"{EPOCHS} epochs")
@@ -134,12 +138,56 @@ def test_every_schedule_is_drawn(cli: Cli, name: str):
     assert f"{0.5 * max(values):.3g}" in answer.out
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("data.limit=65", "norm=batch"),
+        ("data.limit=65", "norm=none"),
+        ("data.limit=66", "trainer.accumulate=3"),
+        ("data.limit=100", "trainer.drop_last=true"),
+        ("data.limit=7",),
+        ("data.imbalance=10",),
+        ("data=shapes", "data.train=300", "data.imbalance=3"),
+        ("trainer.max_steps=3",),
+    ],
+)
+def test_the_length_is_that_of_the_run(cli: Cli, overrides: tuple[str, ...]):
+    found = summary(cli, "trainer.epochs=2", *overrides)["schedule"]
+    run = build(compose([*SMALL, "trainer.epochs=2", "trainer.device=cpu", *overrides]))
+    assert (found["steps_per_epoch"], found["steps"]) == (run.steps_per_epoch, run.total_steps)
+    assert found["assumed"] is False
+
+
+def test_a_length_that_is_assumed_is_called_so(cli: Cli, user_folder: Callable[..., Path]):
+    folder = user_folder(
+        {
+            "data/secret.yaml": "_target_: secret.Secret\n",
+            "secret.py": "from cnnlab.data.digits import Digits\n"
+            "class Secret:\n"
+            "    def spec(self): return Digits().spec()\n"
+            "    def load(self): return Digits().load()\n",
+        }
+    )
+    typed = ("data=secret", "--config-dir", str(folder), "trainer.epochs=2")
+    assert summary(cli, *typed)["schedule"]["assumed"] is True
+    out = " ".join(cli("summary", *SMALL, *typed).out.split())
+    assert "2,000 updates, 1,000 an epoch, a number that is assumed: this data is not counted unread" in out
+    assert "assumed" not in cli("summary", *SMALL).out
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_told(cli: Cli):
+    typed = (*SMALL, "schedule.warmup=500 steps", "trainer.max_steps=10")
+    assert "ends within the warm-up of 500" in " ".join(cli("summary", *typed).out.split())
+    assert "10 updates, 20 an epoch" in cli("summary", *typed).out
+
+
 def test_a_drawing_of_nothing_but_zeros():
     assert draw([0.0] * 3, 1.0, height=2)[0].endswith("│   ")
 
 
 def test_the_warm_up_of_any_schedule_is_drawn_with_it(cli: Cli):
-    found = summary(cli, "schedule=step", "schedule.warmup=2 epochs", "optim.lr=1", f"trainer.epochs={EPOCHS}")
+    found = summary(cli, "schedule=step", "schedule.warmup=2 epochs", "optim.lr=1", *LONG)
     by_epoch = dict(zip(found["schedule"]["epoch"], found["schedule"]["lr"], strict=True))
     early = {epoch: lr for epoch, lr in by_epoch.items() if epoch < 2}
     assert len(early) > 3

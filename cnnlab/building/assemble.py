@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from torch import nn
 
 from cnnlab.augment import Pipeline
 from cnnlab.composing.experiment import Experiment, Node
-from cnnlab.composing.kinds import is_part
-from cnnlab.composing.signature import accepts, locate
+from cnnlab.composing.signature import accepts
 from cnnlab.inspect.untouched import untouched, zeros
 from cnnlab.interventions import Ema, Finetune, Freeze, MaxNorm
 from cnnlab.machine.device import Placement
@@ -48,13 +46,12 @@ def spec_for_task(experiment: Experiment, spec: DataSpec) -> DataSpec:
         raise ValueError(f"{task.__name__} {error}") from error
 
 
-def weighs_classes(loss: Mapping[str, Any]) -> bool:
+def weighs_classes(loss: Node) -> bool:
     """Whether a loss, or a part of it, asks how many there are of each class. One that can weigh them alike, and does,
     does not."""
-    parts = loss.get("parts")
-    if isinstance(parts, Mapping):
-        return any(weighs_classes(part) for part in parts.values() if is_part(part))
-    return accepts(locate(str(loss["_target_"])), "class_counts") and loss.get("class_weights", BALANCED) == BALANCED
+    if loss.states("parts"):
+        return any(weighs_classes(part) for part in loss.parts("parts").values())
+    return loss.takes("class_counts") and loss.get("class_weights", BALANCED) == BALANCED
 
 
 def class_counts(experiment: Experiment, spec: DataSpec, split: Split) -> torch.Tensor | None:
@@ -65,7 +62,7 @@ def class_counts(experiment: Experiment, spec: DataSpec, split: Split) -> torch.
         split: the training set.
     """
     kind = task_class(experiment)
-    weighed = weighs_classes(experiment.node("loss").config or {})
+    weighed = weighs_classes(experiment.node("loss"))
     return kind.weighed_counts(spec, split) if weighed else kind.class_counts(spec, split.labels)
 
 
@@ -198,7 +195,7 @@ def make_data(experiment: Experiment, pipeline: Pipeline, loading: Loading) -> D
     A config without the option `stored` is of an earlier run, whose photos were not stored whole: it keeps its pixels.
     """
     node = experiment.node("data")
-    known = "stored" in (node.config or {})
+    known = node.states("stored")
     return node.make(loading=loading, crops=known and pipeline.crops, shifts=known and pipeline.shifts)
 
 

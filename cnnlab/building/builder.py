@@ -33,8 +33,9 @@ from cnnlab.building.pretrained import Transferred, trained_before, transfer
 from cnnlab.building.stepping import StepMaker, halving_refused
 from cnnlab.building.wiring import data_of, make_observer, wire
 from cnnlab.composing.experiment import Experiment
+from cnnlab.composing.idle import idle
 from cnnlab.composing.rates import RULE, STEPS
-from cnnlab.data.choice import loaded, with_decoder
+from cnnlab.data.choice import loaded, with_decoder, without_stream
 from cnnlab.data.found import Findings
 from cnnlab.data.loader import Loader
 from cnnlab.data.pixels import Recipe
@@ -142,7 +143,7 @@ class _Builder:
         self.traits = Traits.of(experiment.node("optim").target)
         self.stated = experiment.trainer.accumulate
         self.origin: Origin | None = None
-        self.notices: list[str] = []
+        self.notices = idle(experiment)
         self.findings = Findings()
         self.rate: float | None = None
         """The base rate, where it was found and not typed."""
@@ -311,7 +312,7 @@ class _Builder:
             return make_data(self.experiment, pipeline, loading)
 
         splits, self.findings = loaded(data, self.loading, self.ranks, self.resolved.data_path)
-        self.notices += self.findings.notices
+        self.notices += [*self.findings.notices, *without_stream(self.loading, splits["train"])]
         chosen = with_decoder(self.loading, splits["train"], placement.device, self.resolved.decode)
         self.loading = self.ranks.share(chosen)
         return splits
@@ -322,6 +323,7 @@ class _Builder:
             model = make_network(self.experiment, spec, task)
         init = self.experiment.node("init").make()
         init(model, self.seed)
+        self.notices += init.notices(model) if hasattr(init, "notices") else []
         self.start_from_prior(model, task, spec)
         if self.trainer.sync_batch_norm and self.ranks.world > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cnnlab.building.assemble import make_data
 from cnnlab.building.opened import Each, Opened
-from cnnlab.composing.experiment import Experiment
+from cnnlab.composing.experiment import Experiment, Node
 from cnnlab.data.choice import loaded, with_decoder
 from cnnlab.data.loader import Loader
 from cnnlab.errors import CheckpointError, UsageError, short
@@ -200,9 +200,11 @@ def _places(made: Sequence[str], given: Sequence[str], words: str) -> Tensor | N
     return places
 
 
-def fitting_values(network: Opened, node: Mapping[str, Any], typed: Sequence[str], takes: Callable[[str], bool]) -> Any:
+def fitting_values(network: Opened, data: Node, typed: Sequence[str]) -> dict[str, Any]:
     """Values for another data set's options that make its images the network's inputs, where nobody typed others."""
     height, width = network.spec.size
     size: Any = height if height == width else [height, width]
     wanted = {"size": size, "channels": network.spec.channels}
-    return {name: value for name, value in wanted.items() if name not in typed and name in node and takes(name)}
+    return {
+        name: value for name, value in wanted.items() if name not in typed and data.states(name) and data.takes(name)
+    }

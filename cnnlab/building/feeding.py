@@ -52,10 +52,9 @@ def make_loaders(
             f"{trainer.accumulate} micro-batches, received {batch_size}; type a larger trainer.batch_size"
         )
     rest = len(train) % batch_size
-    normed = any(isinstance(module, BatchNorm) for module in model.modules())
-    too_few = normed and 0 < rest < MIN_STATISTICS_BATCH * pieces
+    unfit = too_few(model, rest, pieces)
     notices = []
-    if too_few and not trainer.drop_last:
+    if unfit and not trainer.drop_last:
         notices.append(
             f"data: an epoch's last batch would have {rest} sample{'s' * (rest > 1)}, too few for batch "
             "statistics; it is left out"
@@ -79,12 +78,17 @@ def make_loaders(
         train,
         batch_size,
         shuffle=True,
-        drop_last=trainer.drop_last or too_few,
+        drop_last=trainer.drop_last or unfit,
         transform=_transform(pipeline, task, placement, train=True, views=views),
         neighbours=pipeline.neighbours,
         **common,
     )
     return loaders, notices
+
+
+def too_few(model: nn.Module, samples: int, pieces: int) -> bool:
+    """Whether an epoch's last batch, cut into `pieces`, has too few samples for the network's batch statistics."""
+    return 0 < samples < MIN_STATISTICS_BATCH * pieces and any(isinstance(m, BatchNorm) for m in model.modules())
 
 
 def _transform(

@@ -76,6 +76,19 @@ class Composed:
     sweep_dir: Path | None = None
     trust: Trust = TYPED
 
+    def at(self, key: str) -> Any:
+        """The plain value at a dotted key, `None` where there is none: for who shows a config, or compares two."""
+        found: Any = self.config
+        for name in key.split("."):
+            found = found.get(name) if isinstance(found, Mapping) else None
+        return found
+
+    def has(self, key: str) -> bool:
+        """Whether the config has something at a dotted key, be it null."""
+        where, _, name = key.rpartition(".")
+        inside = self.at(where) if where else self.config
+        return isinstance(inside, Mapping) and name in inside
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -131,12 +144,15 @@ class Composer:
         self.config_dirs = self.trust.folders
         make_importable(self.config_dirs)
         self.hydra = open_hydra(str(config_root()), self.config_dirs)
+        self._options: dict[str, list[str]] = {}
 
     # ---- what there is ----
 
     def options(self, group: str) -> list[str]:
         """The names that `GROUP=` takes."""
-        return [str(option) for option in self.hydra.config_loader.get_group_options(group)]
+        if group not in self._options:
+            self._options[group] = [str(option) for option in self.hydra.config_loader.get_group_options(group)]
+        return [*self._options[group]]
 
     def groups(self) -> list[str]:
         return [name for name in self._folders if self.options(name)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cnnlab.composing.composer import Composed
+from cnnlab.composing.kinds import is_part
 from cnnlab.composing.make import make
 from cnnlab.composing.rates import is_auto, with_number
 from cnnlab.composing.signature import RESERVED, accepts, bind_section, locate, parameters_of
@@ -68,6 +69,16 @@ class Node:
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.settings.get(key, default)
+
+    def states(self, option: str) -> bool:
+        """Whether the config has this option: that of an earlier version may lack it."""
+        return option in self.settings
+
+    def parts(self, option: str) -> dict[str, Node]:
+        """The parts by name that an option holds; empty where it holds something else."""
+        held = self.get(option)
+        named = held.items() if isinstance(held, Mapping) else ()
+        return {name: Node(f"{self.where}.{option}.{name}", part) for name, part in named if is_part(part)}
 
     def takes(self, parameter: str) -> bool:
         """Whether its constructor has a parameter of this name."""

@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 
 from cnnlab.composing.groups import GROUPS
 from cnnlab.composing.values import as_quoted
-from cnnlab.errors import closest, did_you_mean, listing, short
+from cnnlab.errors import CnnlabError, closest, did_you_mean, listing, short
 
 ALIASES = {
     "activation": {"swish": "silu"},
@@ -233,6 +233,8 @@ def reason(error: BaseException) -> str:
     while (cause := chain[-1].__cause__) is not None and cause not in chain:  # under a debugger OmegaConf's goes round
         chain.append(cause)
     for link in chain:
+        if isinstance(link, CnnlabError):  # one of our own says all of it, with whatever caused it
+            return str(link)
         if isinstance(link, yaml.MarkedYAMLError) and link.problem_mark is not None:
             mark = link.problem_mark
             return f"{mark.name}, line {mark.line + 1}: expected YAML, cannot read this ({link.problem})"

@@ -190,8 +190,11 @@ def one_of(options: Iterable[Any]) -> str:
 def _how_to_type(where: str, value: Any, hint: Any) -> str:
     """What to type instead, where the value tells what was meant."""
     options = alternatives(hint)
+    names = [str(name) for option in options for name in _names(option)]
+    meant = closest(value, names, cutoff=0.7) if isinstance(value, str) else show(value)
+    if meant in names and meant.lower() in _READ_ELSE:
+        return f"; for a text, quote it twice: '{where}=\"{meant}\"'"
     if isinstance(value, str):
-        meant = closest(value, [str(name) for option in options for name in _names(option)], cutoff=0.7)
         if meant:
             return f" (did you mean `{meant}`?)"
         listed = any(_is_list_type(option) and _fits([value], option) for option in options)
@@ -201,7 +204,7 @@ def _how_to_type(where: str, value: Any, hint: Any) -> str:
             value.isascii()
             and value.replace("_", "").replace(".", "").isalnum()
             and not value[0].isdigit()
-            and value not in _READ_ELSE
+            and value.lower() not in _READ_ELSE
         )
         return f"; type {where}=[{value}]" if plain else f"; type {shlex.quote(f'{where}=[{as_quoted(value)}]')}"
     if not _is_number(value):
@@ -218,7 +221,7 @@ def _how_to_type(where: str, value: Any, hint: Any) -> str:
 
 
 _READ_ELSE = ("true", "false", "null", "nan", "inf")
-"""Words that Hydra takes for something else than a text."""
+"""Words that Hydra takes for something else than a text, however they are written."""
 
 
 def as_quoted(value: str) -> str:

@@ -45,6 +45,15 @@ def loaded(
     return splits, getattr(data, "findings", Findings())
 
 
+def without_stream(loading: Loading, split: Split) -> list[str]:
+    """Notices of settings that only a stream has a use for, where a split is none."""
+    if served(split).streams:
+        return []
+    chosen = [f"loading.workers={loading.workers}"] * (loading.workers is not None)
+    chosen += [f"loading.decode={loading.decode.value}"] * (loading.decode is Decoder.cuda)
+    return [f"data: `{text}` has no effect, as no image is decoded anew each epoch" for text in chosen]
+
+
 def with_decoder(loading: Loading, split: Split, device: torch.device, recorded: Decoder | None) -> Loading:
     """The settings with the decoder chosen: a GPU's for a stream, where it has one that works.
 

@@ -42,6 +42,9 @@ class Digits(LabelledCut):
     def spec(self) -> DataSpec:
         return DataSpec(channels=1, size=(self.side, self.side), classes=_CLASSES)
 
+    def train_samples(self) -> int:
+        return len(self._parts(_read()[1])["train"])
+
     def load(self) -> dict[str, Split]:
         images, labels = _read()
         if self.side != _NATIVE:
@@ -50,8 +53,10 @@ class Digits(LabelledCut):
                 images.float(), shape, mode="bilinear", align_corners=False, antialias=self.side < _NATIVE
             )
             images = scaled.round().clamp(0, 255).to(torch.uint8)
-        parts = self.parted({"train": torch.arange(len(labels))}, labels, len(_CLASSES), val=self.val, test=self.test)
-        return assemble(images, {"label": labels}, digest(images, labels), parts)
+        return assemble(images, {"label": labels}, digest(images, labels), self._parts(labels))
+
+    def _parts(self, labels: Tensor) -> dict[str, Tensor]:
+        return self.parted({"train": torch.arange(len(labels))}, labels, len(_CLASSES), val=self.val, test=self.test)
 
 
 def _read() -> tuple[Tensor, Tensor]:

@@ -113,6 +113,13 @@ class ImageFolder(Decoding, LabelledCut):
             )
         return self.recipe(self.channels, size, size, "crop", resize)
 
+    def train_samples(self) -> int:
+        """Lists the files. Raises `DataError`."""
+        walk, ignored = Walk(self._root), Findings()
+        layout = self._layout(walk, ignored)
+        found = self._listed(layout, walk, ignored)
+        return len(self.parted(found.given, found.labels, len(layout["train"]), val=self.val, test=self.test)["train"])
+
     def load(self) -> dict[str, Split]:
         self.findings = Findings()
         walk = Walk(self._root)

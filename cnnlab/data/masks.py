@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -86,6 +86,11 @@ class MaskFolder(Decoding, Cut):
         self._masks.reading(classes)  # which refuses what does not fit them
         size = (self._recipe.height, self._recipe.width)
         return DataSpec(self._recipe.channels, size, classes, frozenset({"mask"}), mask_classes=classes)
+
+    def train_samples(self) -> int:
+        """Lists the files. Raises `DataError`."""
+        given = replace(self)._pairs()[2]  # what it finds is told when the images are loaded
+        return len(self.parted(given, None, len(self._classes()), val=self.val, test=self.test)["train"])
 
     def load(self) -> dict[str, Split]:
         self.findings = Findings()

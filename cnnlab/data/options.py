@@ -32,7 +32,15 @@ class Cut:
     def parted(
         self, given: Mapping[str, Tensor], labels: Tensor | None, num_classes: int, *, val: float, test: float = 0.0
     ) -> dict[str, Tensor]:
-        """The rows of each split; see `cnnlab.data.splits.partitioned`."""
+        """The rows of each split; see `cnnlab.data.splits.partitioned`. A fraction that was chosen for a split which
+        is there already is told in the `findings` of a set that has such."""
+        findings = getattr(self, "findings", None)
+        chosen = {option.name: getattr(self, option.name) != option.default for option in fields(self)}
+        for split in ("val", "test"):
+            if findings is not None and split in given and chosen.get(split):
+                findings.notices.append(
+                    f"data: `data.{split}={getattr(self, split):g}` has no effect, as there is a {split} split"
+                )
         return partitioned(
             given,
             labels,

@@ -95,6 +95,9 @@ class Shapes(LabelledCut):
             mask_classes=("background", *CLASSES),
         )
 
+    def train_samples(self) -> int:
+        return len(self._used("train", self.train))
+
     def load(self) -> dict[str, Split]:
         settings: tuple[object, ...] = (self.size, self.clutter, self.noise, self.contrast, self.split_seed)
         if self.objects > 1 or self.shortcut is not None:

@@ -39,10 +39,16 @@ class _Set:
     """Class names, in the order of the labels, apart by blanks."""
     files: str
     """What torchvision wants below the root."""
+    train: tuple[int, ...]
+    """Training images of each class, or of all classes alike."""
 
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.names.split())
+
+    def labels(self) -> Tensor:
+        """Those of the training images, (N,) int64, class by class."""
+        return torch.arange(len(self.classes)).repeat_interleave(torch.tensor(self.train))
 
 
 _SETS = {
@@ -52,14 +58,16 @@ _SETS = {
         32,
         "airplane automobile bird cat deer dog frog horse ship truck",
         "cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}",
+        (5_000,),
     ),
-    "cifar100": _Set("CIFAR100", 3, 32, _CIFAR100_CLASSES, "cifar-100-python/{train,test,meta}"),
+    "cifar100": _Set("CIFAR100", 3, 32, _CIFAR100_CLASSES, "cifar-100-python/{train,test,meta}", (500,)),
     "mnist": _Set(
         "MNIST",
         1,
         28,
         "0 1 2 3 4 5 6 7 8 9",
         "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte",
+        (5_923, 6_742, 5_958, 6_131, 5_842, 5_421, 5_918, 6_265, 5_851, 5_949),
     ),
     "fashion_mnist": _Set(
         "FashionMNIST",
@@ -67,6 +75,7 @@ _SETS = {
         28,
         "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle_boot",
         "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte",
+        (6_000,),
     ),
 }
 
@@ -96,6 +105,11 @@ class TorchvisionSet(LabelledCut):
     def spec(self) -> DataSpec:
         known = self._set
         return DataSpec(known.channels, (known.side, known.side), known.classes)
+
+    def train_samples(self) -> int:
+        labels = self._set.labels()
+        given = {"train": torch.arange(len(labels)), "test": torch.arange(0)}
+        return len(self.parted(given, labels, len(self._set.classes), val=self.val)["train"])
 
     def load(self) -> dict[str, Split]:
         pieces = [self._read(train=True), self._read(train=False)]

@@ -94,6 +94,10 @@ class Initializer:
         if self.zero_residual:
             residual_norms(model)
 
+    def notices(self, model: nn.Module) -> list[str]:
+        """What of its settings a model has no use for."""
+        return []
+
     @torch.no_grad()
     def __call__(self, model: nn.Module, seed: int) -> None:
         self.validate(model)

@@ -28,12 +28,23 @@ class PaperAlexNet(Normal):
     @torch.no_grad()
     def __call__(self, model: nn.Module, seed: int) -> None:
         super().__call__(model, seed)
+        for bias in self._biases(model):
+            bias.fill_(self.bias_value)
+
+    def notices(self, model: nn.Module) -> list[str]:
+        if self._biases(model):
+            return []
+        return [
+            f"init: `init.bias={self.bias_value:g}` has no effect, as {type(model).__name__} has no bias in "
+            "convolutions 2, 4 and 5 and in hidden linear layers (a norm layer has its own)"
+        ]
+
+    def _biases(self, model: nn.Module) -> list[Tensor]:
         found = [layer for _, layer in layers(model)]
         linear: list[Layer] = [layer for layer in found if isinstance(layer, nn.Linear)]
         convolutions: list[Layer] = [layer for layer in found if not isinstance(layer, nn.Linear)]
-        for layer in [*convolutions[1:2], *convolutions[3:5], *linear[:-1]]:
-            if layer.bias is not None:
-                layer.bias.fill_(self.bias_value)
+        own = [*convolutions[1:2], *convolutions[3:5], *linear[:-1]]
+        return [layer.bias for layer in own if layer.bias is not None]
 
 
 class PaperVgg(Normal):
@@ -97,6 +108,9 @@ class Own(Initializer):
 
     def validate(self, model: nn.Module) -> None:
         self.resolve(model).validate(model)
+
+    def notices(self, model: nn.Module) -> list[str]:
+        return self.resolve(model).notices(model)
 
     def __call__(self, model: nn.Module, seed: int) -> None:
         self.resolve(model)(model, seed)

@@ -10,9 +10,10 @@ import math
 from typing import Annotated, Any, Literal
 
 from cnnlab.protocols import Schedule
-from cnnlab.schema import Duration, DurationText, NonNegative, NonNegativeInt, Positive, Probability, Range
+from cnnlab.schema import Beside, Duration, DurationText, NonNegative, NonNegativeInt, Positive, Probability, Range
 
 Decay = Annotated[float, Range(above=0, high=1)]
+Start = Annotated[Probability, Beside("warmup")]
 
 
 class Warmed(Schedule):
@@ -27,7 +28,7 @@ class Warmed(Schedule):
         ValueError: no duration, or more than 100 % of the run.
     """
 
-    def __init__(self, *, warmup: DurationText | None = None, warmup_start: Probability = 0.01):
+    def __init__(self, *, warmup: DurationText | None = None, warmup_start: Start = 0.01):
         self.warmup = None if warmup is None else _inside("warmup", Duration.parse(warmup))
         self.warmup_start = warmup_start
         self._steps_per_epoch: int | None = None
@@ -98,7 +99,7 @@ class Step(Warmed):
         gamma: Decay = 0.1,
         *,
         warmup: DurationText | None = None,
-        warmup_start: Probability = 0.01,
+        warmup_start: Start = 0.01,
     ):
         super().__init__(warmup=warmup, warmup_start=warmup_start)
         self.milestones = tuple(_milestone(milestone) for milestone in milestones)
@@ -153,7 +154,7 @@ class Exponential(Warmed):
         staircase: bool = True,
         *,
         warmup: DurationText | None = None,
-        warmup_start: Probability = 0.01,
+        warmup_start: Start = 0.01,
     ):
         super().__init__(warmup=warmup, warmup_start=warmup_start)
         self.gamma = gamma
@@ -192,7 +193,7 @@ class Cosine(Warmed):
         final: Probability = 0.0,
         *,
         warmup: DurationText | None = "5 %",
-        warmup_start: Probability = 0.01,
+        warmup_start: Start = 0.01,
     ):
         super().__init__(warmup=warmup, warmup_start=warmup_start)
         self.final = final
@@ -215,7 +216,7 @@ class Polynomial(Warmed):
         final: Probability = 0.0,
         *,
         warmup: DurationText | None = None,
-        warmup_start: Probability = 0.01,
+        warmup_start: Start = 0.01,
     ):
         super().__init__(warmup=warmup, warmup_start=warmup_start)
         self.power = power
@@ -285,7 +286,7 @@ class Plateau(Warmed):
         min_factor: Probability = 1e-4,
         *,
         warmup: DurationText | None = None,
-        warmup_start: Probability = 0.01,
+        warmup_start: Start = 0.01,
     ):
         super().__init__(warmup=warmup, warmup_start=warmup_start)
         self.decay = decay

@@ -105,6 +105,8 @@ UNSAID: tuple[tuple[str, Any], ...] = (
 """Keys that came later, with the value that means what runs without them did: their hashes stay."""
 
 
+HPARAMS = "events.out.tfevents.0000000000.hparams"
+"""TensorBoard's file of the run's settings, before all others by name; each session writes it anew."""
 EARLIER_HASH = "_earlier_hash"
 """Where a config of an earlier version keeps the hash that its checkpoints know it by."""
 
@@ -162,6 +164,11 @@ def config_hash(config: Mapping[str, Any], besides: Sequence[str] = ()) -> str:
     ignored = (*RESUMABLE, "name", "resume", "check", "paths.outputs", "loading.path", *besides)
     flat = {k: v for k, v in flatten(config).items() if k not in (*ignored, EARLIER_HASH) and (k, v) not in UNSAID}
     return hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def earlier_hash(config: Mapping[str, Any]) -> str | None:
+    """The hash that a version gave a config whose words are no longer today's; `None` where they are."""
+    return config.get(EARLIER_HASH)
 
 
 def jsonable(value: Any) -> Any:
@@ -496,7 +503,7 @@ class RunDir:
 
     def _remove_torn(self) -> None:
         """Removes what a process that was killed while it wrote a file left beside it."""
-        for folder in (self.path, self._hydra, self.last.parent, self.evidence):
+        for folder in (self.path, self._hydra, self.last.parent, self.evidence, self.tensorboard):
             with suppress(OSError):
                 torn = [path for path in folder.iterdir() if _TORN.fullmatch(path.name)]
                 for path in torn:

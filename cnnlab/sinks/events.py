@@ -8,6 +8,7 @@ could lose.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from cnnlab.runs.disk import append_to, writing
+from cnnlab.runs.folder import HPARAMS, write_atomically
 
 _serial = itertools.count()
 
@@ -65,6 +67,24 @@ class EventFile:
     def _write(self, event: Event) -> None:
         with writing(self.path), append_to(self.path) as file:
             RecordWriter(file).write(event.SerializeToString())
+
+
+def write_hparams(folder: Path, values: Mapping[str, Any], metrics: Sequence[str] | None, started: float) -> None:
+    """The run's line on the HPARAMS page, in a file of its own, which each session writes anew.
+
+    The page keeps the first description of a run that it meets, and files are read in the order of their names: this
+    one is the first.
+
+    Args:
+        metrics: the scalar tags that the page has as columns, once they are known.
+    """
+    described = [hparams_session_start(values, started)]
+    described += [] if metrics is None else [hparams_experiment(values, metrics)]
+    content = io.BytesIO()
+    writer = RecordWriter(content)
+    writer.write(Event(wall_time=started, file_version="brain.Event:2").SerializeToString())
+    writer.write(Event(wall_time=started, step=0, summary=Summary(value=described)).SerializeToString())
+    write_atomically(folder / HPARAMS, content.getvalue())
 
 
 def scalar(tag: str, value: float) -> Summary.Value:

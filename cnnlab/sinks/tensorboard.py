@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,9 @@ class TensorBoard(Listener):
         self._next_picture = picture_every
         self._drawn_at: int | None = None
         self._hparams: dict[str, Any] = {}
-        self._columns_written = False
+        self._began = 0.0
+        self._columns: list[str] | None = None
+        """The metrics of the HPARAMS page, once they are known."""
         self._grouped = False
 
     def on_start(self, run: Any) -> None:
@@ -70,31 +72,29 @@ class TensorBoard(Listener):
         self._histories, self._taken, self._next_picture, self._drawn_at = {}, 0, self._picture_every, None
         # Earlier files, cut to the checkpoint, have the descriptions already: a reader is to see them once.
         going_on = run.resumed and any(self.folder.glob("*tfevents*"))
-        self._columns_written = self._grouped = False
+        self._columns, self._grouped, self._began = None, False, time.time()
         self._events = events.EventFile(self.folder, run.clock.step + 1 if run.resumed else 0)
         self._hparams = hyperparameters(run.config)
         if run.resumed and run.dir:
             self._remember(RunDir(run.dir), run.clock.step)
         if not going_on:
-            start = events.hparams_session_start(self._hparams, time.time())
-            self._events.add(run.clock.step, [start, events.layout(_layout(()))])
+            self._events.add(run.clock.step, [events.layout(_layout(()))])
+        events.write_hparams(self.folder, self._hparams, self._columns, self._began)
         early, self._early = self._early, []
         for step, values in early:
             self._add(step, values)
 
     def on_record(self, run: Any, record: dict[str, Any]) -> None:
-        from cnnlab.sinks.events import hparams_experiment, scalar
+        from cnnlab.sinks.events import scalar, write_hparams
 
         split, found = record["split"], figures(record)
         values = [scalar(f"{split}/{name}", value) for name, value in found.items()]
         if split == "train" and record.get("lr") is not None:
             values.append(scalar("lr", record["lr"]))
-        if split != "train" and not self._columns_written:
-            # The page keeps the first description it meets, so it is written once the metrics are known.
-            self._columns_written = True
-            metrics = ["train/loss", *(f"{which}/{name}" for which in ("val", "test") for name in found)]
-            values.append(hparams_experiment(self._hparams, metrics))
         self._add(record["step"], values)
+        if split != "train" and self._columns is None and self._events is not None:
+            self._columns = _columns(found)
+            write_hparams(self.folder, self._hparams, self._columns, self._began)
 
     def on_stats(self, run: Any, record: dict[str, Any]) -> None:
         from cnnlab.sinks.events import layout
@@ -159,8 +159,8 @@ class TensorBoard(Listener):
     def _remember(self, folder: RunDir, step: int) -> None:
         """Takes up the depth pictures where the run stood: its statistics up to `step`."""
         described: dict[str, Any] = {}
-        evaluated = (r for r in read_records(folder.metrics) if r.get("split") != "train")
-        self._columns_written = next(evaluated, None) is not None
+        evaluated = next((r for r in read_records(folder.metrics) if r.get("split") != "train"), None)
+        self._columns = None if evaluated is None else _columns(figures(evaluated))
         for record in current(read_records(folder.stats), folder.schema):
             described |= {key: record[key] for key in ("layers", "tensors") if key in record}
             if record.get("step", 0) <= step:
@@ -192,6 +192,11 @@ class TensorBoard(Listener):
             values.append(events.image(f"depth/{_tag(quantity)}", png(drawn), drawn.shape[0], drawn.shape[1]))
         self._add(step, values)
         self._next_picture = max(self._taken + self._picture_every, math.ceil(1.15 * self._taken))
+
+
+def _columns(found: Iterable[str]) -> list[str]:
+    """The scalars that the HPARAMS page has as columns, of the metrics of an evaluation."""
+    return ["train/loss", *(f"{which}/{name}" for which in ("val", "test") for name in found)]
 
 
 def _tag(quantity: str) -> str:

@@ -15,7 +15,7 @@ from cnnlab.errors import CheckpointError, short
 from cnnlab.machine.resolved import Resolved
 from cnnlab.runs import checkpoint, data_files
 from cnnlab.runs.data_files import Files
-from cnnlab.runs.folder import EARLIER_HASH, PLACES, RunDir, config_hash
+from cnnlab.runs.folder import PLACES, RunDir, config_hash, earlier_hash
 from cnnlab.train.selection import require_selection
 from cnnlab.train.state import Clock
 
@@ -112,7 +112,7 @@ def recorded_data(origin: Mapping[str, Any]) -> dict[str, Any]:
 def require_config(origin: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Raises `ValueError` where a checkpoint's origin is another run's than that of `config`."""
     found, own = origin["identity"]["config"], config_identity(config)
-    if found not in (own, config_hash(config), config.get(EARLIER_HASH)):  # the second as older versions have it
+    if found not in (own, config_hash(config), earlier_hash(config)):  # the second as older versions have it
         raise ValueError(f"it is another run's: its config is {found}, and that of this run {own}")
 
 

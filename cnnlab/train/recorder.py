@@ -19,7 +19,7 @@ from cnnlab.machine.ranks import Ranks
 from cnnlab.protocols import Listener, StepResult
 from cnnlab.runs import stored
 from cnnlab.runs.disk import append_to, writing
-from cnnlab.runs.folder import RunDir, write_atomically
+from cnnlab.runs.folder import HPARAMS, RunDir, write_atomically
 from cnnlab.sinks.jsonl import JsonlSink, read_records
 from cnnlab.sinks.records import as_first_version
 from cnnlab.train.run import Run
@@ -116,7 +116,8 @@ def _require_sizes(state: Mapping[str, Any]) -> None:
 
 
 def _event_files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("*tfevents*")) if path.is_file()]
+    """Those that grow: the file of the settings is written whole, by each session."""
+    return [path for path in sorted(folder.glob("*tfevents*")) if path.is_file() and path.name != HPARAMS]
 
 
 def _cut_events(folder: Path, sizes: Mapping[str, int]) -> list[str]:

@@ -243,11 +243,11 @@ def with_data(network: Opened, typed: Sequence[str], trust: Trust) -> Experiment
             node = Node.of(composed, "data")
     given = {override.key_or_group.partition(".")[2]: override for override in parsed if override is not option}
     for name, override in given.items():
-        known = override.key_or_group.startswith("data.") and name in (node.config or {}) and not name.startswith("_")
+        known = override.key_or_group.startswith("data.") and node.states(name)
         if not known or not is_plain(override):
             names = ", ".join(f"data.{key}" for key in node.settings)
             raise UsageError(f"`{line(override)}`: expected data=OPTION, or one of {names}; all else is the run's")
     values = {name: override.value() for name, override in given.items()}
     if option is not None:
-        values |= fitting_values(network, node.config or {}, list(given), node.takes)
-    return read(own.with_values({"data": {**(node.config or {}), **values}}))
+        values |= fitting_values(network, node, list(given))
+    return read(own.with_values({"data": node.with_settings(**values).config}))

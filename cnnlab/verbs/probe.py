@@ -211,14 +211,14 @@ def _show(found: Sequence[Mapping[str, Any]]) -> None:
         _show_jacobian(console, found[0])
     else:
         _show_configs(console, found)
-    for config in found:
-        _show_verdict(console, config, named=len(found) > 1)
+    for probed in found:
+        _show_verdict(console, probed, named=len(found) > 1)
 
 
-def _show_layers(console: Drawing, config: Mapping[str, Any]) -> None:
+def _show_layers(console: Drawing, probed: Mapping[str, Any]) -> None:
     from rich.table import Table
 
-    title = f"{config['model']}, init {config['init']}: {config['images']} images, untrained"
+    title = f"{probed['model']}, init {probed['init']}: {probed['images']} images, untrained"
     table = Table(title=console.plain(title), title_justify="left", caption_justify="left", caption_style="")
     table.caption = (
         "standard deviations (gradients: root mean square), beside what mean-field theory says; angle between two "
@@ -228,9 +228,9 @@ def _show_layers(console: Drawing, config: Mapping[str, Any]) -> None:
     headings = ("before", "theory", "after", "theory", "gradient", "theory", "angle", "theory", "rank")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    entry = config["input"]
+    entry = probed["input"]
     table.add_row("(input)", *[""] * 6, _number(entry["angle"]), "", _number(entry["effective_rank"]))
-    rows = [*config["layers"], *config["outputs"]]
+    rows = [*probed["layers"], *probed["outputs"]]
     head = MAX_ROWS // 2 if len(rows) > MAX_ROWS else len(rows)
     for row in rows[:head]:
         table.add_row(console.plain(row["name"]), *_cells(row))
@@ -253,8 +253,8 @@ def _number(value: float | None) -> str:
     return f"{value:.1e}" if value != 0 and not 1e-3 <= abs(value) < 1e4 else f"{value:.3g}"
 
 
-def _show_jacobian(console: Drawing, config: Mapping[str, Any]) -> None:
-    found = config["jacobian"]
+def _show_jacobian(console: Drawing, probed: Mapping[str, Any]) -> None:
+    found = probed["jacobian"]
     values = found["singular_values"]
     of = found["output"] if found["exact"] else f"{len(values)} random directions of {found['output']}"
     console.print(
@@ -276,14 +276,14 @@ def _show_configs(console: Drawing, found: Sequence[Mapping[str, Any]]) -> None:
     for heading in ("signal", "gradient", "angle", "rank", "J"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict")
-    for config in found:
-        layers, values = config["layers"], config["jacobian"]["singular_values"]
+    for probed in found:
+        layers, values = probed["layers"], probed["jacobian"]["singular_values"]
         cells = ["", "", "", ""]
         if layers:
             ends = layers[0], layers[-1]
             cells = [_ends(ends, key) for key in ("signal", "gradient", "angle", "effective_rank")]
-        verdict = ", ".join(finding["kind"] for finding in config["findings"]) or "fine"
-        table.add_row(console.plain(config["label"]), *cells, f"{_number(values[0])}, {_number(values[-1])}", verdict)
+        verdict = ", ".join(finding["kind"] for finding in probed["findings"]) or "fine"
+        table.add_row(console.plain(probed["label"]), *cells, f"{_number(values[0])}, {_number(values[-1])}", verdict)
     console.print(table)
 
 
@@ -291,17 +291,17 @@ def _ends(layers: Sequence[Mapping[str, Any]], key: str) -> str:
     return " → ".join(_number(layer[key]) or "-" for layer in layers)
 
 
-def _show_verdict(console: Drawing, config: Mapping[str, Any], *, named: bool) -> None:
-    head = f"{one_line(config['label'])}: " if named else ""
-    if not config["findings"]:
+def _show_verdict(console: Drawing, probed: Mapping[str, Any], *, named: bool) -> None:
+    head = f"{one_line(probed['label'])}: " if named else ""
+    if not probed["findings"]:
         if not named:
             console.print("fine: signal and gradient reach all layers")
         return
-    for finding in config["findings"]:
+    for finding in probed["findings"]:
         console.print(f"{head}{one_line(finding['text'])}")
-    if config["because"]:
-        console.print(f"{head}{config['because']}")
-    remedy = config["mended_by"]
+    if probed["because"]:
+        console.print(f"{head}{probed['because']}")
+    remedy = probed["mended_by"]
     if remedy is None:
         console.print(f"{head}none of the usual inits mends it; type model=resnet18, or fewer layers")
     else:

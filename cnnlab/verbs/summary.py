@@ -10,6 +10,7 @@ from typing import Any
 
 from cnnlab.composing.composer import composer
 from cnnlab.composing.experiment import Experiment
+from cnnlab.composing.idle import idle
 from cnnlab.terminal import one_line, say
 from cnnlab.verbs.arguments import answer, checked_experiment, override_parser, parse
 
@@ -31,6 +32,8 @@ MAX_ROWS = 200
 """Layers shown before the middle of a deeper network is left out; --json has them all."""
 POINTS = 60
 """Columns of the drawing of a schedule."""
+ASSUMED_STEPS = 1000
+"""Updates an epoch of data whose samples cannot be counted before it is read."""
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -65,7 +68,8 @@ def _describe(experiment: Experiment) -> dict[str, Any]:
     from cnnlab.inspect import meta
     from cnnlab.inspect.summary import summarize
 
-    spec = spec_for_task(experiment, experiment.node("data").make().spec())
+    data = experiment.node("data").make()
+    spec = spec_for_task(experiment, data.spec())
     task = make_task(experiment, spec, torch.ones(len(task_class(experiment).class_names(spec))))
     model = meta.made(lambda: make_network(experiment, spec, task))
     optimizer = make_optimizer(experiment, model)
@@ -82,21 +86,46 @@ def _describe(experiment: Experiment) -> dict[str, Any]:
     ]
     return {
         "network": summarize(model, (spec.channels, *spec.size), batch=experiment.trainer.batch_size),
-        "notes": getattr(model, "notes", []),
+        "notes": [*getattr(model, "notes", []), *idle(experiment)],
         "optimizer": type(optimizer).__name__,
         "groups": groups,
-        "schedule": _rates(experiment, optimizer.param_groups[0]["base_lr"]),
+        "schedule": _rates(experiment, optimizer.param_groups[0]["base_lr"], _steps_per_epoch(experiment, data, model)),
     }
 
 
-def _rates(experiment: Experiment, base: float) -> dict[str, list[float]]:
-    """The base group's rate at evenly spaced points of the run, by epoch."""
-    schedule = experiment.node("schedule").make()
-    epochs, steps = experiment.trainer.epochs, 1000
-    total = epochs * steps
-    schedule.resolve(steps, total, experiment.trainer.batch_size)
+def _steps_per_epoch(experiment: Experiment, data: Any, model: Any) -> int | None:
+    """Updates an epoch, as a run in one process has them; `None` where the samples are not known unread."""
+    from cnnlab.building.feeding import too_few
+
+    if not hasattr(data, "train_samples"):
+        return None
+    trainer, samples = experiment.trainer, data.train_samples()
+    batch_size = min(trainer.batch_size, samples)
+    whole, rest = divmod(samples, max(1, batch_size))
+    return max(1, whole + (rest > 0 and not trainer.drop_last and not too_few(model, rest, trainer.accumulate)))
+
+
+def _rates(experiment: Experiment, base: float, known: int | None) -> dict[str, Any]:
+    """The base group's rate at evenly spaced updates of the run, by epoch.
+
+    Args:
+        known: updates an epoch; `None` assumes a length.
+    """
+    schedule, trainer = experiment.node("schedule").make(), experiment.trainer
+    steps = ASSUMED_STEPS if known is None else known
+    total = trainer.epochs * steps
+    if trainer.max_steps is not None:
+        total = min(total, trainer.max_steps)
+    schedule.resolve(steps, total, trainer.batch_size)
     at = [round(i * (total - 1) / (POINTS - 1)) for i in range(POINTS)]
-    return {"epoch": [step / steps for step in at], "lr": [base * schedule.factor(step, total) for step in at]}
+    return {
+        "epoch": [step / steps for step in at],
+        "lr": [base * schedule.factor(step, total) for step in at],
+        "steps": total,
+        "steps_per_epoch": steps,
+        "assumed": known is None,
+        "notices": schedule.notices(total),
+    }
 
 
 def _show(described: dict[str, Any]) -> None:
@@ -120,13 +149,25 @@ def _show(described: dict[str, Any]) -> None:
             console.plain(group["name"]), f"{group['tensors']:,}", f"{group['parameters']:,}", f"{group['lr']:g}", decay
         )
     console.print(table)
-    console.print("Learning rate by epoch")
-    for line in draw(described["schedule"]["lr"], described["schedule"]["epoch"][-1]):
+    schedule = described["schedule"]
+    console.print(_length(schedule))
+    for line in draw(schedule["lr"], schedule["steps"] / schedule["steps_per_epoch"]):
         console.print(line)
+    for notice in schedule["notices"]:
+        console.print(f"  {one_line(notice)}")
 
 
-def draw(values: Sequence[float], last_epoch: float, height: int = 8) -> list[str]:
-    """A curve in block characters, `height` lines high, with its largest and smallest value at the side."""
+def _length(schedule: dict[str, Any]) -> str:
+    told = f"Learning rate by epoch: {schedule['steps']:,} updates, {schedule['steps_per_epoch']:,} an epoch"
+    return told + ", a number that is assumed: this data is not counted unread" * schedule["assumed"]
+
+
+def draw(values: Sequence[float], epochs: float, height: int = 8) -> list[str]:
+    """A curve in block characters, `height` lines high, with its largest and smallest value at the side.
+
+    Args:
+        epochs: the length of the curve.
+    """
     low, high = 0.0, max(values) or 1.0
     eighths = [round((value - low) / (high - low) * height * 8) for value in values]
     lines = []
@@ -134,5 +175,5 @@ def draw(values: Sequence[float], last_epoch: float, height: int = 8) -> list[st
         label = f"{high:>10.3g}" if row == height - 1 else f"{low:>10.3g}" if row == 0 else " " * 10
         cells = "".join(_BLOCKS[max(0, min(8, level - 8 * row))] for level in eighths)
         lines.append(f"{label} │{cells}")
-    epochs = f"{round(last_epoch)} epochs"
-    return [*lines, " " * 11 + "└" + "─" * len(values), f"{'0':>13}{epochs:>{len(values) - 1}}"]
+    end = f"{round(epochs, 2):g} epoch{'s' * (epochs != 1)}"
+    return [*lines, " " * 11 + "└" + "─" * len(values), f"{'0':>13}{end:>{len(values) - 1}}"]

@@ -13,16 +13,13 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, RunMode
-from omegaconf import OmegaConf
 
-from cnnlab.composing.composer import Composed, Composer, make_importable, options_taken
+from cnnlab.composing.composer import Composer, make_importable
 from cnnlab.composing.experiment import Experiment
 from cnnlab.composing.hydra_private import BASIC_SWEEPER, Callbacks
+from cnnlab.composing.launching import handed_over, require_hydras_parts
 from cnnlab.composing.overrides import is_for_hydra
-from cnnlab.composing.signature import check_part
-from cnnlab.composing.trust import targets_of
 from cnnlab.errors import CheckpointError, CnnlabError, ConfigError, DataError, InterruptedRun, Terminated, UsageError
 from cnnlab.machine.interrupts import number_of
 from cnnlab.machine.surroundings import here, torchrun
@@ -210,7 +207,7 @@ def _launcher(
     config = open_composer.load(settings, RunMode.MULTIRUN)
     if config.hydra.sweeper._target_ != BASIC_SWEEPER:
         raise UsageError("hydra/sweeper: all cells are checked before the first one starts; type hydra/sweeper=basic")
-    _check_hydras_parts(config.hydra)
+    require_hydras_parts(config.hydra)
     callbacks = Callbacks(config)
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=HydraContext(config_loader=open_composer.hydra.config_loader, callbacks=callbacks),
@@ -229,24 +226,6 @@ def _launcher(
     return launch
 
 
-def _check_hydras_parts(hydra: Any) -> None:
-    """Hydra makes its launcher and its callbacks, and whatever has a `_target_` inside them.
-
-    Raises `ConfigError` for a callback that is none, and for parts inside of either.
-    """
-    plain: Any = OmegaConf.to_container(hydra, resolve=False)
-    problems: list[str] = []
-    inside = dict(targets_of(plain["launcher"], "hydra.launcher"))
-    inside.pop("hydra.launcher", None)
-    for name, node in (plain.get("callbacks") or {}).items():
-        where = f"hydra.callbacks.{name}"
-        inside |= {path: target for path, target in targets_of(node, where) if path != where}
-        problems += check_part(node, where, (), (Callback,))
-    problems += [f"`{path}._target_={target}`: no part may stand here" for path, target in inside.items()]
-    if problems:
-        raise ConfigError(problems)
-
-
 def run_cell(config: Any, *, config_dirs: Sequence[str], json_output: bool) -> None:
     """One cell, as Hydra's launcher calls it: runs it, or goes on with it, in the folder that Hydra made.
 
@@ -262,12 +241,9 @@ def _run_cell(config: Any, config_dirs: Sequence[str], json_output: bool) -> Non
     from cnnlab.verbs.check import beforehand
 
     make_importable([*config_dirs, here()])
-    hydra = HydraConfig.get()
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    folder = Path(hydra.runtime.output_dir)
-    experiment = read(Composed(plain, folder, options_taken(hydra), tuple(hydra.overrides.task), tuple(config_dirs)))
-    label = f"cell {hydra.job.num}"
-    run = RunDir(folder)
+    experiment = read(handed_over(config, config_dirs))
+    label = f"cell {HydraConfig.get().job.num}"
+    run = RunDir(experiment.run_dir)
     try:
         if run.status() in FINISHED:
             say(f"\n{label}: done before", err=json_output)

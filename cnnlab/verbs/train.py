@@ -78,7 +78,7 @@ def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> 
         if problem := _refusal(override, stored, open_composer.groups()):
             problems.append(problem)
         elif override.key_or_group in (*RESUMABLE, *PLACES):
-            if override.key_or_group in LENGTHS and flatten(stored.config)[override.key_or_group] != override.value():
+            if override.key_or_group in LENGTHS and stored.at(override.key_or_group) != override.value():
                 longer.append(line(override))
             values[override.key_or_group] = override.value()
             added.append(line(override))
@@ -97,13 +97,13 @@ def resumed(open_composer: Composer, path: Path, parsed: Sequence[Override]) -> 
 
 def _refusal(override: Override, stored: Experiment, groups: Collection[str]) -> str | None:
     """Why a run cannot go on with this override, or `None`."""
-    key, config = override.key_or_group, stored.config
-    has = stored.choices.get(key, flatten(config).get(key, config.get(key)))
-    may = key in RESUMABLE or (key in PLACES and key in flatten(config))
-    if is_plain(override) and (may or (key in {*groups, *flatten(config)} and has == override.value())):
+    key, known = override.key_or_group, flatten(stored.config)
+    has = stored.choices.get(key, stored.at(key))
+    may = key in RESUMABLE or (key in PLACES and key in known)
+    if is_plain(override) and (may or (key in {*groups, *known} and has == override.value())):
         return None
     if override.is_hydra_override():
         return f"`{short(line(override))}`: a run goes on in its own folder; leave this out"
-    return wrong_key(override, config, stored.choices, groups) or (
+    return wrong_key(override, stored.config, stored.choices, groups) or (
         f"`{short(line(override))}`: a run goes on with what it has, {key}={short(str(has))}"
     )

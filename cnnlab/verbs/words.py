@@ -102,7 +102,7 @@ class _Explainer:
             yield self.setting(key)
         elif key in VALUES:
             meaning = comments_of(self.composer.text_of("", self.composer.config_name)).get(key, "")
-            knob = Knob(key, self.config().get(key), describe(VALUES[key]), meaning)
+            knob = Knob(key, self.composed().at(key), describe(VALUES[key]), meaning)
             yield Explained(key, knobs=(knob,))
         else:
             raise self.unknown(word)
@@ -142,7 +142,7 @@ class _Explainer:
         if group in self.chosen:
             found = self.composer.parse([self.chosen[group]])[0].value()
         else:
-            found = composed.choices.get(group, [*(composed.config.get(group) or {})])
+            found = composed.choices.get(group, [*(composed.at(group) or {})])
         return [str(name) for name in (found if isinstance(found, list) else [found]) if name is not None]
 
     # ---- a group, an option, a setting ----
@@ -164,7 +164,7 @@ class _Explainer:
             title, knobs = f"{group}={name}", tuple(self.knobs(group, name))
             sets: tuple[str, ...] = ()
             if group in GROUPS:
-                node = self.config().get(group) or {}
+                node = self.composed().at(group) or {}
                 title += f" ({node['_target_']})" if not GROUPS[group].named and node.get("_target_") else ""
             else:
                 sets = _sets(group, node_of(text))
@@ -176,7 +176,7 @@ class _Explainer:
 
     def knobs(self, group: str, option: str | None = None) -> Iterator[Knob]:
         """The settings of a section, or of the parts that an option of a group (without it: all that are taken) has."""
-        node = self.config().get(group) or {}
+        node = self.composed().at(group) or {}
         if group in SECTIONS:
             said = [comments_on(self.composer, group, name) for name in self.taken(group)]
             yield from knobs_of(group, node, {k: text for one in said for k, text in one.items()}, SECTIONS[group])
@@ -209,7 +209,7 @@ class _Explainer:
         """Takes the part of a list that a key is about: `augment.crop.padding` is explained without augment=[crop]."""
         name = key.split(".")[1]
         named = group in GROUPS and GROUPS[group].named
-        if named and name in self.composer.options(group) and name not in (self.config().get(group) or {}):
+        if named and name in self.composer.options(group) and name not in (self.composed().at(group) or {}):
             self.chosen[group] = f"{group}=[{','.join([*self.taken(group), name])}]"
 
 

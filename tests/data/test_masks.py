@@ -374,7 +374,8 @@ def test_what_two_splits_share_by_links_is_told(tmp_path: Path) -> None:
     (root / "classes.txt").write_text("sky\nroad\ncar\n")
     (root / "images" / "val" / "1.png").unlink()
     os.link(root / "images" / "train" / "2.png", root / "images" / "val" / "1.png")
-    _, told, _ = read(root)
+    _, told, data = read(root, val=0.1)
+    assert data.train_samples() == 3
     assert len(told) == 1 and "1 files are in train and in val, by links" in told[0]
 
 

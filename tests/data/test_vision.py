@@ -134,3 +134,15 @@ def test_an_unreachable_network_says_what_to_do(
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match="cifar100"):
         TorchvisionSet("cifar1000")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name, of_7, kept",
+    [("cifar10", 5_000, 45_000), ("cifar100", 500, 45_000), ("mnist", 6_265, 54_000), ("fashion_mnist", 6_000, 54_000)],
+)
+def test_how_many_train_is_known_before_a_file_is_there(name: str, of_7: int, kept: int) -> None:
+    """60,000 training images of MNIST, 50,000 of CIFAR; in MNIST's of each class as LeCun's page counts them."""
+    data = TorchvisionSet(name, root="nowhere")  # type: ignore[arg-type]
+    assert data._set.labels().bincount()[7] == of_7
+    assert abs(data.train_samples() - kept) <= 1
+    assert TorchvisionSet(name, root="nowhere", limit=100).train_samples() == 100  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from lab_runs import Interrupt, make_run, resume_run
 from PIL import Image
 from sink_helpers import fake_run, metric_record, stats_record
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
@@ -19,9 +20,11 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
-from cnnlab.errors import DivergedError
+from cnnlab.errors import DivergedError, InterruptedRun
+from cnnlab.runs.folder import RunDir
 from cnnlab.sinks.jsonl import JsonlSink
 from cnnlab.sinks.tensorboard import TensorBoard, hyperparameters
+from cnnlab.train import fit
 
 
 def read(folder):
@@ -204,6 +207,29 @@ def test_a_failed_run_is_marked_so(tmp_path, hparams_page):
     write(tmp_path / "run", records=[metric_record(10, "val", accuracy=0.1)], error=DivergedError("loss is nan"))
     _, (group,) = hparams_page(tmp_path)
     assert group.sessions[0].status == api_pb2.STATUS_FAILURE
+
+
+def test_a_run_that_went_on_has_the_settings_and_the_end_of_its_last_session(tmp_path, hparams_page):
+    folder = tmp_path / "run"
+
+    def written(run):
+        run.listeners.append(TensorBoard(RunDir(folder).tensorboard))
+        return run
+
+    first = written(make_run("trainer.epochs=4", folder=folder))
+    first.listeners.insert(0, Interrupt(3))
+    with pytest.raises(InterruptedRun):
+        fit(first)
+    for epochs in (1, 2):
+        _, (group,) = hparams_page(folder)
+        fit(written(resume_run(folder, epochs=epochs)))
+        experiment, (group,) = hparams_page(folder)
+        assert group.hparams["trainer.epochs"].number_value == epochs
+        assert group.sessions[0].status == api_pb2.STATUS_SUCCESS
+        values = {value.name.tag: value.value for value in group.metric_values}
+        assert values["test/accuracy"] == pytest.approx(RunDir(folder).read()["metrics"]["test/accuracy"], rel=1e-5)
+        assert {info.name.tag for info in experiment.metric_infos} >= {"val/loss", "test/loss", "train/loss"}
+        assert not [info.name.tag for info in experiment.metric_infos if "activation" in info.name.tag]
 
 
 def test_a_class_is_the_value_of_its_part():
