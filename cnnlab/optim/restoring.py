@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Adagrad, Optimizer
 
 from cnnlab.optim.traits import Traits
 from cnnlab.runs.checkpoint import require_alike
@@ -86,7 +86,8 @@ def _require_lbfgs(found: dict[str, Any], place: str) -> None:
 
 def states_after_an_update(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]] | None:
     """What an optimizer keeps of each parameter after its first update, as tensors without values (device `meta`): no
-    memory is taken and nothing is computed. `None` where it reads values, or evaluates the loss itself.
+    memory is taken and nothing is computed. One that has it all from the start is asked for that. `None` where it reads
+    values, or evaluates the loss itself.
     """
     if Traits.of(type(optimizer)).closure:
         return None
@@ -108,5 +109,7 @@ def states_after_an_update(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]
             step: Any = type(twin).step
             getattr(step, "__wrapped__", step)(twin)  # the bare one: torch's wrapper would call the optimizer's hooks
     except Exception:  # a third party's, which reads values, or keeps more of itself than groups and state
-        return None
+        made = {p: dict(optimizer.state[p]) for p in params if p in optimizer.state}
+        # torch 2.11's Adagrad has its state from the start, and takes no step without it
+        return made if isinstance(optimizer, Adagrad) and len(made) == len(params) else None
     return {p: dict(twin.state[shadow]) for p, shadow in shadows.items() if shadow in twin.state}
