@@ -62,8 +62,9 @@ class Case:
     said: str = ""
 
 
-REAL = ("after 0.2 s", "after 0.5 s", "after 1.0 s", "built", "compiling")
-"""Moments of processes that are started as a user starts them."""
+REAL = ("after", "built", "compiling", "streaming", "frozen")
+"""Moments (by how their names begin) of processes that are started as a user starts them: their start, or what the
+interpreter's own end does to decoders, is looked at."""
 Ready = Callable[["Process"], bool]
 
 
@@ -231,7 +232,7 @@ def tried(moment: str, names: str, place: Path, pictures: Path) -> Case:
     own, ready = moments(pictures, place / "cache")[moment]
     where = ("hydra.sweep.dir" if "-m" in own else "hydra.run.dir") + f"={place / 'run'}"
     arguments = [*own[:1], *LONG, *own[1:], where] if "-m" in own else [*LONG, *own, where]
-    process = Process(arguments, place, real=moment in REAL)
+    process = Process(arguments, place, real=moment.startswith(REAL))
     try:
         if not process.until(ready):
             found.wrong.append("never came to the moment")
