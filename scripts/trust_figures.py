@@ -302,7 +302,7 @@ class Louder(nn.Module):
 
 
 def independent(model: nn.Module, layer: str, x: Tensor, number: Tensor, score: Score) -> dict[str, Any]:
-    """Largest difference from pytorch-grad-cam, whose maps are cut off at 0, scaled to [0, 1] and enlarged.
+    """Largest difference from pytorch-grad-cam, whose maps are cut off at 0, stretched to [0, 1] and enlarged.
 
     The logits are `LOUD` times as large: it adds 1e-6 to what Grad-CAM++ divides by, squares of gradients, which those
     of a network that is not trained are far below.
@@ -326,9 +326,15 @@ def independent(model: nn.Module, layer: str, x: Tensor, number: Tensor, score: 
             scaled = torch.from_numpy(theirs(input_tensor=x.clone(), targets=targets)).double()
         with subject.undisturbed():
             maps = formula(*cam.maps_and_gradients(subject, x, score, layer)).clamp_min(0)
-        maps = maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-30)
-        found[f"{name}, pytorch-grad-cam"] = (over_image(maps, x.shape[-2:]).double() - scaled).abs().amax().item()
+        maps = _stretched(over_image(_stretched(maps), x.shape[-2:])).double()
+        found[f"{name}, pytorch-grad-cam"] = (maps - scaled).abs().amax().item()
     return found
+
+
+def _stretched(maps: Tensor) -> Tensor:
+    """From the least value to the greatest, as pytorch-grad-cam shows maps."""
+    maps = maps - maps.amin((1, 2), keepdim=True)
+    return maps / (1e-7 + maps.amax((1, 2), keepdim=True))
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
