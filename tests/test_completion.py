@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,10 +34,30 @@ Cli = Callable[..., Answer]
         ("cnnlab train --config-dir ", []),
         ("cnnlab train --nonsense model=", []),
         ("cnnlab summary optim=lb", ["optim=lbfgs"]),
+        ("cnnlab predict RUN --c", ["--csv", "--checkpoint", "--config-dir"]),
+        ("cnnlab predict RUN --checkpoint ", ["best", "last"]),
+        ("cnnlab predict RUN ", []),
+        ("cnnlab export --format ", ["state_dict", "torch", "onnx"]),
+        ("cnnlab export RUN --format o", ["onnx"]),
+        ("cnnlab explain RUN --me", ["--methods"]),
+        ("cnnlab explain RUN --out ", []),
+        ("cnnlab explain RUN --pa", ["--page"]),
+        ("cnnlab eval --split t", ["train", "test"]),
+        ("cnnlab eval RUN --rob", ["--robustness"]),
+        ("cnnlab lr-find --low", ["--lowest"]),
+        ("cnnlab landscape --mode fr", ["frozen"]),
+        ("cnnlab landscape --parts eigenvalues optim=lb", ["optim=lbfgs"]),
     ],
 )
 def test_candidates(line: str, expected: list[str]):
     assert candidates(line) == expected
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_flag_of_a_verbs_help_completes(verb: str, cli: Cli):
+    told = cli(verb, "--help").out
+    flags = set(re.findall(r"^ +(?:-\w, )?(--[a-z][a-z-]+)", told, flags=re.MULTILINE))
+    assert (flags or verb in ("summary", "help")) and flags <= set(candidates(f"cnnlab {verb} --"))
 
 
 def test_keys_and_groups():
@@ -57,6 +78,8 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         folder.mkdir(parents=True)
         (folder / "run.json").write_text("{}")
         os.utime(folder / "run.json", (number, number))
+    for verb in ("eval", "predict", "explain --split val", "export --format onnx"):
+        assert candidates(f"cnnlab {verb} outputs/b") == ["outputs/b/3"]
     assert candidates("cnnlab eval ") == ["outputs/b/3", "outputs/a/2", "outputs/a/1"]
     assert candidates("cnnlab train resume=outputs/a") == ["resume=outputs/a/2", "resume=outputs/a/1"]
 

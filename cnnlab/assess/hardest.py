@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -84,8 +85,10 @@ def _line(image: Tensor, words: Sequence[str], rows: Sequence[Row], place: int) 
         for found, at in row.maps:
             cells.append(painted(shown, found, at))
             missing = found.evidence[at]
-            captions.append([row.said(), found.layer or "", f"{missing}: no evidence" if missing else ""])
-    most = max(map(len, captions))
+            asked, _, name = row.target.partition(" ")
+            named = replace(row, target=name).said()
+            captions.append([asked, named, found.layer or "", f"{missing}: no evidence" if missing else ""])
+    most = max(map(len, captions)) + 1
     return grid(captioned(torch.stack(cells), [[*own, *[""] * (most - len(own))] for own in captions]), len(cells), 4)
 
 

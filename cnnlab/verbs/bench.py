@@ -13,7 +13,7 @@ from cnnlab.errors import UsageError
 from cnnlab.machine.surroundings import torchrun
 from cnnlab.runs.folder import jsonable
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.arguments import answer, checked_experiment, override_parser, parse
+from cnnlab.verbs.arguments import Parser, answer, checked_experiment, override_parser, parse
 
 if TYPE_CHECKING:
     from cnnlab.sinks.drawing import Drawing
@@ -41,11 +41,15 @@ examples:
 ROUNDS, SECONDS = 10, 1.0
 
 
+def parser() -> Parser:
+    made = override_parser("bench")
+    made.add_argument("--rounds", type=int, default=ROUNDS, metavar="N")
+    made.add_argument("--seconds", type=float, default=SECONDS, metavar="S")
+    return made
+
+
 def main(arguments: Sequence[str]) -> int:
-    parser = override_parser("bench")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N")
-    parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S")
-    args = parse(arguments, parser)
+    args = parse(arguments, parser())
     if args.help and not args.overrides:
         say(HELP.rstrip())
         return 0

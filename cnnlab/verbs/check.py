@@ -12,7 +12,7 @@ from cnnlab.errors import UsageError
 from cnnlab.machine.surroundings import torchrun
 from cnnlab.runs.folder import RunDir, jsonable
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.arguments import answer, checked_experiment, override_parser, parse
+from cnnlab.verbs.arguments import Parser, answer, checked_experiment, override_parser, parse
 from cnnlab.verbs.measured import progressing
 
 if TYPE_CHECKING:
@@ -40,10 +40,14 @@ examples:
 COLOURS = {"good": "green", "watch": "yellow", "bad": "red", "unknown": "bright_black"}
 
 
+def parser() -> Parser:
+    made = override_parser("check")
+    made.add_argument("--strict", action="store_true")
+    return made
+
+
 def main(arguments: Sequence[str]) -> int:
-    parser = override_parser("check")
-    parser.add_argument("--strict", action="store_true")
-    args = parse(arguments, parser)
+    args = parse(arguments, parser())
     if args.help and not args.overrides:
         say(HELP.rstrip())
         return 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import SUPPRESS
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from hydra.plugins.completion_plugin import CompletionPlugin, DefaultCompletionPlugin
@@ -13,7 +15,7 @@ from cnnlab.composing.composer import Composer
 from cnnlab.composing.hydra_private import Hydra
 from cnnlab.errors import CnnlabError, UsageError
 from cnnlab.terminal import say
-from cnnlab.verbs.arguments import override_parser, parse
+from cnnlab.verbs.arguments import Parser, override_parser, parse
 from cnnlab.verbs.table import BUILDERS, VERBS
 
 PROGRAM = "cnnlab"
@@ -53,17 +55,19 @@ def candidates(line: str) -> list[str]:
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         return []
+    parser = parser_of(verb)
+    shown = [action for action in parser._actions if action.help != SUPPRESS]
     if last.startswith("-"):
-        flags = [flag for action in override_parser(verb)._actions for flag in action.option_strings]
-        return _starting(last, flags)
-    if rest and rest[-1] in ("-cd", "--config-dir"):
-        return []  # the shell completes folders
+        return _starting(last, [flag for action in shown for flag in action.option_strings])
+    awaited = next((action for action in shown if rest and rest[-1] in action.option_strings), None)
+    if awaited is not None and awaited.nargs is None:
+        return _starting(last, map(str, awaited.choices or ()))  # of a file or folder, the shell knows what there is
     if verb not in BUILDERS:
-        return runs(last)
+        return [] if _has_run(parser, rest) else runs(last)
     if last.startswith("resume="):
         return [f"resume={run}" for run in runs(last.removeprefix("resume="))]
     try:
-        args = parse(rest)
+        args = parse(rest, parser)
         # Of a list or a sweep, the last item is being typed: model=resnet,vg and augment=[crop,fl.
         key, equals, value = last.partition("=")
         done = max(value.rfind(","), value.rfind("[")) + 1
@@ -73,6 +77,20 @@ def candidates(line: str) -> list[str]:
     except CnnlabError:  # what is typed so far is wrong; the run will say so
         return []
     return [f"{key}={value[:done]}{item.partition('=')[2]}" for item in found] if done else found
+
+
+def parser_of(verb: str) -> Parser:
+    """The parser of a verb: its module's `parser`, or that of all verbs that take overrides."""
+    module = import_module(f"cnnlab.verbs.{verb.replace('-', '_')}")
+    made: Parser = module.parser() if hasattr(module, "parser") else override_parser(verb)
+    return made
+
+
+def _has_run(parser: Parser, words: Sequence[str]) -> bool:
+    """Whether the run folder is typed already; what follows are files, or overrides."""
+    takes_value = {flag for action in parser._actions if action.nargs is None for flag in action.option_strings}
+    before = ["", *words]
+    return any(not word.startswith("-") and before[at] not in takes_value for at, word in enumerate(words))
 
 
 def runs(start: str) -> list[str]:

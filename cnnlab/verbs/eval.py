@@ -35,7 +35,7 @@ EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str]) -> int:
-    args = _parser().parse_all(arguments)
+    args = parser().parse_all(arguments)
     _require_sense(args)
     folder = RunDir(args.run)
     trust = Trust.of(args.trust, args.config_dir)
@@ -64,37 +64,35 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def parser() -> Parser:
+    made = Parser(
         "eval",
         "Evaluates a run's checkpoint, as a whole and class by class, with 95 % intervals and calibration.\n"
         "The run folder is left as it is, but for pictures that are asked for.",
         EXAMPLES,
     )
-    parser.add_argument("run", help="a run folder")
+    made.add_argument("run", help="a run folder")
     where = "data.root=FOLDER where the data is now, or other data"
-    parser.add_argument("data", nargs="*", metavar="data=OPTION", help=where)
-    parser.add_argument("--split", choices=["train", "val", "test"], default="test")
-    parser.add_argument(
-        "--per-class", action="store_true", help="show all classes, with the intervals of their figures"
-    )
-    parser.add_argument(
+    made.add_argument("data", nargs="*", metavar="data=OPTION", help=where)
+    made.add_argument("--split", choices=["train", "val", "test"], default="test")
+    made.add_argument("--per-class", action="store_true", help="show all classes, with the intervals of their figures")
+    made.add_argument(
         "--top-losses",
         type=int,
         metavar="N",
         help="show the N samples with the highest losses, and draw their Grad-CAM",
     )
-    parser.add_argument(
+    made.add_argument(
         "--robustness",
         action="store_true",
         help="evaluate under noise, blur, contrast, JPEG and shift, five strengths each",
     )
-    parser.add_argument("--samples", type=int, metavar="N", help="of the split, for --robustness (2000)")
-    parser.add_argument("--figures", action="store_true", help="draw confusion, calibration, IoU and robustness")
-    parser.add_argument("--out", metavar="DIR", help="where pictures go (RUN/figures)")
-    opening_options(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    return parser
+    made.add_argument("--samples", type=int, metavar="N", help="of the split, for --robustness (2000)")
+    made.add_argument("--figures", action="store_true", help="draw confusion, calibration, IoU and robustness")
+    made.add_argument("--out", metavar="DIR", help="where pictures go (RUN/figures)")
+    opening_options(made)
+    made.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return made
 
 
 def _require_sense(args: Any) -> None:

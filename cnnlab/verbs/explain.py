@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from cnnlab.errors import CheckpointError, DataError, UsageError
 from cnnlab.machine.surroundings import shown_path
 from cnnlab.runs.folder import RunDir, jsonable, write_atomically
 from cnnlab.terminal import one_line, say
+from cnnlab.verbs import explain_inside
 from cnnlab.verbs.arguments import TRUST, Parser, opening_options
 from cnnlab.verbs.eval import with_data
 from cnnlab.verbs.explain_trust import LEAST, measure, show
@@ -28,6 +30,9 @@ EXAMPLES = """examples:
   cnnlab explain RUN --methods gradcam,occlusion --targets ring,star  with pip install 'cnnlab[explain]'
   cnnlab explain RUN --layers stages.1,stages.2 --count 20
   cnnlab explain RUN --targets box:x1                                 of a localization; else a class
+  cnnlab explain RUN --filters conv1                                  weights; --features layer2: maps of images
+  cnnlab explain RUN --maximize layer3:0,5                            what units answer to most; logits:CLASS of a class
+  cnnlab explain RUN cat.jpg --nearest                                training images that look alike to the network
   cnnlab explain RUN --page                                           the run on one page: curves, evaluation, pictures
   cnnlab explain RUN data.root=/new/place                             the run's data, where it has moved; or other data
   cnnlab explain RUN --trust                                          and how far each method can be trusted
@@ -37,7 +42,7 @@ ELSEWHERE = "type another --out"
 
 
 def main(arguments: Sequence[str]) -> int:
-    args = _parser().parse_all(arguments)
+    args = parser().parse_all(arguments)
     if not args.page:
         return _pictures(args)
     folder, refused = RunDir(args.run), None
@@ -82,6 +87,8 @@ def _pictures(args: Any) -> int:
     trust = Trust.of(named, args.config_dir)
     network = open_run(folder, args.checkpoint, device=args.device, trust=trust)
     subject = Subject(network.model, network.task, network.spec)
+    if explain_inside.asked(args):
+        return _inside(args, network, subject, files, typed, trust)
     bad, data = 0, None if files else _data(network, typed, trust)
     if data is None:
         examples, bad = _of_files(network, files)
@@ -120,30 +127,60 @@ def _pictures(args: Any) -> int:
     return 0
 
 
-def _parser() -> Parser:
-    parser = Parser("explain", "Shows which pixels a run's network looks at; writes pictures to RUN/explain.", EXAMPLES)
-    parser.add_argument("run", help="a run folder")
+def _inside(
+    args: Any, network: Opened, subject: Subject, files: Sequence[Path], typed: Sequence[str], trust: Trust
+) -> int:
+    from cnnlab.building.beside import batch_of, examples_of
+
+    bad = 0
+
+    @cache
+    def data() -> OpenedData:
+        return _data(network, typed, trust)
+
+    def examples() -> Examples:
+        nonlocal bad
+        if not files:
+            return examples_of(batch_of(network, args.split, data(), args.count), args.split)
+        found, bad = _of_files(network, files)
+        return found
+
+    for notice in network.notices:
+        say(one_line(notice), err=True)
+    out = Path(args.out) if args.out else network.folder.path / FOLDER
+    records = explain_inside.draw(args, network, subject, examples, data, out)
+    if args.json:
+        say(json.dumps(jsonable({"checkpoint": network.checkpoint, "step": network.step, "pictures": records})))
+    if bad:
+        raise DataError(f"{bad} of {len(files)} images could not be read, and are left out")
+    return 0
+
+
+def parser() -> Parser:
+    made = Parser("explain", "Shows which pixels a run's network looks at; writes pictures to RUN/explain.", EXAMPLES)
+    made.add_argument("run", help="a run folder")
     what = "image files or folders; none: images of the run's data, or of other data (data=OPTION, data.KEY=VALUE)"
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help=what)
-    parser.add_argument("--methods", default="", metavar="NAME,...", help="`all`, or of those that --help ends with")
-    parser.add_argument(
+    made.add_argument("images", nargs="*", metavar="IMAGE", help=what)
+    made.add_argument("--methods", default="", metavar="NAME,...", help="`all`, or of those that --help ends with")
+    made.add_argument(
         "--targets",
         default="predicted",
         metavar="NAME,...",
         help="predicted, true, top3, classes by name, box:x1 (y1, x2, y2)",
     )
-    parser.add_argument("--layers", default="", metavar="NAME,...", help="modules, as cnnlab summary names them")
-    parser.add_argument("--region", choices=["predicted", "all"], default="predicted", help="of a mask: what is scored")
-    parser.add_argument("--split", choices=["train", "val", "test"], default="test")
-    parser.add_argument("--count", type=int, default=8, help="images of the data, from all over the split")
+    made.add_argument("--layers", default="", metavar="NAME,...", help="modules, as cnnlab summary names them")
+    made.add_argument("--region", choices=["predicted", "all"], default="predicted", help="of a mask: what is scored")
+    made.add_argument("--split", choices=["train", "val", "test"], default="test")
+    made.add_argument("--count", type=int, default=8, help="images of the data, from all over the split")
+    explain_inside.add_flags(made)
     page = "also write DIR/index.html: the whole run on one page, which needs no other file"
-    parser.add_argument("--page", action="store_true", help=page)
-    parser.add_argument("--out", metavar="DIR", help="where the pictures go")
+    made.add_argument("--page", action="store_true", help=page)
+    made.add_argument("--out", metavar="DIR", help="where the pictures go")
     measured = "without NAME: measures how far each method can be trusted; with it: " + TRUST["help"]
-    opening_options(parser, trust={"nargs": "?", "const": "", "help": measured})
-    parser.add_argument("--trust-images", type=int, default=24, metavar="N", help="of the data, to measure trust on")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    return parser
+    opening_options(made, trust={"nargs": "?", "const": "", "help": measured})
+    made.add_argument("--trust-images", type=int, default=24, metavar="N", help="of the data, to measure trust on")
+    made.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return made
 
 
 def _trust(args: Any) -> tuple[list[str], bool]:

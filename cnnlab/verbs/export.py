@@ -31,17 +31,21 @@ programs. ONNX needs: pip install 'cnnlab[export]'
 """
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = Parser("export", "Writes a trained network as files that need no cnnlab.", EXAMPLES)
-    parser.add_argument("run", help="a run folder")
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="images to try it on, instead of the run's test split")
-    parser.add_argument(
+def parser() -> Parser:
+    made = Parser("export", "Writes a trained network as files that need no cnnlab.", EXAMPLES)
+    made.add_argument("run", help="a run folder")
+    made.add_argument("paths", nargs="*", metavar="PATH", help="images to try it on, instead of the run's test split")
+    made.add_argument(
         "--format", action="append", choices=["state_dict", "torch", "onnx"], help="(all); may be given again"
     )
-    parser.add_argument("--out", metavar="DIR", help="where to write, instead of RUN/export")
-    opening_options(parser, device=False)
-    parser.add_argument("--json", action="store_true", help="export.json on stdout, too")
-    args = parser.parse_all(arguments)
+    made.add_argument("--out", metavar="DIR", help="where to write, instead of RUN/export")
+    opening_options(made, device=False)
+    made.add_argument("--json", action="store_true", help="export.json on stdout, too")
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    args = parser().parse_all(arguments)
     from cnnlab.building.export import ELSEWHERE, FORMATS, export, require_packages
     from cnnlab.building.model_card import model_card
     from cnnlab.building.opened import open_run

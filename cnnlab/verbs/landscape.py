@@ -10,7 +10,7 @@ from cnnlab.composing.composer import composer
 from cnnlab.errors import UsageError, did_you_mean
 from cnnlab.runs.folder import jsonable
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.arguments import Arguments, answer, parse
+from cnnlab.verbs.arguments import Arguments, Parser, answer, parse
 from cnnlab.verbs.measured import MEASURED, Measured, draw, figure_path, measured, measuring_parser, progressing, table
 
 if TYPE_CHECKING:
@@ -67,16 +67,20 @@ NUMBERS: dict[str, tuple[type, float]] = {
 """Flags with a number, its kind, and the least one."""
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = measuring_parser("landscape")
-    parser.add_argument("--parts", metavar="LIST")
-    parser.add_argument("--towards", metavar="WHERE")
-    parser.add_argument("--mode", choices=["train", "frozen", "eval"], default="train")
-    parser.add_argument("--precision", choices=["fp32", "fp64"], default="fp32")
-    parser.add_argument("--directions", choices=["eigen", "random"], default="eigen")
+def parser() -> Parser:
+    made = measuring_parser("landscape")
+    made.add_argument("--parts", metavar="LIST")
+    made.add_argument("--towards", metavar="WHERE")
+    made.add_argument("--mode", choices=["train", "frozen", "eval"], default="train")
+    made.add_argument("--precision", choices=["fp32", "fp64"], default="fp32")
+    made.add_argument("--directions", choices=["eigen", "random"], default="eigen")
     for name, (kind, _) in NUMBERS.items():
-        parser.add_argument(f"--{name}", type=kind, metavar="T" if kind is float else "N")
-    args = parse(arguments, parser)
+        made.add_argument(f"--{name}", type=kind, metavar="T" if kind is float else "N")
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    args = parse(arguments, parser())
     if args.help and not args.overrides:
         say(HELP.format(shared=MEASURED.format(verb="landscape").rstrip()).rstrip())
         return 0

@@ -10,7 +10,7 @@ from cnnlab.composing.composer import composer
 from cnnlab.composing.rates import BEFORE, HIGHEST, LOWEST, RULE, RULES, STEPS, require_rule
 from cnnlab.runs.folder import jsonable
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.arguments import answer, parse
+from cnnlab.verbs.arguments import Parser, answer, parse
 from cnnlab.verbs.measured import MEASURED, draw, figure_path, measured, measuring_parser, progressing
 
 if TYPE_CHECKING:
@@ -41,13 +41,17 @@ examples:
 """
 
 
+def parser() -> Parser:
+    made = measuring_parser("lr-find")
+    made.add_argument("--lowest", type=float, metavar="A")
+    made.add_argument("--highest", type=float, metavar="B")
+    made.add_argument("--steps", type=int, metavar="N")
+    made.add_argument("--rule", metavar="NAME")
+    return made
+
+
 def main(arguments: Sequence[str]) -> int:
-    parser = measuring_parser("lr-find")
-    parser.add_argument("--lowest", type=float, metavar="A")
-    parser.add_argument("--highest", type=float, metavar="B")
-    parser.add_argument("--steps", type=int, metavar="N")
-    parser.add_argument("--rule", metavar="NAME")
-    args = parse(arguments, parser)
+    args = parse(arguments, parser())
     if args.help and not args.overrides:
         say(help_text())
         return 0

@@ -37,7 +37,7 @@ are in pixels of the upright file.
 
 
 def main(arguments: Sequence[str]) -> int:
-    args = _parser().parse_all(arguments)
+    args = parser().parse_all(arguments)
     for name, value in (("--top", args.top), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise UsageError(f"{name}: expected a number from 1 on, received {value}")
@@ -77,20 +77,18 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> Parser:
-    parser = Parser("predict", "Shows what a trained network says of images.", EXAMPLES)
-    parser.add_argument("run", help="a run folder")
-    parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="image files, folders, patterns; - reads a list of them"
-    )
-    parser.add_argument("--top", type=int, default=3, metavar="K", help="classes to name of each image (3)")
-    shown = parser.add_mutually_exclusive_group()
+def parser() -> Parser:
+    made = Parser("predict", "Shows what a trained network says of images.", EXAMPLES)
+    made.add_argument("run", help="a run folder")
+    made.add_argument("paths", nargs="+", metavar="PATH", help="image files, folders, patterns; - reads a list of them")
+    made.add_argument("--top", type=int, default=3, metavar="K", help="classes to name of each image (3)")
+    shown = made.add_mutually_exclusive_group()
     shown.add_argument("--csv", action="store_true", help="comma-separated values with a heading, instead of a table")
     shown.add_argument("--json", action="store_true", help="a JSON document an image, each on a line")
-    parser.add_argument("--out", metavar="DIR", help="write masks (palette PNG) and overlays to this new folder")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images at once, instead of what fits well")
-    opening_options(parser)
-    return parser
+    made.add_argument("--out", metavar="DIR", help="write masks (palette PNG) and overlays to this new folder")
+    made.add_argument("--batch-size", type=int, metavar="N", help="images at once, instead of what fits well")
+    opening_options(made)
+    return made
 
 
 def _row(found: Predicted, written: Mapping[str, str]) -> dict[str, Any]:

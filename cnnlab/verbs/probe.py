@@ -19,7 +19,15 @@ from cnnlab.errors import UsageError, short
 from cnnlab.machine.surroundings import torchrun
 from cnnlab.runs.folder import RunDir, jsonable
 from cnnlab.terminal import one_line, say
-from cnnlab.verbs.arguments import Arguments, answer, checked_experiment, is_run_folder, override_parser, parse
+from cnnlab.verbs.arguments import (
+    Arguments,
+    Parser,
+    answer,
+    checked_experiment,
+    is_run_folder,
+    override_parser,
+    parse,
+)
 from cnnlab.verbs.sweep import checked_cells
 
 if TYPE_CHECKING:
@@ -63,12 +71,16 @@ class Subject:
     run: RunDir | None = None
 
 
+def parser() -> Parser:
+    made = override_parser("probe")
+    made.add_argument("--images", type=int, default=IMAGES, metavar="N")
+    made.add_argument("--figure", metavar="FILE")
+    made.add_argument("--no-figure", action="store_true")
+    return made
+
+
 def main(arguments: Sequence[str]) -> int:
-    parser = override_parser("probe")
-    parser.add_argument("--images", type=int, default=IMAGES, metavar="N")
-    parser.add_argument("--figure", metavar="FILE")
-    parser.add_argument("--no-figure", action="store_true")
-    args = parse(arguments, parser)
+    args = parse(arguments, parser())
     if args.help and not args.overrides:
         say(HELP.rstrip())
         return 0

@@ -22,14 +22,18 @@ the run folder need to be there. What it names as its parts is looked at before 
 """
 
 
+def parser() -> Parser:
+    made = Parser("replay", "Runs an update that was not finite once more, and names layer and samples.", EXAMPLES)
+    made.add_argument("bundle", help="the file RUN/nonfinite/step-N.pt")
+    made.add_argument("--device", choices=[device.value for device in Device], help="as trainer.device")
+    made.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="where your own parts are")
+    made.add_argument("--trust", **TRUST)
+    made.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
+    return made
+
+
 def main(arguments: Sequence[str]) -> int:
-    parser = Parser("replay", "Runs an update that was not finite once more, and names layer and samples.", EXAMPLES)
-    parser.add_argument("bundle", help="the file RUN/nonfinite/step-N.pt")
-    parser.add_argument("--device", choices=[device.value for device in Device], help="as trainer.device")
-    parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="where your own parts are")
-    parser.add_argument("--trust", **TRUST)
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
-    args = parser.parse_all(arguments)
+    args = parser().parse_all(arguments)
     from cnnlab.building.replaying import replay
 
     done = replay(Path(args.bundle), device=args.device, trust=Trust.of(args.trust, args.config_dir))
