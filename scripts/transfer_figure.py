@@ -44,6 +44,7 @@ COMMON = (
     "data=folder",
     "data.size=32",
     "data.stored=input",
+    "data.workers=0",
     "model=cnn",
     "model.widths=[16,32,64]",
     "norm=batch",
