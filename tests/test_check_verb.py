@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cnnlab.data.splits import TensorSplit
+from cnnlab.diagnose.check_data import inputs
 from cnnlab.diagnose.check_findings import Subject, Verdict
-from cnnlab.diagnose.check_loss import finite_differences, gradients_arrive, samples_stay_apart
+from cnnlab.diagnose.check_loss import finite_differences, gradients_arrive, input_matters, samples_stay_apart
 from cnnlab.diagnose.checks import check_run
 from cnnlab.diagnose.copies import copies
 from cnnlab.runs import checkpoint
@@ -104,6 +105,35 @@ def test_parameters_without_a_gradient_are_named():
     run.model.register_parameter("unread", nn.Parameter(torch.ones(3)))
     found = gradients_arrive(Subject.of(run))
     assert found.verdict is Verdict.watch and "unread" in found.evidence
+
+
+def test_a_parameter_that_stands_still_unasked_is_named():
+    run = make_run(*SMALL)
+    name, weight = next(iter(run.model.named_parameters()))
+    weight.requires_grad_(False)
+    found = gradients_arrive(Subject.of(run))
+    assert found.verdict is Verdict.watch and name in found.evidence and "groups.freeze" in found.evidence
+    asked = make_run(*SMALL, f"groups.freeze=[{name}]")
+    assert gradients_arrive(Subject.of(asked)).verdict is Verdict.good
+
+
+def test_evaluation_that_is_not_normalized_is_told():
+    """Means are near, as those of digits are: the scale tells it."""
+    run = make_run(*SMALL)
+    assert inputs(Subject.of(run)).verdict is Verdict.good
+    loader = run.loaders["val"]
+    raw = loader.split.fetch(torch.arange(len(loader.split)))["image"].float() / 255
+    loader.transform = lambda batch, epoch: {**batch, "image": batch["image"].float() / 255}
+    assert float(raw.mean()) < 1.0
+    found = inputs(Subject.of(run))
+    assert found.verdict is Verdict.watch and "times the deviation" in found.evidence
+
+
+def test_an_image_that_is_not_looked_at_is_told():
+    run = make_run(*SMALL, "norm=none")
+    first = next(module for module in run.model.modules() if isinstance(module, nn.Conv2d))
+    first.register_forward_hook(lambda module, args, output: torch.ones_like(output))
+    assert input_matters(Subject.of(run)).verdict is Verdict.bad
 
 
 @pytest.mark.parametrize(

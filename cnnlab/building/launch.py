@@ -60,7 +60,9 @@ def launch(
                     with suppress(OSError):
                         folder.record_failure(error, config_hash=config_hash(experiment.config))
                 raise
-            return _fitted(experiment, run, json_output)
+            started = [run]
+            del run  # `_fitted` alone holds it, and can give its memory up
+            return _fitted(experiment, started, json_output)
     except Exception as error:
         if folder is not None and os.path.exists(folder.error):  # noqa: PTH110 (a path may be too long to exist)
             error.add_note(f"The traceback is in {folder.error}")
@@ -74,8 +76,13 @@ def launch(
         leave()
 
 
-def _fitted(experiment: Experiment, run: Any, json_output: bool) -> dict[str, float]:
-    """`fit`, and where the run goes back to a checkpoint, the same again from there, as after `resume=`."""
+def _fitted(experiment: Experiment, started: list[Any], json_output: bool) -> dict[str, float]:
+    """`fit`, and where the run goes back to a checkpoint, the same again from there, as after `resume=`.
+
+    Args:
+        started: the run, which is taken out of it.
+    """
+    run = started.pop()
     folder, ranks = run.folder, run.ranks
     while True:
         try:

@@ -17,6 +17,8 @@ from cnnlab.train.run import Run
 
 STD_RANGE, MEAN_LIMIT = (0.1, 4.0), 1.0
 """Of the network's input, by channel."""
+SCALED_APART = 2.0
+"""Times by which deviations of training and validation images may differ; images mixed in pairs are at 1.4."""
 TIMED = 3
 
 
@@ -46,6 +48,14 @@ def inputs(subject: Subject) -> Finding:
             Verdict.watch,
             f"{told}: {apart:.1f} deviations apart",
             "training and validation images differ: see how they were made, and whether the augmentation is too strong",
+        )
+    wider = float(torch.maximum(std / other_std.clamp_min(1e-6), other_std / std.clamp_min(1e-6)).max())
+    if wider > SCALED_APART:
+        return Finding(
+            "inputs",
+            Verdict.watch,
+            f"{told}: {wider:.1f} times the deviation",
+            "training and validation images are scaled otherwise: see what normalizes each, and the augmentation",
         )
     return Finding("inputs", Verdict.good, told)
 

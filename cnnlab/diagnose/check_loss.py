@@ -125,6 +125,14 @@ def gradients_arrive(subject: Subject) -> Finding:
         return Finding(
             "gradients arrive", Verdict.bad, f"not finite: {named(bad)}", "try trainer.precision=fp32, or init=he"
         )
+    if standing := _unasked(subject.run):
+        return Finding(
+            "gradients arrive",
+            Verdict.watch,
+            f"{named(standing)} {'does' if len(standing) == 1 else 'do'} not train (requires_grad is false), though "
+            "neither groups.freeze nor finetune says so",
+            "see where the network switches it off; groups.freeze says it so that all can read it",
+        )
     if len(silent) == len(found):
         return Finding(
             "gradients arrive", Verdict.bad, "no parameter has one", "the loss does not depend on the network"
@@ -141,6 +149,13 @@ def gradients_arrive(subject: Subject) -> Finding:
         )
     more = f"; {len(silent)} behind layers that begin at zero have theirs a step later" if silent else ""
     return Finding("gradients arrive", Verdict.good, f"for all {len(found)} parameters{more}")
+
+
+def _unasked(run: Run) -> list[str]:
+    """Parameters that stand still of their own."""
+    if run.experiment.groups.freeze or run.experiment.node("finetune"):
+        return []
+    return [name for name, p in run.model.named_parameters() if not p.requires_grad]
 
 
 def _silent_later(objective: Any, gradient: list[Tensor]) -> set[str]:

@@ -104,6 +104,7 @@ class Guard(Unguarded):
         self._row = torch.zeros(2, device=device)
         self._buffers: list[Tensor] = []
         self._saved: list[Tensor] = []
+        self._before: _Snapshot | None = None
         self._trained = -1
         # Bounded, for who makes updates and reads nothing.
         self._coming: deque[tuple[int, Arriving]] = deque(maxlen=16 * LAG)
@@ -115,7 +116,9 @@ class Guard(Unguarded):
 
     def before(self, model: nn.Module) -> None:
         buffers = list(model.buffers())
-        if len(buffers) != len(self._buffers) or any(a is not b for a, b in zip(buffers, self._buffers)):
+        if not self.prompt:
+            self._before = _Snapshot(buffers)
+        elif len(buffers) != len(self._buffers) or any(a is not b for a, b in zip(buffers, self._buffers)):
             self._buffers, self._saved = buffers, [buffer.detach().clone() for buffer in buffers]
         elif buffers:
             foreach_copy_(self._saved, buffers)
@@ -167,12 +170,13 @@ class Guard(Unguarded):
                 return
             leave()
             self._put_back()
-        elif scaler is not None:  # it has been told, and leaves the update out by itself
+            return
+        if scaler is not None:  # it has been told, and leaves the update out by itself
             apply()
-            self._put_back_if_bad(self._buffers, self._saved)
         else:
             self._on_device(apply, leave, optimizer)
-            self._put_back_if_bad(self._buffers, self._saved)
+        assert self._before is not None, "`before` comes first"
+        self._before.put_back(self._bad)
 
     def _on_device(self, apply: Callable[[], None], leave: Callable[[], None], optimizer: Any) -> None:
         weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -190,10 +194,9 @@ class Guard(Unguarded):
             finally:
                 del optimizer.grad_scale, optimizer.found_inf
         else:
-            held = [*weights, *_tensors(optimizer.state)]
-            before = [tensor.detach().clone() for tensor in held]
+            held = _Snapshot([*weights, *_tensors(optimizer.state)])
             apply()
-            self._put_back_if_bad(held, before)
+            held.put_back(self._bad)
 
     @contextmanager
     def searching(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -216,11 +219,6 @@ class Guard(Unguarded):
         if self._buffers:
             foreach_copy_(self._buffers, self._saved)
 
-    @torch.no_grad()
-    def _put_back_if_bad(self, tensors: Sequence[Tensor], before: Sequence[Tensor]) -> None:
-        for tensor, kept in zip(tensors, before, strict=True):
-            tensor.copy_(torch.where((self._bad > 0).to(tensor.device), kept, tensor))
-
     # ---- what is told ----
 
     def kept(self, number: int, result: StepResult) -> StepResult:
@@ -237,6 +235,28 @@ class Guard(Unguarded):
             self._here.append(Seen(number, bad > 0, loss, norm))
         while self._here:
             yield self._here.popleft()
+
+
+class _Snapshot:
+    """The values of tensors as they are now, one flat copy a type and device: few kernels, however many tensors."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in tensors:
+            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
+        self._parts = [(group, self._flat(group)) for group in groups.values()]
+
+    @staticmethod
+    def _flat(group: Sequence[Tensor]) -> Tensor:
+        return torch.cat([tensor.reshape(-1) for tensor in group])
+
+    @torch.no_grad()
+    def put_back(self, bad: Tensor) -> None:
+        """Where `bad`, a scalar, is above 0."""
+        for group, before in self._parts:
+            chosen = torch.where((bad > 0).to(before.device), before, self._flat(group))
+            parts = chosen.split([tensor.numel() for tensor in group])
+            foreach_copy_(group, [part.view(tensor.shape) for part, tensor in zip(parts, group, strict=True)])
 
 
 @contextmanager

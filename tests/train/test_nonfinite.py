@@ -175,6 +175,8 @@ def test_the_verb_runs_it_again_and_what_it_names_is_looked_at(tmp_path: Path, c
     assert cli("train", *planted(2), "data.limit=64", "trainer.batch_size=32", "model.width=4", "trainer.device=cpu",
                "trainer.precision=fp32", "trainer.threads=1", "hydra.run.dir=r").code == 4  # fmt: skip
     bundle = Path("r/nonfinite/step-2.pt")
+    again = cli("train", "resume=r", "trainer.on_nonfinite=skip")
+    assert again.code == 0 and "step 2: left out, as its loss is not finite (1 of at most 10)" in again.out
     told = cli("replay", str(bundle))
     assert told.code == 0 and f"{LAYER} (Conv2d)" in told.out and "in its run" not in told.out
     document = json.loads(cli("replay", str(bundle), "--json").out)
@@ -282,7 +284,7 @@ def test_a_run_goes_back_and_on_at_half_the_rate(tmp_path: Path, cli, monkeypatc
     assert rates == {1: 0.1, 2: 0.1, 3: 0.1, 4: 0.1, 5: 0.05, 6: 0.05, 7: 0.05, 8: 0.05}
     assert [(e["step"], e["action"]) for e in RunDir("r").read()["non_finite"]] == [(6, "rolled back")]
     struck.clear()
-    monkeypatch.setattr("cnnlab.building.launch._fitted", lambda experiment, run, json_output: fit(run))
+    monkeypatch.setattr("cnnlab.building.launch._fitted", lambda experiment, started, json_output: fit(*started))
     assert cli(*command, "hydra.run.dir=k").code == 4
     assert cli("train", "resume=k").code == 0
     one, other = (checkpoint.load(Path(name) / "checkpoints" / "last.pt") for name in "rk")
