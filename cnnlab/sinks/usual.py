@@ -47,6 +47,9 @@ class Unfailing(Listener):
     def on_step(self, run: Any, result: Any) -> None:
         self._pass_on("on_step", run, result)
 
+    def on_notice(self, run: Any, text: str) -> None:
+        self._pass_on("on_notice", run, text)
+
     def on_record(self, run: Any, record: dict[str, Any]) -> None:
         self._pass_on("on_record", run, record)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cnnlab import measure
 from cnnlab.protocols import StepResult
-from cnnlab.torch_private import foreach_copy_, foreach_norm, found_overflows, skips_by_itself
+from cnnlab.torch_private import BufferSlots, foreach_copy_, foreach_norm, found_overflows, skips_by_itself
 from cnnlab.train.state import Arriving
 
 LAG = 4
@@ -102,6 +102,7 @@ class Guard(Unguarded):
         self._count, self._bad = torch.zeros((), device=device), torch.zeros((), device=device)
         self._figures: tuple[float, float] = (math.nan, math.nan)
         self._row = torch.zeros(2, device=device)
+        self._slots: BufferSlots | None = None
         self._buffers: list[Tensor] = []
         self._saved: list[Tensor] = []
         self._before: _Snapshot | None = None
@@ -115,7 +116,9 @@ class Guard(Unguarded):
         self._count.fill_(left_out)
 
     def before(self, model: nn.Module) -> None:
-        buffers = list(model.buffers())
+        if self._slots is None or self._slots.model is not model:
+            self._slots = BufferSlots(model)
+        buffers = self._slots.tensors()
         if not self.prompt:
             self._before = _Snapshot(buffers)
         elif len(buffers) != len(self._buffers) or any(a is not b for a, b in zip(buffers, self._buffers)):

@@ -23,6 +23,7 @@ from cnnlab.protocols import Listener
 from cnnlab.runs import checkpoint
 from cnnlab.runs.folder import RunDir
 from cnnlab.sinks.jsonl import read_records
+from cnnlab.sinks.usual import Unfailing
 from cnnlab.train import fit
 from cnnlab.train.guard import Guard, Seen
 from cnnlab.train.nonfinite import SAME, STILL, NonFinite
@@ -416,6 +417,12 @@ def test_a_loss_that_cannot_move_is_said_once_and_one_that_has_reached_zero_is_n
     assert len(same) == 1 and same[0].startswith(f"step {SAME + 1}: ") and "to six digits" in same[0]
     assert told_of([Seen(n, False, 0.0, 0.0) for n in range(3 * SAME)]) == []
     assert told_of([Seen(n, False, 2.3 + n % 2, math.nan) for n in range(3 * SAME)]) == []
+
+
+def test_what_stands_between_a_run_and_its_console_passes_every_event_on():
+    events = [name for name in vars(Listener) if name.startswith("on_") or name == "restored"]
+    assert "on_notice" in events
+    assert [name for name in events if name not in vars(Unfailing)] == []
 
 
 def test_a_run_whose_rate_is_zero_is_told(tmp_path: Path):
