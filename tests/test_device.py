@@ -12,7 +12,7 @@ from cnnlab.errors import UsageError
 from cnnlab.machine import device
 from cnnlab.machine.device import choose_device, place
 from cnnlab.machine.resolved import Resolved
-from cnnlab.schema import DataPath, Decoder, Device, Layout, Precision, StepKind, Trainer
+from cnnlab.schema import DataPath, Decoder, Device, FeatureSource, Layout, Precision, StepKind, Trainer
 
 
 @pytest.fixture
@@ -115,6 +115,7 @@ def test_what_a_checkpoint_keeps_of_auto_is_read_as_it_was():
         decode=Decoder.cuda,
         accumulate=4,
         lr=0.1 + 0.2,
+        features=FeatureSource.kept,
     )
     assert Resolved.of(every.record()) == every
     assert None not in asdict(every).values(), "a new field is in this test"

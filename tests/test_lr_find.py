@@ -91,7 +91,7 @@ def test_a_resumed_run_keeps_the_rate_it_found(tmp_path: Path):
     unbroken = fitted("optim.lr=auto", folder=tmp_path / "unbroken")
     interrupted_at(3, "optim.lr=auto", folder=tmp_path / "broken")
     resumed = resume_run(tmp_path / "broken")
-    assert resumed.curve is None and resumed.origin.choices["lr"] == unbroken.origin.choices["lr"]
+    assert resumed.curve is None and resumed.origin.resolved.lr == unbroken.origin.resolved.lr is not None
     fit(resumed)
     assert differences(without_origin(unbroken), without_origin(resumed)) == []
 

@@ -194,9 +194,9 @@ def test_torchs_ranges_are_torchs(name: str):
         (["+model._partial_=true"], "`model`", "expected a torch.nn.Module, received partial"),
         (["+optim._partial_=true"], "`optim`", "expected a torch.optim.Optimizer, received partial"),
         (["schedule={_target_: builtins.dict}"], "`schedule._target_=builtins.dict`", "one of Python's own"),
-        (["schedule={_target_: torch.nn.ReLU}"], "`schedule`", "has no `factor`"),
+        (["schedule={_target_: torch.nn.ReLU}"], "`schedule`", "expected a cnnlab.protocols.Schedule"),
         (["+augment.half={_target_: cnnlab.augment.Half}"], "`augment.half`", "expected a cnnlab.augment.Geometric or"),
-        (["+probe.half={_target_: cnnlab.augment.Half}"], "`probe.half`", "see cnnlab.protocols.Probe"),
+        (["+probe.half={_target_: cnnlab.augment.Half}"], "`probe.half`", "expected a cnnlab.protocols.Probe"),
         (["task._target_=cnnlab.data.digits.Digits"], "`task", ""),
     ],
 )

@@ -182,6 +182,7 @@ def test_a_build_gives_a_frozen_decoder_up(root: Path, monkeypatch: pytest.Monke
         return future
 
     monkeypatch.setattr(DecodingPool, "ask", frozen)
+    monkeypatch.setattr("cnnlab.data.pool._START", 0.2)
     with pytest.raises(DataError, match=r"loading\.patience"):
         listing = Listing(root, files(root))
         decoded(listing, RECIPE, on_error="raise", cache=str(root.parent / "cache"), workers=1, patience=0.2)

@@ -149,14 +149,14 @@ def test_copies_in_other_shards_and_shards_of_two_splits_are_told(tmp_path: Path
     data = dataset(pattern, tmp_path, val_shards=str(tmp_path / "one.tar"), test_shards=str(tmp_path / "two.tar"))
     data.load()
     assert len(picture(200)) == len(picture(201))
-    (told,) = data.findings.notices
+    (told,) = [line for line in data.findings.notices if "no effect" not in line]
     assert told.startswith(f"data: 1 samples are in val and in test ({tmp_path}/one.tar: part.0/00003, at byte")
     (tmp_path / "link.tar").hardlink_to(tmp_path / "one.tar")
     with pytest.raises(DataError, match=r"each shard of train once, received .*link\.tar and .*one\.tar"):
         dataset(str(tmp_path / "[lo]*n*.tar"), tmp_path).load()
     data = dataset(pattern, tmp_path, val_shards=pattern, test_shards=str(tmp_path / "one.tar"))
     data.load()
-    (told,) = data.findings.notices
+    (told,) = [line for line in data.findings.notices if "no effect" not in line]
     assert told.startswith("data: 2 shards of train are those of val, too (train-0000.tar); the figures of val are not")
 
 

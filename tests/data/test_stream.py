@@ -252,8 +252,8 @@ def test_only_jpegs_that_nvjpeg_reads_alike_are_handed_to_it(tmp_path: Path) -> 
 def test_the_decoder_is_chosen_recorded_and_refused(tmp_path: Path) -> None:
     split, cpu = splits_of(photos(tmp_path / "data"), "stream")["train"], torch.device("cpu")
     assert with_decoder(Loading(), split, cpu, None).decode is Decoder.cpu
-    assert with_decoder(Loading(), split, cpu, "cpu").decode is Decoder.cpu
-    for loading, recorded in ((Loading(decode=Decoder.cuda), None), (Loading(), "cuda")):
+    assert with_decoder(Loading(), split, cpu, Decoder.cpu).decode is Decoder.cpu
+    for loading, recorded in ((Loading(decode=Decoder.cuda), None), (Loading(), Decoder.cuda)):
         with pytest.raises(UsageError, match=r"loading\.decode=cpu"):
             with_decoder(loading, split, cpu, recorded)
 
