@@ -23,7 +23,7 @@ def in_turn(
     """Prints images/s of both in every round, and the median of their ratio (lab / by hand).
 
     Args:
-        told: overrides; without statistics, `trainer.step=eager`.
+        told: overrides, `trainer.step=eager` among them; one thread, which other processes disturb least.
         hand: makes the loop by hand of a run, whose network is its own: each call is one update of as many images.
         updates: of each in a round.
     """
@@ -33,7 +33,10 @@ def in_turn(
     from cnnlab.train.loop import updates as updates_of
 
     with composer() as composed:
-        run, twin = (build(checked(composed, [*told, "trainer.epochs=100000", "stats=off"])) for _ in range(2))
+        run, twin = (
+            build(checked(composed, [*told, "trainer.threads=1", "trainer.epochs=100000", "stats=off"]))
+            for _ in range(2)
+        )
     by_hand = hand(twin)
 
     def endless() -> Iterator[object]:
