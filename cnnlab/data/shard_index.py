@@ -69,7 +69,7 @@ class ShardIndex:
         self._base = os.path.commonpath([path.absolute().parent for path in self.shards])
         hasher = blake2b(digest_size=8)
         for path in self.shards:
-            hasher.update(f"{path.name}\n".encode())
+            hasher.update(f"{path.name}\n".encode(errors="surrogateescape"))
         for column in (self.shard, self.offset, self.size, self.label):
             hasher.update(np.ascontiguousarray(column).data)
         hasher.update("\n".join(self.keys).encode(errors="surrogateescape"))

@@ -324,6 +324,6 @@ def digest(*content: Any) -> str:
             hasher.update(f"{item.dtype}{tuple(item.shape)}".encode())
             hasher.update(item.contiguous().numpy().data)
         else:
-            hasher.update(str(item).encode())
+            hasher.update(str(item).encode(errors="surrogateescape"))
         hasher.update(b"\x1f")
     return hasher.hexdigest()

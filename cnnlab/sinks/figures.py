@@ -47,9 +47,9 @@ def as_written(text: str, longest: int = 120) -> str:
     return (text if len(text) <= longest else f"{text[: longest - 3]}...").replace("$", r"\$")
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes the PNG, whole or not at all. Raises `DiskError` where the disk refuses."""
-    write_atomically(path, _png(figure), "type another --figure")
+def save(figure: Figure, path: Path, elsewhere: str = "type another --figure") -> None:
+    """Writes the PNG, whole or not at all. Raises `DiskError` where the disk refuses, with what to type instead."""
+    write_atomically(path, _png(figure), elsewhere)
 
 
 def show(figure: Figure) -> bool:

@@ -160,7 +160,9 @@ def _further(
     if written:
         document["pictures"] = [str(path) for path in written]
     if args.figures:
-        write_atomically(folder / "evaluation.json", json.dumps(jsonable(document), indent=1).encode())
+        write_atomically(
+            folder / "evaluation.json", json.dumps(jsonable(document), indent=1).encode(), pictures.ELSEWHERE
+        )
     return written
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from cnnlab.tasks import Task
 
 
+ELSEWHERE = "type another --out"
+
+
 def figures(task: Task, found: Found, samples: Samples, document: Mapping[str, Any], folder: Path) -> list[Path]:
     """Writes those that the task has something for, and returns where they are."""
     from cnnlab.assess import figures as drawn
@@ -40,7 +43,7 @@ def figures(task: Task, found: Found, samples: Samples, document: Mapping[str, A
     written = []
     for name, figure in made.items():
         written.append(folder / f"eval-{name}.png")
-        save(figure, written[-1])
+        save(figure, written[-1], ELSEWHERE)
     return written
 
 
@@ -67,5 +70,5 @@ def top_losses(
     if why:
         say(f"no maps beside the images: {one_line(why)}", err=True)
     path = folder / "eval-top-losses.png"
-    write_atomically(path, png(picture.permute(1, 2, 0).numpy()))
+    write_atomically(path, png(picture.permute(1, 2, 0).numpy()), ELSEWHERE)
     return [path]

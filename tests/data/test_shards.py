@@ -61,6 +61,16 @@ def picture(level: int, side: int = 8) -> bytes:
     return out.getvalue()
 
 
+def test_a_shards_name_may_hold_bytes_that_are_no_text(tmp_path: Path) -> None:
+    members = {}
+    for n in range(12):
+        members |= {f"{n:04d}.png": picture(n), f"{n:04d}.cls": b"%d" % (n % 3)}
+    name = os.fsdecode(b"caf\xe9.tar")
+    tar(tmp_path / name, members)
+    splits = dataset(str(tmp_path / name), tmp_path, val=0.25, test=0.25).load()
+    assert sum(len(split) for split in splits.values()) == 12
+
+
 def test_keys_may_have_dots_and_what_belongs_to_no_sample_is_told(tmp_path: Path) -> None:
     members = {}
     for n in range(30):
