@@ -74,8 +74,10 @@ class Forked:
         if hook is not None:
             hook()
         code = main()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                with suppress(OSError, ValueError):
+                    stream.flush()
         os._exit(code)
 
     def kill(self, number: int = signal.SIGKILL) -> None:

