@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 import cnnlab
 from cnnlab import rng
-from cnnlab.building.beside import batch_of, beside
 from cnnlab.building.evaluation import data_for
+from cnnlab.building.known import batch_of, known_of
 from cnnlab.errors import UsageError
 from cnnlab.explain import METHODS, Score, Subject, cam, explain, gradients, score_of
 from cnnlab.explain.layers import usual_layers
@@ -123,8 +123,8 @@ def reported(folder: Path) -> dict[str, Any]:
     images = batch["image"]
     with subject.undisturbed(), torch.no_grad():
         score = score_of(subject, subject.outputs(images), "predicted")
-    known = beside(network, "test", data, batch, score)
-    found = report(subject, images, score, list(METHODS), beside=known)
+    known = known_of(network, "test", data, batch, score)
+    found = report(subject, images, score, list(METHODS), known=known)
     document = found.document()
     with subject.undisturbed():
         for each, row in zip(found.methods, document["methods"], strict=True):
@@ -200,7 +200,7 @@ def placed(folder: Path) -> dict[str, Any]:
     images = batch["image"]
     with subject.undisturbed(), torch.no_grad():
         score = score_of(subject, subject.outputs(images), "true", truth=batch)
-    inside = beside(network, "test", data, batch, score).inside
+    inside = known_of(network, "test", data, batch, score).inside
     assert inside is not None
 
     def both(maps: Tensor) -> dict[str, float]:

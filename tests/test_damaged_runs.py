@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -100,6 +101,8 @@ def test_what_was_lost_and_filled_up_goes_on_with_its_own_checksum(own: Path):
     (own / "evidence" / "sample_loss.f16").unlink()
     fit(resume_run(own))
     fit(resume_run(own, epochs=3))
+    rows = np.fromfile(own / "evidence" / "sample_loss.f16", np.float16).reshape(3, -1)
+    assert np.isnan(rows).mean(1).tolist() == [1, 0, 0], "what was lost is NaN, never a loss of 0"
 
 
 @pytest.mark.parametrize("name", [*RECORDS, "error.txt", "evidence/shape.json", "run.json"])

@@ -54,7 +54,7 @@ def test_all_of_them_train_together(cli: Cli):
     assert statistics[0]["weight/near_zero"][0] == 0
     assert "gradient/norm" in statistics[0]
     assert "invert" in answer.out
-    assert b"updates/bar" in next(Path("here/tensorboard").glob("*")).read_bytes()
+    assert any(b"updates/bar" in path.read_bytes() for path in Path("here/tensorboard").iterdir())
     state = checkpoint.load(Path("here/checkpoints/last.pt"))
     assert state["intervention.outside"]["updates"] == record["steps"] > 0
 

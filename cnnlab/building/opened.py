@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -158,20 +157,6 @@ class Opened:
             weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             _, found = self.penalties(weights)
         return {**sums, **{name: value.cpu() * sums["count"] for name, value in found.items()}}
-
-    @contextmanager
-    def differentiable(self) -> Iterator[nn.Module]:
-        """The network for who differentiates with respect to its input or its maps: weights ask for no gradient inside
-        the block, and afterwards are what they were."""
-        asked = [p for p in self.model.parameters() if p.requires_grad]
-        for parameter in asked:
-            parameter.requires_grad_(False)
-        try:
-            with torch.enable_grad():
-                yield self.model
-        finally:
-            for parameter in asked:
-                parameter.requires_grad_(True)
 
 
 def open_run(

@@ -76,7 +76,7 @@ def _pictures(args: Any) -> int:
     named, measured = _trust(args)
     folder = RunDir(args.run)
     files, typed = _split(args.images)
-    from cnnlab.building.beside import batch_of, examples_of
+    from cnnlab.building.known import batch_of, examples_of
     from cnnlab.building.opened import open_run
     from cnnlab.explain import USUAL, Subject
     from cnnlab.explain.examples import explained
@@ -130,7 +130,7 @@ def _pictures(args: Any) -> int:
 def _inside(
     args: Any, network: Opened, subject: Subject, files: Sequence[Path], typed: Sequence[str], trust: Trust
 ) -> int:
-    from cnnlab.building.beside import batch_of, examples_of
+    from cnnlab.building.known import batch_of, examples_of
 
     bad = 0
 

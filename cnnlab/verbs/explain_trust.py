@@ -38,9 +38,9 @@ def measure(
     """
     import torch
 
-    from cnnlab.building.beside import batch_of, beside, examples_of
+    from cnnlab.building.known import batch_of, examples_of, known_of
     from cnnlab.explain import score_of
-    from cnnlab.explain.trust import Beside, report
+    from cnnlab.explain.trust import Known, report
 
     batch = None
     if isinstance(on, tuple):
@@ -53,7 +53,7 @@ def measure(
     with subject.undisturbed(), torch.no_grad():
         outputs = subject.outputs(on.prepared)
         score = score_of(subject, outputs, wanted, truth=on.truth, region=region)
-    known = Beside() if batch is None else beside(network, split, data, batch, score)
+    known = Known() if batch is None else known_of(network, split, data, batch, score)
     with progressing() as tell:
         return report(
             subject,
@@ -61,7 +61,7 @@ def measure(
             score,
             methods,
             layers,
-            beside=known,
+            known=known,
             target=wanted,
             tell=lambda done, of, what: tell(what, done, of),
         )

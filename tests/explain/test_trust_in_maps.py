@@ -18,7 +18,7 @@ from cnnlab.data.shapes import MARKS, Shapes
 from cnnlab.explain import Score, Subject, explain
 from cnnlab.explain.maps import Map
 from cnnlab.explain.methods import METHODS, Method, map_of
-from cnnlab.explain.trust import Beside, report
+from cnnlab.explain.trust import Known, report
 from cnnlab.explain.trust.faithfulness import FRACTIONS, cell_side, faithfulness, in_cells, over_pixels
 from cnnlab.explain.trust.floors import centre, floors
 from cnnlab.explain.trust.infill import filled, noise_of
@@ -279,7 +279,7 @@ def test_a_shortcut_that_a_network_uses_is_what_counts() -> None:
     assert (effect[:, 0] > effect[:, 1:].amax(1)).float().mean() > 0.9, "the mark does what the shape does not"
     inside = batch["mask"] == 1 + batch["label"][:, None, None]
     mark = taken.visible[:, 0]
-    found = report(subject, x, score, ["saliency"], beside=Beside(without, taken.visible, taken.names, inside))
+    found = report(subject, x, score, ["saliency"], known=Known(without, taken.visible, taken.names, inside))
     measures = found.methods[0].measures
     assert measures["truth"].score.mean > 0.4 and measures["truth"].beats
     assert measures["pointing"].score.mean < 0.2, "where the object is, it does not look"
@@ -451,8 +451,8 @@ def test_a_report_is_the_same_twice_and_leaves_the_network_as_it_was() -> None:
 def test_what_knows_nothing_beats_no_floor(dice: str) -> None:
     model, x = Linear(), images(24)
     without, visible = parts_of(x)
-    beside = Beside(without, visible, ("a", "b", "c", "d"), visible[:, 0])
-    found = report(subject_of(model), x, first_class(24), [dice], beside=beside)
+    known = Known(without, visible, ("a", "b", "c", "d"), visible[:, 0])
+    found = report(subject_of(model), x, first_class(24), [dice], known=known)
     assert {name: each.beats for name, each in found.methods[0].measures.items()} == dict.fromkeys(
         ("randomization", "faithfulness", "truth", "pointing", "energy", "overlap"), False
     )

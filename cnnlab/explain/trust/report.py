@@ -36,7 +36,7 @@ Tell = Callable[[int, int, str], None]
 
 
 @dataclass
-class Beside:
+class Known:
     """What is known of the images beside their pixels, for the measures that need it."""
 
     without: Tensor | None = None
@@ -141,7 +141,7 @@ def report(
     methods: Sequence[str],
     layers: Sequence[str] = (),
     *,
-    beside: Beside | None = None,
+    known: Known | None = None,
     target: str = "predicted",
     tell: Tell | None = None,
 ) -> Report:
@@ -155,14 +155,14 @@ def report(
 
     Raises `UsageError` for methods and layers that this network does not have.
     """
-    beside = beside or Beside()
+    known = known or Known()
     with subject.undisturbed():
         images = images.to(next((p.dtype for p in subject.model.parameters()), images.dtype))
         asked = wanted(subject, images, methods, layers)
         effect = None
-        if beside.without is not None:
-            effect = effects(subject, images, beside.without.to(images), score)
-        measuring = _Measuring(subject, images, score, beside, effect)
+        if known.without is not None:
+            effect = effects(subject, images, known.without.to(images), score)
+        measuring = _Measuring(subject, images, score, known, effect)
         found: list[Trusted] = []
         for number, (name, layer) in enumerate(asked):
             title = f"{name} {layer}".strip()
@@ -171,7 +171,7 @@ def report(
             found.append(measuring.trusted(name, layer))
         if tell is not None:
             tell(len(asked), len(asked), "")
-    means = {} if effect is None else {name: estimate(effect[:, i]) for i, name in enumerate(beside.parts)}
+    means = {} if effect is None else {name: estimate(effect[:, i]) for i, name in enumerate(known.parts)}
     return Report(len(images), target, found, means)
 
 
@@ -182,7 +182,7 @@ class _Measuring:
     subject: Subject
     images: Tensor
     score: Score
-    beside: Beside
+    known: Known
     effect: Tensor | None
     kept: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
@@ -207,7 +207,7 @@ class _Measuring:
         found: dict[str, Measure] = {
             "faithfulness": lambda maps: faithfulness(self.subject, self.images, self.score, maps)
         }
-        visible, inside = self.beside.visible, self.beside.inside
+        visible, inside = self.known.visible, self.known.inside
         if self.effect is not None and visible is not None:
             meant = claimed(own, self.effect)
             found["truth"] = lambda maps: agreement(maps, visible, meant)

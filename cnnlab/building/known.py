@@ -12,7 +12,7 @@ from cnnlab.building.evaluation import OpenedData, loader_of
 from cnnlab.building.opened import Opened
 from cnnlab.explain.examples import Examples
 from cnnlab.explain.scores import Score
-from cnnlab.explain.trust import Beside
+from cnnlab.explain.trust import Known
 from cnnlab.explain.trust.places import of_box
 from cnnlab.protocols import VOID, Batch, Renderer
 
@@ -32,14 +32,14 @@ def examples_of(batch: Batch, split: str) -> Examples:
     return Examples(names, batch["image"], batch["image"], truth)
 
 
-def beside(network: Opened, split: str, data: OpenedData, batch: Batch, score: Score) -> Beside:
+def known_of(network: Opened, split: str, data: OpenedData, batch: Batch, score: Score) -> Known:
     """What is known of a batch of `batch_of`, for maps of a score.
 
     Of a data set that renders its scenes (`cnnlab.protocols.Renderer`), the scenes without each part. The object is, in
     a mask, what has the score's class, or all that is no background where the mask has other classes than the score;
     where there is a box, its inside, if the label is the score's class. Images without it have no object.
     """
-    found = Beside(inside=_inside(network, data, batch, score))
+    found = Known(inside=_inside(network, data, batch, score))
     if isinstance(data.source, Renderer):
         taken = data.source.taken_apart(split, batch["index"].cpu())
         count, parts = taken.images.shape[:2]
